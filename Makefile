@@ -1,0 +1,45 @@
+# `make lab` opens the course, `make test` checks everything, `make help` lists the rest.
+# Needs Python 3.10 to 3.14, make, and PyPI for the first run. Without make (Windows):
+#   py -m venv .venv
+#   .venv\Scripts\pip install -r requirements.txt
+#   .venv\Scripts\jupyter lab notebooks\00_start_here.ipynb
+
+PYTHON ?= python3
+VENV_PYTHON := .venv/bin/python
+INSTALLED := .venv/installed
+LAB_ARGS ?=
+
+# This folder's own code, even after the folder was moved or copied, and nobody else's.
+export PYTHONPATH := $(CURDIR)
+# Jupyter's kernel is the one in .venv, also where the user has a `python3` kernel of their own.
+export JUPYTER_PREFER_ENV_PATH := 1
+
+.PHONY: help lab test course lint
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+lab: $(INSTALLED)  ## open JupyterLab on the first notebook (LAB_ARGS="--no-browser" and the like are passed on)
+	$(VENV_PYTHON) -m jupyterlab $(LAB_ARGS) notebooks/00_start_here.ipynb
+
+# One thread a process: two processes run at once, and sums come out the same on every machine.
+test course: export OMP_NUM_THREADS := 1
+
+test: $(INSTALLED)  ## run the tests, then every notebook against its stored outputs
+	$(VENV_PYTHON) -m pytest -n 2 --check-skips
+	$(VENV_PYTHON) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=120 -n 2 --dist loadscope notebooks/
+
+course: $(INSTALLED)  ## execute every notebook and store its outputs
+	$(VENV_PYTHON) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False \
+		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb notebooks/solutions/*.ipynb
+
+lint: $(INSTALLED)  ## check style and formatting
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+
+# Written last, so a failed install is tried again.
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; (3, 10) <= sys.version_info < (3, 15) or sys.exit("Python 3.10 to 3.14 is needed (PYTHON=... names one), this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(VENV_PYTHON) -m pip install --disable-pip-version-check -r requirements.txt
+	touch $@

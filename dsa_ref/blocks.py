@@ -1,0 +1,44 @@
+"""Cut [T, S] work into blocks, so that the reference never holds a full [T, heads, S] tensor."""
+
+import torch
+
+
+def pairs_at_once(tensor) -> int:
+    """Elements of the largest temporary: 64 MB in fp32 on a CPU; 1 GB on a GPU, which small pieces would starve."""
+    return 1 << 28 if tensor.is_cuda else 1 << 24
+
+
+def row_blocks(start, end, per_pair: int):
+    """Yield (rows, keys) slices that cover every visible (query, key) pair of the ranges ``start``, ``end`` [T].
+
+    ``per_pair`` is how many numbers the caller holds for each pair. A block reaches from its rows' smallest start to
+    their largest end, ends before rows · keys · per_pair passes `pairs_at_once` (a single row always fits), and ends
+    where a new packed sequence begins, since rows of two sequences would pay for both spans.
+    """
+    limit, starts, ends = pairs_at_once(start), start.tolist(), end.tolist()
+    first = 0
+    while first < len(starts):
+        low, high, last = starts[first], ends[first], first + 1
+        while last < len(starts):
+            new_low, new_high = min(low, starts[last]), max(high, ends[last])
+            too_big = (last + 1 - first) * (new_high - new_low) * per_pair > limit
+            new_sequence = starts[last] >= high and last - first >= 32
+            if too_big or new_sequence:
+                break
+            low, high, last = new_low, new_high, last + 1
+        yield slice(first, last), slice(low, max(low, high))
+        first = last
+
+
+def at_least_one(keys: slice, S: int) -> slice:
+    """The same keys, or one (which the mask then hides) where a block of empty ranges has none: reductions need one."""
+    if keys.stop > keys.start:
+        return keys
+    first = min(keys.start, S - 1)
+    return slice(first, first + 1)
+
+
+def visible(start, end, rows: slice, keys: slice):
+    """The boolean mask [rows, keys] of the pairs that the ranges allow."""
+    s = torch.arange(keys.start, keys.stop, device=start.device)
+    return (s >= start[rows, None]) & (s < end[rows, None])

@@ -1,0 +1,87 @@
+"""Sizes and constants of one DSA attention layer, and two presets: V3.2's own and a tiny one."""
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class DSAConfig:
+    """Everything that fixes a layer's shapes and arithmetic. The defaults are DeepSeek-V3.2-Exp's (671B).
+
+    Lengths are in tokens, dims in elements. Raises ValueError for a size below 1, an odd RoPE width, an indexer
+    head that is not a power of two (the Hadamard rotation needs one) or narrower than its RoPE part.
+
+    Source: DeepSeek-V3.2-Exp report, section 2, and its published inference configuration.
+    """
+
+    dim: int = 7168  # model width
+    n_heads: int = 128  # H, query heads
+    q_lora_rank: int = 1536  # width of the query latent, shared by MLA and the indexer
+    kv_lora_rank: int = 512  # width of the key-value latent, which is also the value in MQA mode
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64  # R, in MLA and in the indexer alike
+    v_head_dim: int = 128
+    index_n_heads: int = 64  # Hi
+    index_head_dim: int = 128  # Di
+    index_topk: int = 2048  # k
+    index_fp8: bool = True  # rotate and quantise the indexer's q and k; False: score them as they are
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_factor: float = 40.0  # YaRN stretches the context by this much
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    original_seq_len: int = 4096  # the context before YaRN
+    max_seq_len: int = 163840  # YaRN is on where this exceeds original_seq_len
+    mscale: float = 1.0
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"{field.name} must be an int, got {value!r}")
+            if field.type is int and value < 1:
+                raise ValueError(f"{field.name} must be at least 1, got {value}")
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim must be even (RoPE turns pairs), got {self.qk_rope_head_dim}")
+        if self.index_head_dim & (self.index_head_dim - 1):
+            raise ValueError(f"index_head_dim must be a power of two (Hadamard), got {self.index_head_dim}")
+        if self.index_head_dim < self.qk_rope_head_dim:
+            raise ValueError(
+                f"index_head_dim must be at least qk_rope_head_dim = {self.qk_rope_head_dim}, got {self.index_head_dim}"
+            )
+
+    @property
+    def yarn(self) -> bool:
+        """Whether RoPE's frequencies, and with them the softmax scale, are YaRN's."""
+        return self.max_seq_len > self.original_seq_len
+
+    @property
+    def latent_dim(self) -> int:
+        """D, the width of one cached row and of a query in MQA mode: 576 in V3.2."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """The factor on q·k: (nope + rope)^-0.5, times m² under YaRN with m = 0.1 · mscale · ln(factor) + 1."""
+        scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
+        if self.yarn:
+            scale *= (0.1 * self.mscale * math.log(self.rope_factor) + 1.0) ** 2
+        return scale
+
+
+V32 = DSAConfig()
+
+TINY = DSAConfig(
+    dim=64,
+    n_heads=4,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+    index_n_heads=16,  # fewer heads give many exact ties at 0: P(score = 0) = 2^-Hi on random data
+    index_head_dim=16,
+    index_topk=8,
+    original_seq_len=4096,
+    max_seq_len=4096,
+)

@@ -1,0 +1,31 @@
+"""Text that every reader has: the source of the running Python's own standard library, as bytes."""
+
+import pathlib
+import sysconfig
+import zlib
+
+import torch
+
+LEFT_OUT = {"test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data", "site-packages", "dist-packages"}
+HELD_OUT_SHARE = 16  # one file in 16
+
+
+def library_files():
+    """Paths of the library's .py files, sorted, without tests, tables and installed packages; and their root."""
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts))
+    return root, files
+
+
+def is_held_out(name: str) -> bool:
+    """Whether training leaves out the file of this name (relative, with forward slashes): a fixed hash decides."""
+    return zlib.crc32(name.encode()) % HELD_OUT_SHARE == 0
+
+
+def load_corpus():
+    """(training bytes, held-out bytes), two uint8 tensors, each the files of its side one after the other."""
+    root, files = library_files()
+    sides = [], []
+    for path in files:
+        sides[is_held_out(path.relative_to(root).as_posix())].append(path.read_bytes())
+    return tuple(torch.frombuffer(bytearray(b"".join(side)), dtype=torch.uint8) for side in sides)

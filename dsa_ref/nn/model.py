@@ -1,0 +1,121 @@
+"""A small byte-level GPT whose attention is `DSALayer`: enough of a language model to watch an indexer learn.
+
+Pre-norm blocks of DSA and a SwiGLU feed-forward, tied embeddings, no special tokens: token = byte.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import dsa_ref
+
+from ..config import DSAConfig
+from ..contracts import check_dtype, check_shapes
+from .layer import DSALayer, LayerCache, RMSNorm
+
+SMALL_MODEL = pathlib.Path(__file__).parent / "small_model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the small model. The defaults are those of the checkpoint in this repository."""
+
+    n_layers: int = 4
+    hidden_dim: int = 512  # feed-forward width
+    vocab_size: int = 256
+    attention: DSAConfig = DSAConfig(
+        dim=256,
+        n_heads=8,
+        q_lora_rank=128,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        index_n_heads=16,
+        index_head_dim=32,
+        index_topk=64,
+        max_seq_len=4096,
+    )
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, config, ops):
+        super().__init__()
+        dim, eps = config.attention.dim, config.attention.norm_eps
+        self.attention_norm = RMSNorm(dim, eps)
+        self.self_attn = DSALayer(config.attention, ops)
+        self.mlp_norm = RMSNorm(dim, eps)
+        self.gate_proj = nn.Linear(dim, config.hidden_dim, bias=False)
+        self.up_proj = nn.Linear(dim, config.hidden_dim, bias=False)
+        self.down_proj = nn.Linear(config.hidden_dim, dim, bias=False)
+
+    def forward(self, x, positions, cache, attention, record):
+        x = x + self.self_attn(self.attention_norm(x), positions, cache, attention, record)
+        y = self.mlp_norm(x)
+        return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
+
+
+class SmallModel(nn.Module):
+    """Next-byte logits of packed byte sequences."""
+
+    def __init__(self, config=ModelConfig(), ops=dsa_ref):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.attention.dim)
+        self.layers = nn.ModuleList(Block(config, ops) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.attention.dim, config.attention.norm_eps)
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, tokens, positions=None, caches=None, attention="sparse", record=None):
+        """tokens: int64 [T]; positions: int [T] as for `DSALayer`, default one sequence (after the cache, if any).
+
+        caches: what `new_caches` returned, or None; attention, record: as for `DSALayer`, record gets one dict a layer.
+        Returns logits fp32 [T, vocab_size]. Raises as `DSALayer` does.
+        """
+        check_shapes(tokens=(tokens, "T"))
+        check_dtype("tokens", tokens, (torch.int64,))
+        if positions is None:
+            before = 0 if caches is None else caches[0].length
+            positions = torch.arange(before, before + tokens.shape[0], device=tokens.device)
+        x = self.embed(tokens)
+        for block, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+            x = block(x, positions, cache, attention, record)
+        return F.linear(self.norm(x), self.embed.weight).float()
+
+    def new_caches(self, capacity):
+        """One empty LayerCache a layer, for one sequence of up to `capacity` tokens."""
+        weight = self.embed.weight
+        return [LayerCache(self.config.attention, capacity, weight.dtype, weight.device) for _ in self.layers]
+
+
+def save_small_model(model, path):
+    """Write weights (bf16) and sizes into one safetensors file."""
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, path, metadata={"config": json.dumps(dataclasses.asdict(model.config))})
+
+
+def load_small_model(path=SMALL_MODEL, ops=dsa_ref, **attention):
+    """The trained small model in fp32, ready for inference; keywords replace fields of its DSAConfig.
+
+    Source: trained by `python -m dsa_ref.nn.train`; figures/small_model.json has the command, seed and losses.
+    Raises: FileNotFoundError where there is no such file, TypeError for an unknown DSAConfig field.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        fields = json.loads(file.metadata()["config"])
+        weights = {name: file.get_tensor(name).float() for name in file.keys()}
+    fields["attention"] = DSAConfig(**(fields["attention"] | attention))
+    model = SmallModel(ModelConfig(**fields), ops)
+    model.load_state_dict(weights)
+    return model.requires_grad_(False)

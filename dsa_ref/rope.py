@@ -1,0 +1,82 @@
+"""Rotary position embedding: YaRN's frequencies and the two layouts that one V3.2 layer uses side by side.
+
+MLA turns *interleaved* pairs (x0, x1), (x2, x3), ...; the indexer turns *half-split* pairs (x0, x_R/2), (x1, x_R/2+1),
+... Either is a rotation by position · frequency, so q·k depends on the distance alone, as long as q and k share a
+layout. Mixing them up leaves norms and shapes right and the selection wrong: DeepSeek's code did so until 2025-11-17.
+
+Source: DeepSeek-V3.2-Exp inference/model.py (corrected); YaRN, arXiv 2309.00071, section 3.2.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from .contracts import check_rope
+
+
+def rope_frequencies(config, device=None) -> torch.Tensor:
+    """Radians per token of each of the R/2 pairs, fp32 [R/2]: theta^(-2i/R), stretched by YaRN where it is on.
+
+    YaRN divides the slow pairs (fewer than beta_slow turns in the original context) by rope_factor, leaves the fast
+    ones (more than beta_fast turns) alone and blends linearly in between.
+    """
+    R = config.qk_rope_head_dim
+    freqs = 1.0 / config.rope_theta ** (torch.arange(0, R, 2, dtype=torch.float32, device=device) / R)
+    if not config.yarn:
+        return freqs
+
+    def pair_with(turns):  # the (fractional) pair that makes this many turns in the original context
+        return R * math.log(config.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(pair_with(config.beta_fast)), 0)
+    high = min(math.ceil(pair_with(config.beta_slow)), R - 1)
+    pairs = torch.arange(R // 2, dtype=torch.float32, device=device)
+    stretched = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
+    return freqs / config.rope_factor * stretched + freqs * (1 - stretched)
+
+
+def rope_loops(x, positions, freqs, layout):
+    """RoPE as loops, in float64. x [T, heads, D] array, positions [T], freqs [R/2] -> array like x.
+
+    Pair i of the first R dims is turned by positions[t] · freqs[i]; dims from R on pass through.
+    """
+    x, out = np.asarray(x, dtype=np.float64), np.array(x, dtype=np.float64)
+    half = len(freqs)
+    for t in range(x.shape[0]):
+        for h in range(x.shape[1]):
+            for i in range(half):
+                a, b = (2 * i, 2 * i + 1) if layout == "interleaved" else (i, i + half)
+                angle = float(positions[t]) * float(freqs[i])
+                out[t, h, a] = x[t, h, a] * math.cos(angle) - x[t, h, b] * math.sin(angle)
+                out[t, h, b] = x[t, h, b] * math.cos(angle) + x[t, h, a] * math.sin(angle)
+    return out
+
+
+def rope(x, positions, freqs, layout):
+    """Turn the first R = 2 · len(freqs) dims of x by its position. Differentiable.
+
+    x: [T, D] or [T, heads, D], any float dtype; positions: int32 or int64 [T]; freqs: fp32 [R/2], radians per token;
+    layout: "interleaved" or "half". Returns a tensor like x; angles and products in fp32, rounded to x.dtype once.
+
+    Raises: ValueError for wrong shapes, devices or layout, TypeError for wrong dtypes.
+    """
+    check_rope(x, positions, freqs, layout)
+    R = 2 * freqs.shape[0]
+    cos, sin = rope_tables(positions, freqs)
+    if x.dim() == 3:
+        cos, sin = cos[:, None], sin[:, None]
+    turning = x[..., :R].to(torch.promote_types(x.dtype, torch.float32))
+    if layout == "interleaved":
+        a, b = turning[..., 0::2], turning[..., 1::2]
+    else:
+        a, b = turning.chunk(2, dim=-1)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    turned = torch.stack((a, b), dim=-1).flatten(-2) if layout == "interleaved" else torch.cat((a, b), dim=-1)
+    return torch.cat((turned.to(x.dtype), x[..., R:]), dim=-1)
+
+
+def rope_tables(positions, freqs):
+    """cos and sin of every angle, fp32 [T, R/2] each. The angle itself is rounded to fp32, as V3.2 does."""
+    angles = positions.to(torch.float32)[:, None] * freqs
+    return angles.cos(), angles.sin()

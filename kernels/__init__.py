@@ -1,0 +1,25 @@
+"""The steps of DSA as Triton kernels: the functions of `dsa_ref`, same names, signatures and contracts, only faster.
+
+Compiled on a GPU of compute capability 8.0 or newer, interpreted on a CPU; `mode()` says which.
+"""
+
+from .runtime import mode  # first: it decides how triton is imported
+
+# isort: split
+from .index_scores import index_scores
+from .lightning_select import lightning_select
+from .rotate_quantize import hadamard, quantize, rope, rotate_quantize
+from .select_topk import select_topk
+from .sparse_attention import sparse_attention
+
+__all__ = [
+    "hadamard",
+    "index_scores",
+    "lightning_select",
+    "mode",
+    "quantize",
+    "rope",
+    "rotate_quantize",
+    "select_topk",
+    "sparse_attention",
+]

@@ -1,0 +1,110 @@
+"""Equation 1 on tensor cores: every query head against every visible key, relu, weight, sum over heads.
+
+Schedule: one program owns BQ queries and walks over a chunk of the keys in tiles of BK. Keys lie on the *rows* of the
+product, (query, head) pairs on its columns: [BK, Di] x [Di, BQ · Hi]. So the sum over heads stays inside a thread's own
+registers; with heads on the rows it would cross warps. The queries stay put, key tiles stream through three stages.
+
+Cost at V3.2's sizes: 16,384 FLOPs a pair. A key tile of 64 · 128 bytes serves 4 queries, so it does 512 FLOPs a byte
+out of L2; the scores, 4 bytes a pair, are the only real traffic to memory. Tiles that no row may see are only filled
+with -inf.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dsa_ref.contracts import check_index_scores
+
+from .runtime import FLOATS, INTERPRETED, check_runnable, dot_dtype, multiprocessors
+
+
+@triton.jit
+def _fill(out_ptr, t, first, last, T, S, BQ: tl.constexpr, BK: tl.constexpr):
+    """Write -inf for the keys [first, last) of the queries t."""
+    for s0 in range(first, last, BK):
+        s = s0 + tl.arange(0, BK)
+        nothing = tl.full([BK, BQ], float("-inf"), tl.float32)
+        tl.store(out_ptr + t[None, :] * S + s[:, None], nothing, (t < T)[None, :] & (s < last)[:, None])
+
+
+@triton.jit
+def _index_scores(
+    q_ptr, k_ptr, w_ptr, k_scale_ptr, start_ptr, end_ptr, out_ptr, T, S, Hi, Di, chunk,
+    HP: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    DOT: tl.constexpr, SCALED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64) * BQ + tl.arange(0, BQ)
+    d = tl.arange(0, DP)
+    start = tl.load(start_ptr + t, t < T, S)
+    end = tl.load(end_ptr + t, t < T, 0)
+
+    # This program's share of the keys, and in it the tiles that some row can see.
+    chunk_first = tl.program_id(1) * chunk
+    chunk_last = tl.minimum(chunk_first + chunk, S)
+    first = tl.maximum(tl.min(start, 0) // BK * BK, chunk_first)
+    last = tl.maximum(tl.minimum(tl.max(end, 0), chunk_last), first)
+    _fill(out_ptr, t, chunk_first, tl.minimum(first, chunk_last), T, S, BQ, BK)
+
+    column = tl.arange(0, BQ * HP)  # (query, head) pairs
+    h = column % HP
+    row = tl.program_id(0).to(tl.int64) * BQ + column // HP
+    real = (row < T) & (h < Hi)
+    q = tl.load(q_ptr + (row * Hi + h)[:, None] * Di + d[None, :], real[:, None] & (d < Di)[None, :], 0.0).to(DOT)
+    w = tl.load(w_ptr + row * Hi + h, real, 0.0).to(tl.float32)
+    q = tl.trans(q)
+    for s0 in tl.range(first, last, BK, num_stages=STAGES):
+        s = s0 + tl.arange(0, BK)
+        k = tl.load(k_ptr + s[:, None].to(tl.int64) * Di + d[None, :], (s < S)[:, None] & (d < Di)[None, :], 0.0)
+        dots = tl.dot(k.to(DOT), q, input_precision="ieee")
+        weighted = tl.maximum(dots, 0.0) * w[None, :]
+        scores = tl.sum(tl.reshape(weighted, [BK, BQ, HP]), axis=2)
+        if SCALED:
+            scores = scores * tl.load(k_scale_ptr + s, s < S, 0.0).to(tl.float32)[:, None]
+        seen = (s[:, None] >= start[None, :]) & (s[:, None] < end[None, :])
+        inside = (t < T)[None, :] & (s < chunk_last)[:, None]
+        tl.store(out_ptr + t[None, :] * S + s[:, None], tl.where(seen, scores, float("-inf")), inside)
+    covered = tl.minimum(first + tl.cdiv(last - first, BK) * BK, chunk_last)
+    _fill(out_ptr, t, covered, chunk_last, T, S, BQ, BK)
+
+
+def index_scores(q_idx, k_idx, w, k_scale=None, start=None, end=None):
+    """`dsa_ref.index_scores` on tensor cores: fp32 [T, S], -inf where a row may not look. No gradient.
+
+    FP8 inputs are multiplied as FP8 where the GPU can (compute capability 8.9), else as bf16, which holds them exactly;
+    bf16 and fp16 as they are; fp32 without TF32. Raises as the reference does (fp64 is a TypeError here), and as
+    `runtime.check_runnable` does.
+    """
+    T, S, start, end = check_index_scores(q_idx, k_idx, w, k_scale, start, end, FLOATS)
+    check_runnable(q_idx=q_idx, k_idx=k_idx, w=w, k_scale=k_scale)
+    return launch(q_idx, k_idx, w, k_scale, start, end)
+
+
+def launch(q_idx, k_idx, w, k_scale, start, end):
+    """Pick tiles and run the kernel on checked arguments."""
+    (T, Hi, Di), S = q_idx.shape, k_idx.shape[0]
+    out = torch.empty(T, S, dtype=torch.float32, device=q_idx.device)
+    if T == 0:
+        return out
+    HP, DP = triton.next_power_of_2(Hi), max(32, triton.next_power_of_2(Di))
+    wide = q_idx.dtype == torch.float32
+    BQ = max(1, (1024 if INTERPRETED else 64 if wide else 256) // HP)
+    BQ = max(min(BQ, triton.next_power_of_2(T)), triton.cdiv(16, HP))  # tensor cores want 16 columns
+    BK = max(16, min(512, triton.next_power_of_2(S))) if INTERPRETED else 32 if wide else 64
+    # Enough programs for a few waves, but chunks long enough to pay for loading the queries.
+    chunks = max(1, min(triton.cdiv(S, 8 * BK), 8 * multiprocessors(q_idx) // triton.cdiv(T, BQ)))
+    chunk = triton.cdiv(triton.cdiv(S, chunks), BK) * BK
+    _index_scores[(triton.cdiv(T, BQ), triton.cdiv(S, chunk))](
+        q_idx.contiguous(), k_idx.contiguous(), w.contiguous(),
+        w if k_scale is None else k_scale.contiguous(), start.contiguous(), end.contiguous(), out, T, S, Hi, Di, chunk,
+        HP=HP, DP=DP, BQ=BQ, BK=BK, DOT=getattr(tl, TRITON_NAMES[dot_dtype(q_idx)]), SCALED=k_scale is not None,
+        STAGES=3, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+TRITON_NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float8_e4m3fn: "float8e4nv",
+}

@@ -1,0 +1,153 @@
+"""RoPE, Hadamard rotation and FP8 quantisation of the indexer's vectors in one pass, and each of the three alone.
+
+Schedule: one program takes BLOCK vectors of D numbers, reads each once (its RoPE partner comes from cache), keeps it in
+registers through all steps and writes D bytes and one scale. For V3.2's q of T tokens that moves T · 64 · (256 + 132)
+bytes instead of T · 64 · (256 · 5 + 132) in three kernels; the arithmetic is negligible.
+
+Bit for bit the reference: each step is rounded to the input's dtype, no multiplication is fused with an addition, the
+butterflies go in the same order, and e4m3 is rounded in integers, so that a card without FP8 and the interpreter (whose
+cast loses the mantissa's carry) give the same bytes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dsa_ref.contracts import check_rope, check_vectors, values_readable
+
+from .rounding import round_to
+from .runtime import FLOATS, INTERPRETED, check_runnable
+
+NO_FUSION = {"enable_fp_fusion": False, "num_warps": 4}
+
+
+@triton.jit
+def _turn(x_ptr, cos_ptr, sin_ptr, row, d, mask, heads, D, R: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Rows of x after RoPE on the first R dims, fp32, not yet rounded."""
+    if INTERLEAVED:
+        pair, first, partner = d // 2, d % 2 == 0, d ^ 1
+    else:
+        pair, first = d % (R // 2), d < R // 2
+        partner = tl.where(first, d + R // 2, d - R // 2)
+    turning = mask & (d < R)[None, :]
+    x = tl.load(x_ptr + row[:, None] * D + d[None, :], mask, 0.0).to(tl.float32)
+    other = tl.load(x_ptr + row[:, None] * D + partner[None, :], turning, 0.0).to(tl.float32)
+    table = (row // heads)[:, None] * (R // 2) + pair[None, :]
+    cos, sin = tl.load(cos_ptr + table, turning, 1.0), tl.load(sin_ptr + table, turning, 0.0)
+    return tl.where(turning, tl.where(first[None, :], x * cos - other * sin, x * cos + other * sin), x)
+
+
+@triton.jit
+def _rotate(x, D: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    """The Walsh-Hadamard butterflies on [BLOCK, D]: at distance 1, 2, 4, ... (a, b) -> (a + b, a - b)."""
+    for i in tl.static_range(STEPS):
+        pairs = tl.permute(tl.reshape(x, [BLOCK, D // (2 << i), 2, 1 << i]), (0, 1, 3, 2))
+        a, b = tl.split(pairs)
+        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), [BLOCK, D])
+    return x * (D**-0.5)
+
+
+@triton.jit
+def _e4m3_bytes(x):
+    """fp32 in [-448, 448] to e4m3 bit patterns, round to nearest even, in integers."""
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # Normal numbers (from 2^-6 on): drop 20 of 23 mantissa bits, round half to even; a carry grows the exponent.
+    rounded = magnitude + 0x7FFFF + ((magnitude >> 20) & 1)
+    normal = (rounded >> 20) - ((127 - 7) << 3)
+    # Below that, multiples of 2^-9: adding 2^14 leaves fp32 just that resolution, so the adder rounds.
+    subnormal = (((tl.abs(x) + 16384.0) - 16384.0) * 512.0).to(tl.int32)
+    return tl.where(magnitude < 0x3C800000, subnormal, normal) | ((bits >> 24) & 0x80)
+
+
+@triton.jit
+def _quantize(x):
+    """fp32 [BLOCK, D] to (e4m3 bit patterns, power-of-two scale [BLOCK]). NaN or infinity gives a non-finite scale."""
+    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)  # bit patterns of floats >= 0 are ordered
+    amax = tl.maximum(largest, 0x38D1B717).to(tl.float32, bitcast=True)  # 1e-4
+    bits = tl.div_rn(amax, 448.0).to(tl.int32, bitcast=True)
+    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
+    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    scaled = tl.div_rn(x, scale[:, None] + tl.zeros_like(x))
+    return _e4m3_bytes(tl.minimum(tl.maximum(scaled, -448.0), 448.0)), scale
+
+
+@triton.jit
+def _fused(
+    x_ptr, cos_ptr, sin_ptr, out_ptr, scale_ptr, rows, heads, D,
+    R: tl.constexpr, INTERLEAVED: tl.constexpr, STEPS: tl.constexpr, QUANTIZE: tl.constexpr,
+    DP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, DP)
+    mask = (row < rows)[:, None] & (d < D)[None, :]
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    if R > 0:
+        x = _turn(x_ptr, cos_ptr, sin_ptr, row, d, mask, heads, D, R, INTERLEAVED)
+        x = round_to(x, dtype).to(tl.float32)
+    else:
+        x = tl.load(x_ptr + row[:, None] * D + d[None, :], mask, 0.0).to(tl.float32)
+    if STEPS > 0:
+        x = round_to(_rotate(x, DP, STEPS, BLOCK), dtype).to(tl.float32)
+    if QUANTIZE:
+        x, scale = _quantize(x)
+        tl.store(scale_ptr + row, scale, row < rows)
+        tl.store(out_ptr + row[:, None] * D + d[None, :], x.to(tl.uint8), mask)
+    else:
+        tl.store(out_ptr + row[:, None] * D + d[None, :], x.to(dtype), mask)
+
+
+def _launch(x, positions=None, freqs=None, layout="half", rotate=False, quantized=False):
+    """Run the chosen steps over all vectors of x; returns out like x, or (x8, scale)."""
+    D = x.shape[-1]
+    x = x.contiguous()
+    rows = x.numel() // D
+    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if quantized else x
+    out = torch.empty(x.shape, dtype=torch.uint8 if quantized else x.dtype, device=x.device)
+    cos = sin = x
+    if freqs is not None:
+        angles = positions.to(torch.float32)[:, None] * freqs
+        cos, sin = angles.cos(), angles.sin()
+    DP = triton.next_power_of_2(D)
+    block = triton.next_power_of_2(max(1, (65536 if INTERPRETED else 2048) // DP))
+    block = min(block, triton.next_power_of_2(rows)) if INTERPRETED else block
+    if rows:
+        _fused[(triton.cdiv(rows, block),)](
+            x, cos, sin, out, scale, rows, rows // x.shape[0], D,
+            R=0 if freqs is None else 2 * freqs.shape[0], INTERLEAVED=layout == "interleaved",
+            STEPS=D.bit_length() - 1 if rotate else 0, QUANTIZE=quantized, DP=DP, BLOCK=block, **NO_FUSION,
+        )  # fmt: skip
+    if not quantized:
+        return out
+    if values_readable(scale) and not torch.isfinite(scale).all():
+        raise ValueError("x must be finite, got NaN or infinity")
+    return out.view(torch.float8_e4m3fn), scale
+
+
+def rope(x, positions, freqs, layout):
+    """`dsa_ref.rope` in one pass. No gradient. Raises as there, and as `runtime.check_runnable` does."""
+    check_rope(x, positions, freqs, layout, FLOATS)
+    check_runnable(x=x)
+    return _launch(x, positions, freqs, layout)
+
+
+def hadamard(x):
+    """`dsa_ref.hadamard` in one pass. No gradient. Raises as there, and as `runtime.check_runnable` does."""
+    check_vectors(x, FLOATS, power_of_two=True)
+    check_runnable(x=x)
+    return _launch(x, rotate=True)
+
+
+def quantize(x):
+    """`dsa_ref.quantize` in one pass, bit for bit. Raises as there, and as `runtime.check_runnable` does."""
+    check_vectors(x, FLOATS)
+    check_runnable(x=x)
+    return _launch(x, quantized=True)
+
+
+def rotate_quantize(x, positions, freqs):
+    """`dsa_ref.rotate_quantize` in one pass. Raises as there, and as `runtime.check_runnable` does."""
+    check_rope(x, positions, freqs, floats=FLOATS)
+    check_vectors(x, FLOATS, power_of_two=True)
+    check_runnable(x=x)
+    return _launch(x, positions, freqs, rotate=True, quantized=True)

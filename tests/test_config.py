@@ -1,0 +1,52 @@
+"""The presets, what follows from them, and what a configuration refuses."""
+
+import dataclasses
+import math
+
+import pytest
+
+from dsa_ref import TINY, V32, DSAConfig
+
+
+def test_v32_is_the_default():
+    """The figures of the published configuration, and the widths that follow: 576 a latent row, 192^-0.5 · m²."""
+    assert V32 == DSAConfig()
+    assert (V32.n_heads, V32.index_n_heads, V32.index_head_dim, V32.index_topk) == (128, 64, 128, 2048)
+    assert V32.latent_dim == 576 and V32.yarn
+    assert V32.softmax_scale == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2, rel=1e-12)
+
+
+def test_yarn_only_beyond_the_original_length():
+    assert not dataclasses.replace(V32, max_seq_len=4096).yarn
+    assert dataclasses.replace(V32, max_seq_len=4096).softmax_scale == pytest.approx(192**-0.5, rel=1e-12)
+    assert dataclasses.replace(V32, max_seq_len=4097).yarn
+    assert not TINY.yarn and TINY.softmax_scale == pytest.approx(24**-0.5, rel=1e-12)
+
+
+def test_mscale_counts():
+    assert dataclasses.replace(V32, mscale=0.0).softmax_scale == pytest.approx(192**-0.5, rel=1e-12)
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        V32.index_topk = 1
+
+
+INTS = [field.name for field in dataclasses.fields(DSAConfig) if field.type in (int, "int")]
+
+
+def test_the_list_of_int_fields_is_not_empty():
+    assert {"dim", "n_heads", "index_topk", "max_seq_len"} <= set(INTS)
+
+
+@pytest.mark.parametrize("name", INTS)
+@pytest.mark.parametrize("value, error", [(0, ValueError), (-8, ValueError), (2.0, TypeError), (True, TypeError)])
+def test_sizes(name, value, error):
+    with pytest.raises(error, match=name):
+        dataclasses.replace(TINY, **{name: value})
+
+
+@pytest.mark.parametrize("name, value", [("qk_rope_head_dim", 7), ("index_head_dim", 24), ("index_head_dim", 4)])
+def test_widths(name, value):
+    with pytest.raises(ValueError, match=name):
+        dataclasses.replace(TINY, **{name: value})
