@@ -20,7 +20,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 lab: $(INSTALLED)  ## open JupyterLab on the first notebook (LAB_ARGS="--no-browser" and the like are passed on)
-	$(VENV_PYTHON) -m jupyterlab $(LAB_ARGS) notebooks/00_start_here.ipynb
+	$(VENV_PYTHON) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(LAB_ARGS)
 
 # One thread a process: two processes run at once, and sums come out the same on every machine.
 test course: export OMP_NUM_THREADS := 1

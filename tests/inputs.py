@@ -81,7 +81,9 @@ def best(scores, k, start=None, end=None):
     default_start, default_end = causal(T, S)
     start = (default_start if start is None else start).tolist()
     end = (default_end if end is None else end).tolist()
-    chosen = (a + np.argsort(-scores[t, a:b], kind="stable")[:k] for t, (a, b) in enumerate(zip(start, end)))
+    chosen = (
+        a + np.argsort(-scores[t, a:b], kind="stable")[:k] for t, (a, b) in enumerate(zip(start, end, strict=True))
+    )
     return [sorted(row.tolist()) for row in chosen]
 
 
@@ -107,7 +109,7 @@ def random_indices(T, S, k, seed=0, device="cpu"):
 
 
 def assert_close(got, wanted, tolerance):
-    """|got - wanted| <= tolerance · max(1, largest finite |wanted|) everywhere; infinities must match, NaN never does."""
+    """|got - wanted| <= tolerance · max(1, largest finite |wanted|) everywhere; infinities match, NaN never does."""
     got, wanted = (torch.as_tensor(x).detach().cpu().double() for x in (got, wanted))
     finite = wanted[wanted.isfinite()].abs()
     scale = max(1.0, float(finite.max())) if finite.numel() else 1.0

@@ -7,6 +7,9 @@ import torch
 
 import dsa_ref
 
+if importlib.util.find_spec("triton"):
+    import kernels  # before any test can import triton (transformers does): kernels decides whether it interprets
+
 NAMES = ("loops", "reference", "kernels")
 
 
@@ -15,10 +18,7 @@ class NoTriton(Exception):
 
 
 def has_triton():
-    try:
-        return importlib.util.find_spec("triton") is not None
-    except ValueError:  # someone put None in its place
-        return False
+    return importlib.util.find_spec("triton") is not None
 
 
 def load(name):
@@ -26,8 +26,6 @@ def load(name):
     if name == "kernels":
         if not has_triton():
             raise NoTriton
-        import kernels  # never triton first: this decides whether it interprets
-
         return kernels
     return {"loops": LOOPS, "reference": dsa_ref}[name]
 

@@ -21,7 +21,7 @@ def written_out(q, kv, scale, v_dim, *ranges):
 
 
 def check(got, wanted, tolerance=2e-6):
-    for a, b in zip(got, wanted):
+    for a, b in zip(got, wanted, strict=True):
         assert_close(a, b, tolerance)
 
 

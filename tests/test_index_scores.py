@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from inputs import E4M3, assert_close, causal, exact_scores, index_inputs, normal, packed, ragged, small_integers, strided
+from inputs import (
+    E4M3,
+    assert_close,
+    causal,
+    exact_scores,
+    index_inputs,
+    normal,
+    packed,
+    ragged,
+    small_integers,
+    strided,
+)
 
 import dsa_ref
 
@@ -97,7 +108,9 @@ def test_share_of_zeros(ops, device, Hi):
 def test_weights_change_the_ranking_from_two_heads_on(ops, device):
     for Hi, changes in ((1, False), (2, True)):
         q_idx, k_idx, w, _ = index_inputs(normal, 1, 40, Hi, 32, device=device)
-        orders = [ops.index_scores(q_idx, k_idx, v).argsort(stable=True).tolist() for v in (w.abs(), torch.ones_like(w))]
+        orders = [
+            ops.index_scores(q_idx, k_idx, v).argsort(stable=True).tolist() for v in (w.abs(), torch.ones_like(w))
+        ]
         assert (orders[0] != orders[1]) == changes
 
 
@@ -125,7 +138,7 @@ def test_gradient(small_blocks):
 
 @pytest.mark.gpu
 def test_at_v32s_sizes(device):
-    """64 heads of 128 in FP8, 64 queries at the end of 70,000 keys, and offsets past 2^31 would show in the last row."""
+    """64 heads of 128 in FP8, 64 queries at the end of 70,000 keys; sums stay below 2^24, so exact."""
     import kernels
 
     inputs = index_inputs(small_integers, 64, 70_000, 64, 128, dtype=E4M3, device=device)

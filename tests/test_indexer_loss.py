@@ -13,7 +13,13 @@ SCALE = 0.3
 def inputs(T, S, seed=0, device="cpu"):
     """q_idx, k_idx, w, q, kv: 3 index heads of 8, 2 heads of 12."""
     q_idx, k_idx, w, _ = index_inputs(normal, T, S, 3, 8, seed=seed, device=device)
-    return q_idx, k_idx, w * 0.3, normal(T, 2, 12, seed=seed + 5, device=device), normal(S, 12, seed=seed + 6, device=device)
+    return (
+        q_idx,
+        k_idx,
+        w * 0.3,
+        normal(T, 2, 12, seed=seed + 5, device=device),
+        normal(S, 12, seed=seed + 6, device=device),
+    )
 
 
 def support(T, S, indices=None, start=None, end=None):
@@ -59,7 +65,9 @@ def test_ranges(ops, device, small_blocks, T, S, sparse):
     kept = support(T, S, indices, start, end).any(dim=1)
     rows = [x[kept] for x in (args[0], args[2], args[3])]
     picked = None if indices is None else indices[kept]
-    assert_close(ops.indexer_loss(rows[0], args[1], *rows[1:], args[4], SCALE, picked, start[kept], end[kept]), loss, 1e-6)
+    assert_close(
+        ops.indexer_loss(rows[0], args[1], *rows[1:], args[4], SCALE, picked, start[kept], end[kept]), loss, 1e-6
+    )
 
 
 def test_packed_is_the_mean_over_rows(ops, device):

@@ -13,7 +13,7 @@ from inputs import assert_close, best, normal, packed, selected
 import dsa_ref
 from dsa_ref import TINY, DSALayer, LayerCache, index_scores, indexer_loss
 
-T = 37
+T = 20  # the interpreter needs some 20 ms a token and step
 RUNGS = pytest.mark.rungs("reference", "kernels")
 FP8 = pytest.mark.parametrize("fp8", (True, False))
 
@@ -45,7 +45,7 @@ def run(layer, x, positions, **options):
 
 def assert_same(got, wanted):
     """Selections agree in every row (fp64) or all but 5 % (fp32), and outputs wherever selections do."""
-    same = torch.tensor([a == b for a, b in zip(got[1], wanted[1])])
+    same = torch.tensor([a == b for a, b in zip(got[1], wanted[1], strict=True)])
     exact = wanted[0].dtype == torch.float64
     assert same.all() if exact else same.float().mean() >= 0.95
     assert_close(got[0].cpu()[same], wanted[0].cpu()[same], 1e-6 if exact else 1e-5)
@@ -64,7 +64,7 @@ def in_chunks(layer, x, positions, size):
 @pytest.mark.parametrize("size", (1, 7, T))
 def test_decode_and_chunks_equal_prefill(ops, device, fp8, size):
     layer = make_layer(ops, device, fp8)
-    x, positions = tokens(layer, T if size > 1 else 20)
+    x, positions = tokens(layer)
     assert_same(in_chunks(layer, x, positions, size), run(layer, x, positions))
 
 
@@ -77,7 +77,7 @@ def test_mqa_equals_mha(ops, device, fp8, seed):
     x, positions = tokens(layer, seed=seed)
     sparse, mha = run(layer, x, positions), run(layer, x, positions, attention="mha")
     assert_same(mha, sparse)
-    assert_close(mha[2]["lse"][sparse[2]["lse"].isfinite()], sparse[2]["lse"], 1e-5)
+    assert_close(mha[2]["lse"], sparse[2]["lse"], 1e-5)
 
 
 @RUNGS
@@ -100,10 +100,10 @@ def test_causality(ops, device, fp8, attention):
     layer = make_layer(ops, device, fp8)
     x, positions = tokens(layer)
     before = layer(x, positions, attention=attention)
-    x[20:] = -3 * x[20:] + 1
+    x[12:] = -3 * x[12:] + 1
     after = layer(x, positions, attention=attention)
-    assert torch.equal(before[:20], after[:20])
-    assert (before[20:] != after[20:]).any(dim=1).all()
+    assert torch.equal(before[:12], after[:12])
+    assert (before[12:] != after[12:]).any(dim=1).all()
 
 
 @RUNGS
@@ -112,10 +112,10 @@ def test_causality(ops, device, fp8, attention):
 def test_packed_equals_separate(ops, device, fp8, attention):
     layer = make_layer(ops, device, fp8)
     x, _ = tokens(layer)
-    lengths = (5, 1, 13, 18)
+    lengths = (5, 1, 14)
     start, _, positions = packed(*lengths, device=device)
     whole = run(layer, x, positions, attention=attention)
-    for first, length in zip((0, 5, 6, 19), lengths):
+    for first, length in zip((0, 5, 6), lengths, strict=True):
         rows = slice(first, first + length)
         alone = run(layer, x[rows], positions[rows], attention=attention)
         moved = [row if row is None else [s + first for s in row] for row in alone[1]]
@@ -164,23 +164,21 @@ def test_recorded_step(ops, device, fp8):
 def test_one_token_and_none(ops, device, fp8):
     layer = make_layer(ops, device, fp8)
     x, positions = tokens(layer)
-    assert_close(layer(x[:1], positions[:1]), layer(x, positions)[:1], 1e-5)
-    assert layer(x[:0], positions[:0]).shape == (0, TINY.dim)
+    cache = LayerCache(layer.config, 1, x.dtype, device)
+    assert_close(layer(x[:1], positions[:1], cache), layer(x, positions)[:1], 1e-5)
+    assert layer(x[:0], positions[:0], cache).shape == (0, TINY.dim)
 
 
-def test_rotation_and_fp8_cost_little(device):
-    """FP8 moves a few keys across the threshold; a wrong scale or rotation on one side would move most of them."""
-    x, positions = tokens(make_layer(dsa_ref, device), 100)
-    sets = [run(make_layer(dsa_ref, device, fp8, index_topk=16), x, positions)[1] for fp8 in (True, False)]
-    changed = sum(len(set(a) - set(b)) for a, b in zip(*sets)) / sum(map(len, sets[0]))
-    assert 0 < changed < 0.08
-
-
-def test_bf16(device):
-    layer = make_layer(dsa_ref, device)
+@pytest.mark.parametrize("attention", ("sparse", "mha", "dense"))
+def test_narrow_dtype(device, attention):
+    """bf16 weights give a bf16 answer near the fp32 one, and RoPE's frequencies keep their precision meanwhile."""
+    layer = make_layer(dsa_ref, device, index_topk=T).float()
     x, positions = tokens(layer)
-    y = layer.bfloat16()(x.bfloat16(), positions)
-    assert y.dtype == torch.bfloat16 and y.isfinite().all()
+    wanted, freqs = layer(x, positions, attention=attention), layer.freqs.clone()
+    y = layer.bfloat16()(x.bfloat16(), positions, attention=attention)
+    assert y.dtype == torch.bfloat16
+    assert (y - wanted).norm() < 0.03 * wanted.norm()
+    assert torch.equal(layer.float().freqs, freqs)
 
 
 def test_losses_stay_in_their_halves(device):

@@ -43,7 +43,7 @@ def test_random_numbers(ops, device):
     q_idx, k_idx, w, k_scale = index_inputs(normal, 37, 90, 16, 32, dtype=E4M3, device=device)
     got = selected(ops.lightning_select(q_idx, k_idx, w, 16, k_scale))
     wanted = best(exact_scores(q_idx, k_idx, w, k_scale), 16)
-    missed = [len(set(a) ^ set(b)) // 2 for a, b in zip(wanted, got)]
+    missed = [len(set(a) ^ set(b)) // 2 for a, b in zip(wanted, got, strict=True)]
     assert max(missed) <= 1 and sum(missed) <= 2
 
 

@@ -59,7 +59,9 @@ def test_rounding_of_every_bf16_value(ops, device, poisoned):
     for x in (values, -values):
         x8, scale = ops.quantize(torch.stack((x, torch.full_like(x, 448)), dim=1))
         assert (scale == 1).all()
-        wanted = nearest_code(values.cpu().double().numpy()) | (codes(torch.tensor([-0.0]).to(E4M3)) * (x is not values))
+        wanted = nearest_code(values.cpu().double().numpy()) | (
+            codes(torch.tensor([-0.0]).to(E4M3)) * (x is not values)
+        )
         assert (codes(x8)[:, 0] == wanted).all() and (codes(x8)[:, 1] == 0x7E).all()
 
 
@@ -76,7 +78,7 @@ def test_rounding_beside_every_midpoint(ops, device):
 def test_same_bytes_as_the_reference(ops, device, poisoned, shape, dtype):
     """Vectors of very different sizes side by side: no scale may leak into the next row."""
     x = normal(*shape, device=device) * torch.exp2(8 * normal(*shape[:-1], 1, seed=1, device=device).clamp(-1.5, 1.5))
-    for got, wanted in zip(ops.quantize(x.to(dtype)), dsa_ref.quantize(x.to(dtype))):
+    for got, wanted in zip(ops.quantize(x.to(dtype)), dsa_ref.quantize(x.to(dtype)), strict=True):
         assert_same_bits(got, wanted)
 
 
@@ -96,7 +98,7 @@ def test_zeros(ops, device):
 
 def test_strided_input(ops, device):
     x = normal(5, 3, 32, device=device)
-    for got, wanted in zip(ops.quantize(strided(x)), ops.quantize(x)):
+    for got, wanted in zip(ops.quantize(strided(x)), ops.quantize(x), strict=True):
         assert_same_bits(got, wanted)
 
 

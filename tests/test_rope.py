@@ -1,4 +1,4 @@
-"""RoPE is a rotation of pairs by position · frequency: checked against complex multiplication, and by what it is for."""
+"""RoPE turns pairs by position · frequency: checked against complex multiplication, and by what it is for."""
 
 import math
 
@@ -112,7 +112,7 @@ def test_frequencies_without_yarn():
 
 
 def test_frequencies_with_yarn():
-    """Pair i turns 4096 · f / 2π times in the original context: over 32 turns it stays, under 1 it is stretched 40-fold."""
+    """Pairs that turn 32 times in the original context stay as they are, those that turn once are slowed 40-fold."""
     plain = [10000.0 ** (-2 * i / 64) for i in range(32)]
     turns = [4096 * f / (2 * math.pi) for f in plain]
     kept = max(i for i in range(32) if turns[i] >= 32)

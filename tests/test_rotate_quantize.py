@@ -24,7 +24,7 @@ def inputs(shape, dtype, device, R=16):
 def test_bit_for_bit_the_three_steps(ops, device, poisoned, shape, dtype):
     x, positions, freqs = inputs(shape, dtype, device)
     wanted = dsa_ref.quantize(dsa_ref.hadamard(dsa_ref.rope(x, positions, freqs, "half")))
-    for got, bits in zip(ops.rotate_quantize(x, positions, freqs), wanted):
+    for got, bits in zip(ops.rotate_quantize(x, positions, freqs), wanted, strict=True):
         assert_same_bits(got, bits)
 
 
@@ -48,5 +48,5 @@ def test_rope_may_cover_the_whole_vector(ops, device):
 def test_strided_input(ops, device):
     x, positions, freqs = inputs((5, 3, 32), torch.float32, device)
     wanted = ops.rotate_quantize(x, positions, freqs)
-    for got, bits in zip(ops.rotate_quantize(strided(x), strided(positions), strided(freqs)), wanted):
+    for got, bits in zip(ops.rotate_quantize(strided(x), strided(positions), strided(freqs)), wanted, strict=True):
         assert_same_bits(got, bits)

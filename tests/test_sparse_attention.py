@@ -17,7 +17,10 @@ SHAPES = [
 
 
 def inputs(T, S, H, D, k, seed=0, dtype=torch.float32, device="cpu"):
-    q, kv = normal(T, H, D, seed=seed, dtype=dtype, device=device), normal(S, D, seed=seed + 1, dtype=dtype, device=device)
+    q, kv = (
+        normal(T, H, D, seed=seed, dtype=dtype, device=device),
+        normal(S, D, seed=seed + 1, dtype=dtype, device=device),
+    )
     return q, kv, random_indices(T, S, k, seed=seed, device=device)
 
 
@@ -77,14 +80,14 @@ def test_unselected_rows_are_never_read(ops, device):
     indices = torch.tensor([[3, -1, 5, -1, -1], [5, 6, 3, -1, -1], [-1] * 5], dtype=torch.int32, device=device)
     wanted = ops.sparse_attention(q, kv, indices, 0.2, 24)
     kv[[0, 1, 2, 4, 7, 8]] = torch.nan
-    for got, value in zip(ops.sparse_attention(q, kv, indices, 0.2, 24), wanted):
+    for got, value in zip(ops.sparse_attention(q, kv, indices, 0.2, 24), wanted, strict=True):
         assert_same_bits(got, value)
 
 
 def test_order_within_a_row_does_not_matter(ops, device):
     q, kv, indices = inputs(9, 64, 2, 40, 33, device=device)
     wanted = ops.sparse_attention(q, kv, indices, 0.2, 24)
-    for got, value in zip(ops.sparse_attention(q, kv, indices.flip(1), 0.2, 24), wanted):
+    for got, value in zip(ops.sparse_attention(q, kv, indices.flip(1), 0.2, 24), wanted, strict=True):
         assert_close(got, value, 1e-6)
 
 
@@ -108,14 +111,18 @@ def test_all_keys_is_dense_attention(ops, device):
     q, kv, _ = inputs(20, 30, 3, 40, 1, device=device)
     s = torch.arange(30, dtype=torch.int32, device=device)
     indices = torch.where(s[None] <= s[10:, None], s[None], -1)
-    for got, value in zip(ops.sparse_attention(q, kv, indices, 0.2, 24), dsa_ref.dense_attention(q, kv, 0.2, 24)):
+    for got, value in zip(
+        ops.sparse_attention(q, kv, indices, 0.2, 24), dsa_ref.dense_attention(q, kv, 0.2, 24), strict=True
+    ):
         assert_close(got, value, 2e-6)
 
 
 def test_strided_input(ops, device):
     q, kv, indices = inputs(9, 64, 2, 40, 33, device=device)
     wanted = ops.sparse_attention(q, kv, indices, 0.2, 24)
-    for got, value in zip(ops.sparse_attention(strided(q), strided(kv), strided(indices), 0.2, 24), wanted):
+    for got, value in zip(
+        ops.sparse_attention(strided(q), strided(kv), strided(indices), 0.2, 24), wanted, strict=True
+    ):
         assert_close(got, value, 1e-6)
 
 

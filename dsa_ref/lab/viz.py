@@ -6,6 +6,7 @@ colour has one meaning throughout, and every picture also works in grey, since s
 
 import base64
 import io
+import re
 
 import ipywidgets
 import numpy as np
@@ -20,7 +21,7 @@ COLOURS = {
     "query": "#c1440e",  # the position that asks
     "selected": "#0b5394",  # what the indexer keeps for it
     "visible": "#ffffff",  # what it may keep
-    "future": "#b0b0b0",  # what it may not
+    "future": "#949494",  # what it may not
     "attention": "#2e7d4f",  # what dense attention looks at
 }
 LINES = (  # one (colour, line, marker) a curve, in order: the indexer first, its controls in greys
@@ -31,8 +32,10 @@ LINES = (  # one (colour, line, marker) a curve, in order: the indexer first, it
     ("#999999", (0, (6, 2)), "v"),
     ("#000000", (0, (1, 1)), "x"),
 )
+FAINT = "#d0d0d0"  # marks that mean nothing: newlines
 DPI = 100
 TAB = 4  # cells
+MONO_ADVANCE = 0.602  # width of a DejaVu Sans Mono character, of its size
 
 
 def png(figure, alt) -> bytes:
@@ -58,7 +61,7 @@ def picture(figure, alt) -> Image:
 
 
 class LiveFigure(ipywidgets.VBox):
-    """A picture with controls under it: a moved control computes anew and draws anew. A PNG where no kernel runs.
+    """A picture with controls above it: a moved control computes anew and draws anew. A PNG where no kernel runs.
 
     name: str, for the repr. compute(**values) -> data; draw(data) -> matplotlib Figure. Kept apart so that a test can
     look at `.data` and never at pixels. alt: what the picture shows, a str or a function of data giving one.
@@ -79,7 +82,7 @@ class LiveFigure(ipywidgets.VBox):
             if control.has_trait("continuous_update"):
                 control.continuous_update = False  # once a move, not once a pixel
             control.observe(self._show, "value")
-        super().__init__([self._image, *controls.values()])
+        super().__init__([*controls.values(), self._image])
 
     def _refresh(self):
         data = self._compute(**{key: control.value for key, control in self._controls.items()})
@@ -107,7 +110,7 @@ def selection_over_text(text_bytes, position, selected, weights=None, columns=80
     """Source text as a grid, one cell a byte: the query's byte framed, the selected bytes shaded, the future in grey.
 
     text_bytes: bytes. position: the query's byte. selected: ints, bytes in [0, position], -1 ignored: a row of
-    `select_topk`. weights: one number >= 0 for each entry of selected; the shade grows with the root of weight / largest.
+    `select_topk`. weights: one number >= 0 for each entry of selected; the shade is the root of weight / largest.
     A newline ends a line and shows as ↵, a tab is four cells wide, a byte that is no printable ASCII is a middle dot.
     Longer lines wrap at `columns`. The numbers on the left are byte offsets. Some 700 bytes stay legible.
 
@@ -117,8 +120,11 @@ def selection_over_text(text_bytes, position, selected, weights=None, columns=80
     shades = _shades(text_bytes, position, selected, weights, columns)
     cells = _layout(text_bytes, columns)
     lines = cells[-1][1] + 1
-    inch_a_column, inch_a_line, left, bottom, top = 0.1, 0.2, 0.75, 0.5, 0.1
-    width, height = left + (columns + 1) * inch_a_column + 0.1, bottom + lines * inch_a_line + top
+    inch_a_column, inch_a_line, left, top = 0.1, 0.2, 0.45, 0.1
+    legend_columns, bottom = (4, 0.6) if columns >= 72 else (2, 0.8)
+    size = 72 * inch_a_column / MONO_ADVANCE  # so that a line of text falls into the cells by itself
+    font = {"family": "DejaVu Sans Mono", "size": size, "parse_math": False}
+    width, height = max(5.0, left + (columns + 1) * inch_a_column + 0.1), bottom + lines * inch_a_line + top
     figure = Figure(figsize=(width, height), facecolor=COLOURS["visible"])
     box = (left / width, bottom / height, (columns + 1) * inch_a_column / width, lines * inch_a_line / height)
     axes = figure.add_axes(box, xlim=(0, columns + 1), ylim=(lines, 0))
@@ -127,36 +133,33 @@ def selection_over_text(text_bytes, position, selected, weights=None, columns=80
     axes.set_yticks([y + 0.5 for y in first_of_line], labels=[str(i) for i in first_of_line.values()], fontsize=7)
     axes.tick_params(length=0, colors="#555555")
     axes.set_xticks([])
-    axes.set_ylabel("byte offset of the line's start", fontsize=8, color="#555555")
+    note = {"fontsize": 7, "color": "#555555", "va": "top"}
+    figure.text(0.1 / width, (bottom - 0.06) / height, "↑ byte offset of each line's start", **note)
     scale = LinearSegmentedColormap.from_list("selected", [COLOURS["visible"], COLOURS["selected"]])
+    layers = {}  # (line, ink) -> its characters, drawn in runs: one text object for each byte would take a second
     for i, ((x, y, w), byte) in enumerate(zip(cells, text_bytes, strict=True)):
-        ink, face = "black", None
+        glyph, ink = _glyph(byte), "black" if i <= position else COLOURS["future"]
         if i in shades:
-            face = scale(0.2 + 0.8 * shades[i])
-            axes.add_patch(Rectangle((x, y + 0.04), w, 0.92, facecolor=face, linewidth=0))
-            axes.plot([x + 0.1, x + w - 0.1], [y + 0.93] * 2, color="black", linewidth=1.4, solid_capstyle="butt")
-            ink = "white" if shades[i] > 0.45 else "black"
-        elif i > position:
-            ink = COLOURS["future"]
-        if i == position:
-            frame = Rectangle(
-                (x - 0.15, y), w + 0.3, 1, fill=False, edgecolor=COLOURS["query"], linewidth=2.4, zorder=4
-            )
-            axes.add_patch(frame)
-        glyph = _glyph(byte)
-        if glyph == "↵" and i not in shades and i != position:
-            ink = COLOURS["future"]
-        weight = "bold" if i == position else "normal"
-        style = {"family": "DejaVu Sans Mono", "size": 11, "ha": "center", "va": "center", "weight": weight}
-        axes.text(x + w / 2, y + 0.5, glyph, color=ink, parse_math=False, **style)
+            axes.add_patch(Rectangle((x, y), w, 0.96, facecolor=scale(0.2 + 0.8 * shades[i]), linewidth=0))
+            axes.hlines(y + 0.9, x + 0.1, x + w - 0.1, color="black", linewidth=1.4)
+            ink = "white" if shades[i] > 0.72 else "black"  # whichever has more contrast, at least 4.5 to 1
+        elif glyph == "↵":
+            ink = FAINT
+        layers.setdefault((y, ink), [" "] * (columns + 1))[x] = glyph
+    for (y, ink), line in layers.items():
+        for run in re.finditer(r"\S+( \S+)*", "".join(line)):
+            axes.text(run.start(), y + 0.72, run[0], color=ink, **font)
+    x, y, w = cells[position]
+    frame = {"fill": False, "edgecolor": COLOURS["query"], "linewidth": 2.0, "zorder": 4, "clip_on": False}
+    axes.add_patch(Rectangle((x - 0.1, y - 0.02), w + 0.2, 1, **frame))
     shown = "selected" if weights is None else "selected (darker: more weight)"
     legend = [
-        Patch(facecolor="none", edgecolor=COLOURS["query"], linewidth=2.4, label="query"),
+        Patch(facecolor="none", edgecolor=COLOURS["query"], linewidth=2.0, label="query"),
         Patch(facecolor=scale(1.0), edgecolor="black", label=f"{shown}: {len(shades)} of {position + 1} visible"),
         Patch(facecolor=COLOURS["visible"], edgecolor="black", linewidth=0.5, label="visible (black)"),
         Patch(facecolor=COLOURS["future"], label="future (grey)"),
     ]
-    figure.legend(handles=legend, loc="lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(handles=legend, loc="lower center", ncols=legend_columns, fontsize=8, frameon=False)
     return figure
 
 
@@ -208,7 +211,7 @@ def recall_curves(ks, curves, title="", ylabel="attention mass on the selected k
 
     ks: increasing ints >= 1. curves: {name: one value in [0, 1] for each k}, the indexer first, then its controls.
 
-    Raises: ValueError for ks that do not increase, values that are not in [0, 1] or do not fit ks, no curve or too many.
+    Raises: ValueError for ks that do not increase, values outside [0, 1] or too few for ks, no curve or too many.
     """
     ks = np.asarray(ks)
     if ks.ndim != 1 or len(ks) == 0 or ks[0] < 1 or not (np.diff(ks) > 0).all():

@@ -43,6 +43,13 @@ def attention_weights(step, scale):
     return (logits - step["lse"][:, :, None]).exp().masked_fill(later[:, None], 0.0).mean(dim=1)
 
 
+def selected_weights(step, t, model):
+    """The weight, mean over heads, that row t of a recorded sparse step gives each of its indices: fp32 [k], 0 for -1."""
+    chosen = step["indices"][t]
+    logits = step["q"][t] @ step["kv"][chosen.clamp(min=0)].T * model.config.attention.softmax_scale
+    return (logits - step["lse"][t][:, None]).exp().mean(dim=0).masked_fill(chosen < 0, 0.0)
+
+
 @torch.no_grad()
 def recall_by_method(model, windows, ks):
     """Mean share of the dense attention mass on the k selected keys, over layers and those rows that see more than k.

@@ -145,6 +145,12 @@ class DSALayer(nn.Module):
             record.append(step)
         return self.o_proj(out.flatten(1))
 
+    def _apply(self, fn, recurse=True):
+        """Move or cast the weights; RoPE's frequencies follow to the device but stay fp32, whatever the weights are."""
+        super()._apply(fn, recurse)
+        self.freqs = rope_frequencies(self.config, self.o_proj.weight.device)
+        return self
+
     def _queries(self, q_latent, positions):
         """[T, H, nope | rope], the rope part turned, interleaved."""
         c = self.config
