@@ -42,3 +42,10 @@ def visible(start, end, rows: slice, keys: slice):
     """The boolean mask [rows, keys] of the pairs that the ranges allow."""
     s = torch.arange(keys.start, keys.stop, device=start.device)
     return (s >= start[rows, None]) & (s < end[rows, None])
+
+
+def join(outs, lses, nothing):
+    """The blocks' outputs and log-sum-exps, each as one tensor; `nothing` [0, H, v] where T = 0 made no block."""
+    if not outs:
+        return nothing, nothing[..., 0].to(torch.promote_types(nothing.dtype, torch.float32))
+    return torch.cat(outs), torch.cat(lses)

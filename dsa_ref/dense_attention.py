@@ -10,7 +10,7 @@ Source: SPEC section 3; DeepSeek-V2 report (MLA), section 2.1.
 import numpy as np
 import torch
 
-from .blocks import at_least_one, row_blocks, visible
+from .blocks import at_least_one, join, row_blocks, visible
 from .contracts import FLOATS, check_attention, check_dtype, check_indices, check_scale, check_shapes, row_ranges
 from .sparse_attention import masked_softmax
 
@@ -52,7 +52,7 @@ def dense_attention(q, kv, scale, v_dim, start=None, end=None):
         weights, lse = masked_softmax(logits, mask[:, None])
         outs.append(torch.einsum("ths,sv->thv", weights, seen[:, :v_dim]).to(q.dtype))
         lses.append(lse)
-    return torch.cat(outs), torch.cat(lses)
+    return join(outs, lses, q.new_empty(0, sizes["H"], v_dim))
 
 
 def mha_attention(q, k, v, scale, indices, start=None, end=None):
@@ -83,7 +83,7 @@ def mha_attention(q, k, v, scale, indices, start=None, end=None):
         weights, lse = masked_softmax(logits, mask[:, None])
         outs.append(torch.einsum("ths,shv->thv", weights, v[keys].to(dtype)).to(q.dtype))
         lses.append(lse)
-    return torch.cat(outs), torch.cat(lses)
+    return join(outs, lses, q.new_empty(0, sizes["H"], v.shape[2]))
 
 
 def _selected(indices, S):

@@ -13,7 +13,7 @@ import math
 import numpy as np
 import torch
 
-from .blocks import pairs_at_once
+from .blocks import join, pairs_at_once
 from .contracts import check_sparse_attention
 
 
@@ -54,16 +54,17 @@ def sparse_attention(q, kv, indices, scale, v_dim):
     """
     T, H, D, k = check_sparse_attention(q, kv, indices, scale, v_dim)
     dtype = torch.promote_types(q.dtype, torch.float32)
+    table = torch.cat((kv, kv.new_zeros(1, D)))  # index -1 picks the last row: zeros, whatever kv holds
     outs, lses = [], []
     block = max(1, pairs_at_once(q) // (k * (D + H)))
     for first in range(0, T, block):
         rows = slice(first, first + block)
-        gathered = kv[indices[rows].clamp(min=0)].to(dtype)
+        gathered = table[indices[rows]].to(dtype)
         logits = torch.einsum("thd,tkd->thk", q[rows].to(dtype), gathered) * scale
         weights, lse = masked_softmax(logits, (indices[rows] >= 0)[:, None])
         outs.append(torch.einsum("thk,tkv->thv", weights, gathered[..., :v_dim]).to(q.dtype))
         lses.append(lse)
-    return (torch.cat(outs), torch.cat(lses)) if T else (q.new_empty(0, H, v_dim), q.new_empty(0, H, dtype=dtype))
+    return join(outs, lses, q.new_empty(0, H, v_dim))
 
 
 def masked_softmax(logits, mask):

@@ -66,7 +66,7 @@ def _quantize(x):
     largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)  # bit patterns of floats >= 0 are ordered
     amax = tl.maximum(largest, 0x38D1B717).to(tl.float32, bitcast=True)  # 1e-4
     bits = tl.div_rn(amax, 448.0).to(tl.int32, bitcast=True)
-    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
+    exponent = tl.minimum((bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32), 255)  # 255: infinity, also for NaN
     scale = (exponent << 23).to(tl.float32, bitcast=True)
     scaled = tl.div_rn(x, scale[:, None] + tl.zeros_like(x))
     return _e4m3_bytes(tl.minimum(tl.maximum(scaled, -448.0), 448.0)), scale

@@ -112,6 +112,7 @@ REJECTED = {
     "best left out": (best_left_out, r"^scores: row t=4, s=\d: got a key with score"),
     "int64": (lambda s, r: r.long(), r"^type: got Tensor torch.int64, expected an int32 tensor"),
     "int64 array": (lambda s, r: r.long().numpy(), r"^type: got ndarray int64"),
+    "object array": (lambda s, r: r.numpy().astype(object), r"^type: got ndarray object"),
     "nothing returned": (lambda s, r: None, r"^type: got NoneType"),
 }
 
@@ -170,6 +171,10 @@ def test_tolerance_forgives_the_threshold_and_nothing_else():
             compare_selection(wrong, scores, 2, tolerance=0.002)
     with pytest.raises(AssertionError, match=r"^scores: row t=0, s=3: .*expected s=2"):
         compare_selection(near, scores, 2, tolerance=0.0005)
+    around = torch.tensor([[-100.0, 5.0, 4.05, 4.0, 3.95]])  # one just above the threshold is left for one just below
+    compare_selection(int32([1, 3, 4]), around, 3, tolerance=0.002)
+    with pytest.raises(AssertionError, match=r"^scores: row t=0, s=4: .*expected s=2"):
+        compare_selection(int32([1, 3, 4]), around, 3, tolerance=0.0003)
     compare_selection(int32([1, 2]), torch.zeros(1, 3), 2, tolerance=1e-6)  # ties are not judged
     with pytest.raises(AssertionError, match="^duplicates"):
         compare_selection(int32([1, 1]), scores, 2, tolerance=0.5)

@@ -54,6 +54,12 @@ def test_ranges(ops, device, poisoned, small_blocks, k, seed):
         check(ops, scores.masked_fill(outside, poison), k, start, end)
 
 
+@pytest.mark.parametrize("kind", ("minus infinity", "zeros of both signs", "spread"))
+def test_odd_scores_in_ranges(ops, device, poisoned, small_blocks, kind):
+    """A visible -inf may be selected, a hidden place never, whichever comes first."""
+    check(ops, DISTRIBUTIONS[kind](37, 50).to(device), 12, *ragged(37, 50, device=device))
+
+
 def test_packed(ops, device, small_blocks):
     start, end, _ = packed(5, 1, 13, 40, device=device)
     check(ops, normal(59, 59, device=device), 8, start, end)

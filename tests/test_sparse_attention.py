@@ -49,7 +49,7 @@ def check(ops, q, kv, indices, scale, v_dim, tolerance):
 @pytest.mark.parametrize("T, S, H, D, v_dim, k", SHAPES)
 @pytest.mark.parametrize("seed", (0, 1))
 def test_against_the_definition(ops, device, poisoned, small_blocks, T, S, H, D, v_dim, k, seed):
-    check(ops, *inputs(T, S, H, D, k, seed, device=device), D**-0.5, v_dim, 2e-6)
+    check(ops, *inputs(T, S, H, D, k, seed, device=device), D**-0.5, v_dim, 5e-6)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
@@ -97,6 +97,14 @@ def test_extreme_logits(ops, device, scale):
     q, kv, indices = inputs(9, 64, 2, 40, 33, device=device)
     out, lse = check(ops, q, kv, indices, scale, 24, 3e-5)
     assert out.isfinite().all() and lse[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("descending", (False, True))
+def test_running_maximum(ops, device, descending):
+    """More keys than any tile holds, sorted by their logit: the maximum moves with every tile, or never again."""
+    q, kv, _ = inputs(1, 1100, 1, 40, 1, device=device)
+    order = (kv @ q[0, 0]).argsort(descending=descending).to(torch.int32)
+    check(ops, q, kv, order[None], 0.5, 24, 1e-5)
 
 
 def test_value_is_a_prefix_of_the_key(ops, device):

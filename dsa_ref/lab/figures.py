@@ -1,6 +1,6 @@
 """Draw the README's pictures from the trained small model and the recorded measurements.
 
-    python -m dsa_ref.lab.figures        writes figures/selection.png and figures/recall.png
+python -m dsa_ref.lab.figures        writes figures/selection.png and figures/recall.png
 """
 
 import contextlib

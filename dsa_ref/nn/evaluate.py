@@ -1,6 +1,6 @@
 """How good a trained indexer is: held-out loss with and without it, and the attention mass that it keeps.
 
-    python -m dsa_ref.nn.evaluate --log figures/small_model_recall.json
+python -m dsa_ref.nn.evaluate --log figures/small_model_recall.json
 """
 
 import argparse
@@ -44,7 +44,7 @@ def attention_weights(step, scale):
 
 
 def selected_weights(step, t, model):
-    """The weight, mean over heads, that row t of a recorded sparse step gives each of its indices: fp32 [k], 0 for -1."""
+    """The weight (mean over heads) that row t of a recorded sparse step gives to each index: fp32 [k], 0 for -1."""
     chosen = step["indices"][t]
     logits = step["q"][t] @ step["kv"][chosen.clamp(min=0)].T * model.config.attention.softmax_scale
     return (logits - step["lse"][t][:, None]).exp().mean(dim=0).masked_fill(chosen < 0, 0.0)

@@ -87,7 +87,11 @@ def measure_one(who, T, repeats):
         seconds.append(time.perf_counter() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     size = out.abs().mean().item()
-    return {"seconds": round(statistics.median(seconds), 2), "peak_mib": peak // 1024, "mean_abs_output": round(size, 5)}
+    return {
+        "seconds": round(statistics.median(seconds), 2),
+        "peak_mib": peak // 1024,
+        "mean_abs_output": round(size, 5),
+    }
 
 
 def main(arguments=None):
@@ -103,10 +107,22 @@ def main(arguments=None):
     rows = []
     for T in options.T:
         for who in ("ours", "sdpa", "eager"):
-            command = [sys.executable, "-m", __spec__.name, "--one", who, "--T", str(T), "--repeats", str(options.repeats)]
+            command = [
+                sys.executable,
+                "-m",
+                __spec__.name,
+                "--one",
+                who,
+                "--T",
+                str(T),
+                "--repeats",
+                str(options.repeats),
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
             row = json.loads(done.stdout) if done.returncode == 0 else {"failed": done.stderr.strip()[-200:]}
-            rows.append({"T": T, "k": CONFIG.index_topk, "who": who if who == "ours" else f"transformers, {who}", **row})
+            rows.append(
+                {"T": T, "k": CONFIG.index_topk, "who": who if who == "ours" else f"transformers, {who}", **row}
+            )
             print(rows[-1], flush=True)
     result = {"rows": rows, "threads": torch.get_num_threads()}
     result["provenance"] = provenance("dsa_ref.nn.measure", arguments, "cpu")
