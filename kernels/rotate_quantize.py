@@ -100,7 +100,7 @@ def _fused(
 def _launch(x, positions=None, freqs=None, layout="half", rotate=False, quantized=False):
     """Run the chosen steps over all vectors of x; returns out like x, or (x8, scale)."""
     D = x.shape[-1]
-    x = x.contiguous()
+    x = x.detach().contiguous()
     rows = x.numel() // D
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if quantized else x
     out = torch.empty(x.shape, dtype=torch.uint8 if quantized else x.dtype, device=x.device)
@@ -141,7 +141,7 @@ def hadamard(x):
 def quantize(x):
     """`dsa_ref.quantize` in one pass, bit for bit. Raises as there, and as `runtime.check_runnable` does."""
     check_vectors(x, FLOATS)
-    check_runnable(x=x)
+    check_runnable(x=x.detach())  # rounding has no gradient, here as in the reference
     return _launch(x, quantized=True)
 
 
@@ -149,5 +149,5 @@ def rotate_quantize(x, positions, freqs):
     """`dsa_ref.rotate_quantize` in one pass. Raises as there, and as `runtime.check_runnable` does."""
     check_rope(x, positions, freqs, floats=FLOATS)
     check_vectors(x, FLOATS, power_of_two=True)
-    check_runnable(x=x)
+    check_runnable(x=x.detach())
     return _launch(x, positions, freqs, rotate=True, quantized=True)

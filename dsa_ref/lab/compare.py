@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..contracts import FLOATS, check_count, check_dtype, check_indices, check_select_topk, check_shapes, row_ranges
+from ..select_topk import select_topk
 
 
 def compare_selection(got, scores, k, start=None, end=None, tolerance=0.0):
@@ -228,12 +229,9 @@ def random_selection(k, start, end, seed):
     start, end: int32 [T] -> int32 [T, k], ascending, -1 at the end; the same for the same seed.
     """
     start, end = _ranges(k, start, end)
-    rng = np.random.default_rng(seed)
-    indices = torch.full((start.shape[0], k), -1, dtype=torch.int32)
-    for t, (first, last) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
-        n = min(k, last - first)
-        indices[t, :n] = torch.from_numpy(first + np.sort(rng.choice(last - first, n, replace=False)))
-    return indices.to(start.device)
+    S = max(1, int(end.max())) if len(end) else 1
+    scores = np.random.default_rng(seed).random((len(end), S))
+    return select_topk(torch.from_numpy(scores).to(start.device), k, start, end)  # k of S random numbers: a fair draw
 
 
 def _ranges(k, start, end):
