@@ -51,18 +51,18 @@ def test_the_slider_of_notebook_00():
     """Run the notebook down to its live figure, move the sliders, and look at the data and the picture."""
     (path,) = (path for path in NOTEBOOKS if path.stem == "00_start_here")
     sources = [cell.source for cell in code_cells(path)]
-    (last,) = (i for i, source in enumerate(sources) if "LiveFigure(" in source)
-    before, call = sources[last].split("\nLiveFigure(")
+    (last,) = (i for i, source in enumerate(sources) if "live_selection(" in source)
+    before, call = sources[last].split("\nlive_selection(")
     names = {}
     exec("\n".join([*sources[:last], before]), names)  # the notebook's own code
-    figure = eval("LiveFigure(" + call, names)
+    figure = eval("live_selection(" + call, names)
     controls = {child.description: child for child in figure.children if isinstance(child, ipywidgets.IntSlider)}
     first, picture = figure.data, figure.children[0].value
     controls["byte t"].value = 300
-    assert figure.data["t"] == 300 and figure.children[0].value != picture
+    assert figure.data["byte"] == 300 and figure.children[0].value != picture
     chosen = figure.data["chosen"]
     assert chosen.max() <= 300 and len(set(chosen.tolist())) == 64
     assert figure.data["weights"].sum().item() == pytest.approx(1, abs=1e-4)
     controls["layer"].value = 0
     assert not chosen.equal(figure.data["chosen"]) and figure.data["layer"] == 0
-    assert first["t"] != 300 and "300" in repr(figure) and "300" in figure.alt
+    assert first["byte"] != 300 and "300" in repr(figure) and "300" in figure.alt

@@ -103,10 +103,10 @@ def test_recorded_weights_are_probabilities():
     assert (weights.triu(1) == 0).all()
     for t in (3, 30):
         kept = steps["sparse"][0]["indices"][t]
-        chosen = selected_weights(steps["sparse"][0], t, model)
+        chosen = selected_weights(steps["sparse"][0], t, TINY.softmax_scale)
         assert chosen.sum().item() == pytest.approx(1, abs=1e-5) and (chosen[kept < 0] == 0).all()
     row = weights[7][steps["sparse"][0]["indices"][7].long()]  # 8 visible, 8 kept: sparse is dense there
-    assert torch.allclose(row, selected_weights(steps["sparse"][0], 7, model), atol=1e-5)
+    assert torch.allclose(row, selected_weights(steps["sparse"][0], 7, TINY.softmax_scale), atol=1e-5)
 
 
 def test_shipped_model_fits_and_says_where_it_comes_from():

@@ -24,7 +24,9 @@ def selection() -> bytes:
     with torch.no_grad():
         model(torch.tensor(list(source)), record=steps)
     chosen = steps[LAYER]["indices"][QUERY]
-    figure = selection_over_text(source, QUERY, chosen, selected_weights(steps[LAYER], QUERY, model))
+    figure = selection_over_text(
+        source, QUERY, chosen, selected_weights(steps[LAYER], QUERY, model.config.attention.softmax_scale)
+    )
     return png(figure, f"contextlib.py; for byte {QUERY}, the {len(chosen)} earlier bytes that the indexer selected")
 
 

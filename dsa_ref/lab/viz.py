@@ -5,6 +5,7 @@ colour has one meaning throughout, and every picture also works in grey, since s
 """
 
 import base64
+import html
 import io
 import re
 
@@ -16,6 +17,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import NullLocator
+
+from ..nn.evaluate import selected_weights
 
 COLOURS = {
     "query": "#c1440e",  # the position that asks
@@ -77,7 +80,7 @@ class LiveFigure(ipywidgets.VBox):
             if not isinstance(control, ipywidgets.Widget) or not control.has_trait("value"):
                 raise TypeError(f"{key} must be an ipywidgets control with a value, got {type(control).__name__}")
         self._refresh()
-        self._image = ipywidgets.Image(value=self.png, format="png", tooltip=self.alt)
+        self._image = ipywidgets.HTML(self._img())
         for control in controls.values():
             if control.has_trait("continuous_update"):
                 control.continuous_update = False  # once a move, not once a pixel
@@ -92,9 +95,11 @@ class LiveFigure(ipywidgets.VBox):
 
     def _show(self, _change):
         self._refresh()
-        # The Image widget has no alt; its tooltip becomes the title of the img, which screen readers fall back to.
-        self._image.tooltip = self.alt
-        self._image.value = self.png
+        self._image.value = self._img()
+
+    def _img(self):
+        """An img element of our own: the Image widget knows no alt, and fails in the browser when given a tooltip."""
+        return f'<img alt="{html.escape(self.alt)}" src="data:image/png;base64,{base64.b64encode(self.png).decode()}">'
 
     def __repr__(self):
         state = "".join(f", {key}={control.value!r}" for key, control in self._controls.items())
@@ -161,6 +166,34 @@ def selection_over_text(text_bytes, position, selected, weights=None, columns=80
     ]
     figure.legend(handles=legend, loc="lower center", ncols=legend_columns, fontsize=8, frameon=False)
     return figure
+
+
+def live_selection(text_bytes, steps, scale, byte, layer) -> LiveFigure:
+    """`selection_over_text` with two sliders: the query's byte, and the layer whose selection and weights are shown.
+
+    text_bytes: bytes, some 800 fit a screen. steps: what a sparse forward pass recorded, one dict a layer, for at least
+    these bytes. scale: the softmax scale. byte, layer: where the sliders start. `.data`: byte, layer, chosen, weights.
+    """
+
+    def look(byte, layer):
+        chosen, weights = steps[layer]["indices"][byte], selected_weights(steps[layer], byte, scale)
+        return {"byte": byte, "layer": layer, "chosen": chosen.cpu(), "weights": weights.cpu()}
+
+    def draw(data):
+        return selection_over_text(text_bytes, data["byte"], data["chosen"], data["weights"])
+
+    def describe(data):
+        count = int((data["chosen"] >= 0).sum())
+        return (
+            f"{len(text_bytes)} bytes of text. For byte {data['byte']}, layer {data['layer']} selected {count} of them."
+        )
+
+    wide = ipywidgets.Layout(width="800px")  # a pixel of the slider is about a byte of the text
+    sliders = {
+        "byte": ipywidgets.IntSlider(byte, min=0, max=len(text_bytes) - 1, description="byte t", layout=wide),
+        "layer": ipywidgets.IntSlider(layer, min=0, max=len(steps) - 1, description="layer"),
+    }
+    return LiveFigure("selection", look, draw, describe, **sliders)
 
 
 def _shades(text_bytes, position, selected, weights, columns):

@@ -43,10 +43,10 @@ def attention_weights(step, scale):
     return (logits - step["lse"][:, :, None]).exp().masked_fill(later[:, None], 0.0).mean(dim=1)
 
 
-def selected_weights(step, t, model):
+def selected_weights(step, t, scale):
     """The weight (mean over heads) that row t of a recorded sparse step gives to each index: fp32 [k], 0 for -1."""
     chosen = step["indices"][t]
-    logits = step["q"][t] @ step["kv"][chosen.clamp(min=0)].T * model.config.attention.softmax_scale
+    logits = step["q"][t] @ step["kv"][chosen.clamp(min=0)].T * scale
     return (logits - step["lse"][t][:, None]).exp().mean(dim=0).masked_fill(chosen < 0, 0.0)
 
 
