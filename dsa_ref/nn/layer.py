@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import dsa_ref
 
-from ..contracts import FLOATS, check_count, check_dtype, check_shapes, values_readable
+from ..contracts import check_count, check_dtype, check_shapes, values_readable
 from ..dense_attention import dense_attention, mha_attention
 from ..rope import rope_frequencies
 
@@ -193,13 +193,18 @@ class DSALayer(nn.Module):
     def _check(self, x, positions, cache, attention):
         """Argument checks; returns each row's first visible key, int32 [T]."""
         check_shapes(x=(x, "T dim"), positions=(positions, "T"))
-        check_dtype("x", x, FLOATS)
+        weight = self.q_a_proj.weight
+        check_dtype("x", x, (weight.dtype,))
         check_dtype("positions", positions, (torch.int32, torch.int64))
+        if x.device != weight.device:
+            raise ValueError(f"x must be on {weight.device} like the layer's weights, got {x.device}")
         if x.shape[1] != self.config.dim:
             raise ValueError(f"x must have shape [T, dim] with dim = {self.config.dim}, got {list(x.shape)}")
         if attention not in ATTENTION:
             raise ValueError(f"attention must be one of {ATTENTION}, got {attention!r}")
         T, before = x.shape[0], 0 if cache is None else cache.length
+        if T + before == 0:
+            raise ValueError(f"x must hold at least one token where no earlier one is cached, got {list(x.shape)}")
         start = torch.arange(before, before + T, device=x.device) - positions
         if T and values_readable(start):
             # A run of consecutive positions has one start; a new run may only begin at position 0.

@@ -87,7 +87,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=pathlib.Path, required=True, help="where the safetensors file goes")
     parser.add_argument("--log", type=pathlib.Path, required=True, help="where the figures go, as JSON")
-    parser.add_argument("--steps", type=int, nargs=3, default=(3000, 1000, 1500), metavar=("DENSE", "WARM", "SPARSE"))
+    parser.add_argument("--steps", type=int, nargs=3, default=(1300, 250, 300), metavar=("DENSE", "WARM", "SPARSE"))
     parser.add_argument("--batch", type=int, default=8, help="windows a step")
     parser.add_argument("--length", type=int, default=2048, help="bytes a window")
     parser.add_argument("--seed", type=int, default=0)
