@@ -1,4 +1,4 @@
-"""Cut [T, S] work into blocks, so that the reference never holds a full [T, heads, S] tensor."""
+"""Cut [T, S] work into blocks, so that no full [T, heads, S] tensor is ever held (unless autograd keeps the blocks)."""
 
 import torch
 

@@ -8,7 +8,8 @@ import math
 class DSAConfig:
     """Everything that fixes a layer's shapes and arithmetic. The defaults are DeepSeek-V3.2-Exp's (671B).
 
-    Lengths are in tokens, dims in elements. Raises ValueError for a size below 1, an odd RoPE width, an indexer
+    Lengths are in tokens, dims in elements. Raises TypeError for a size that is no int or a switch that is no
+    bool, ValueError for a size below 1, a constant that is not positive, an odd RoPE width, an indexer
     head that is not a power of two (the Hadamard rotation needs one) or narrower than its RoPE part.
 
     Source: DeepSeek-V3.2-Exp report, section 2, and its published inference configuration.
@@ -39,6 +40,13 @@ class DSAConfig:
             value = getattr(self, field.name)
             if field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
                 raise TypeError(f"{field.name} must be an int, got {value!r}")
+            if field.type is float:
+                if isinstance(value, bool) or not isinstance(value, (int, float)):
+                    raise TypeError(f"{field.name} must be a number, got {value!r}")
+                if not 0 < value < math.inf and (field.name, value) != ("mscale", 0):  # mscale 0: no correction
+                    raise ValueError(f"{field.name} must be positive and finite, got {value!r}")
+            if field.type is bool and not isinstance(value, bool):
+                raise TypeError(f"{field.name} must be a bool, got {value!r}")
             if field.type is int and value < 1:
                 raise ValueError(f"{field.name} must be at least 1, got {value}")
         if self.qk_rope_head_dim % 2:

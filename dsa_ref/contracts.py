@@ -81,7 +81,7 @@ def check_attention(q, kv, scale, v_dim, floats=FLOATS):
 def check_shapes(**arguments) -> dict:
     """Check tensors against symbolic shapes and return the sizes: ``check_shapes(q=(q, "T H D"), kv=(kv, "S D"))``.
 
-    A symbol has one size wherever it occurs, a digit is that size, and only T may be 0. A leading ``*`` stands for any
+    A symbol has one size wherever it occurs, and only T may be 0. A leading ``*`` stands for any
     dims. All tensors must be on one device.
 
     Raises: TypeError for a non-tensor, ValueError for a wrong rank, size or device. Both name the argument.
@@ -98,7 +98,7 @@ def check_shapes(**arguments) -> dict:
         if len(shape) != len(symbols):
             raise ValueError(f"{name} must have shape [{', '.join(symbols)}], got {list(tensor.shape)}")
         for symbol, size in zip(symbols, shape, strict=True):
-            wanted = int(symbol) if symbol.isdigit() else sizes.setdefault(symbol, size)
+            wanted = sizes.setdefault(symbol, size)
             source = origin.setdefault(symbol, name)
             if size != wanted:
                 raise ValueError(

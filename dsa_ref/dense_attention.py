@@ -1,6 +1,6 @@
 """The dense oracle: attention over every visible key, in MQA mode, and MLA's decompressed MHA mode.
 
-Sparse attention with k >= T must equal `dense_attention`; the masked `mha_attention` must equal the sparse MQA path.
+Sparse attention with k >= S must equal `dense_attention`; the masked `mha_attention` must equal the sparse MQA path.
 Both cost O(T · S). MHA mode needs 2 · H · (192 + 128) FLOPs a pair in V3.2, less than a third of MQA mode's, but one
 key and one value for every head and token.
 
@@ -59,7 +59,9 @@ def mha_attention(q, k, v, scale, indices, start=None, end=None):
     """MHA mode with the selection as a mask: per-head keys and values, every pair computed, few kept.
 
     q: float [T, H, Dq]; k: [S, H, Dq]; v: [S, H, Dv]; indices: int32 [T, k] as for `sparse_attention`, or None for all
-    visible keys. Returns (out [T, H, Dv] in q.dtype, lse [T, H]). Raises as `dense_attention` does.
+    visible keys; a row
+    sees the selected keys that also lie in its range.
+    Returns (out [T, H, Dv] in q.dtype, lse [T, H]). Raises as `dense_attention` does.
     """
     arguments = {"q": (q, "T H Dq"), "k": (k, "S H Dq"), "v": (v, "S H Dv")}
     if indices is not None:

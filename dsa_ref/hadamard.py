@@ -26,7 +26,9 @@ def hadamard_loops(x):
 
 
 def hadamard(x):
-    """Rotate the last dim of x [..., D], D a power of two. Sums in fp32, rounded to x.dtype once. Differentiable.
+    """Rotate the last dim of x [..., D], D a power of two. Differentiable.
+
+    Sums in fp32 (fp64 for fp64), rounded to x.dtype once.
 
     Raises: ValueError if D is no power of two, TypeError for a dtype that is not floating point.
     """

@@ -17,7 +17,14 @@ import numpy as np
 import torch
 
 from .blocks import at_least_one, pairs_at_once, row_blocks, visible
-from .contracts import check_index_scores, check_shapes, check_sparse_attention
+from .contracts import (
+    FLOATS,
+    check_attention,
+    check_dtype,
+    check_index_scores,
+    check_shapes,
+    check_sparse_attention,
+)
 from .dense_attention import dense_attention_loops
 from .index_scores import index_scores_loops
 from .sparse_attention import masked_softmax
@@ -52,12 +59,15 @@ def indexer_loss(q_idx, k_idx, w, q, kv, scale, indices=None, start=None, end=No
     q_idx [T, Hi, Di], k_idx [S, Di], w [T, Hi]: the indexer's side, as for `index_scores`, unquantised.
     q [T, H, D], kv [S, D], scale: attention's side, as for `sparse_attention`.
     indices: None for the warm-up (equation 3), int32 [T, k] for the sparse stage (equation 4).
-    start, end: int32 [T], default causal. With no row that has a key the loss is 0.
+    start, end: int32 [T], default causal; a selected key outside a row's range is left out of that row. With no
+    row that has a key the loss is 0. Computed in fp32, also for fp64 inputs.
 
     Raises: ValueError for wrong shapes, devices, ranges or indices; TypeError for wrong dtypes.
     """
     check_shapes(q_idx=(q_idx, "T Hi Di"), k_idx=(k_idx, "S Di"), q=(q, "T H D"), kv=(kv, "S D"))
     T, S, start, end = check_index_scores(q_idx, k_idx, w, None, start, end)
+    check_dtype("q_idx", q_idx, FLOATS)  # FP8 values have a scale, for which there is no argument
+    check_attention(q, kv, scale, 1)
     q, kv = q.detach().float(), kv.detach().float()
     Hi, H = q_idx.shape[1], q.shape[1]
     total = q_idx.new_zeros((), dtype=torch.float32)

@@ -17,7 +17,8 @@ def lightning_select_loops(q_idx, k_idx, w, k, k_scale=None, start=None, end=Non
 def lightning_select(q_idx, k_idx, w, k, k_scale=None, start=None, end=None):
     """`select_topk(index_scores(...), k)`: int32 [T, k], without gradient, since a choice has none.
 
-    Arguments and errors as there. Peak memory is that of one block of rows, whatever T and S.
+    Arguments and errors as there. Peak memory is that of one block of rows: at least one row, so
+    Hi · S numbers, but never T · S.
     """
     T, S, start, end = check_index_scores(q_idx, k_idx, w, k_scale, start, end)
     check_count("k", k)

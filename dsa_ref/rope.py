@@ -32,8 +32,8 @@ def rope_frequencies(config, device=None) -> torch.Tensor:
     low = max(math.floor(pair_with(config.beta_fast)), 0)
     high = min(math.ceil(pair_with(config.beta_slow)), R - 1)
     pairs = torch.arange(R // 2, dtype=torch.float32, device=device)
-    stretched = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
-    return freqs / config.rope_factor * stretched + freqs * (1 - stretched)
+    kept = 1 - ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)  # in V3.2's order of operations, to the bit
+    return freqs / config.rope_factor * (1 - kept) + freqs * kept
 
 
 def rope_loops(x, positions, freqs, layout):
@@ -57,7 +57,8 @@ def rope(x, positions, freqs, layout):
     """Turn the first R = 2 · len(freqs) dims of x by its position. Differentiable.
 
     x: [T, D] or [T, heads, D], any float dtype; positions: int32 or int64 [T]; freqs: fp32 [R/2], radians per token;
-    layout: "interleaved" or "half". Returns a tensor like x; angles and products in fp32, rounded to x.dtype once.
+    layout: "interleaved" or "half". Returns a tensor like x; angles in fp32, products too (fp64 for
+    fp64), rounded to x.dtype once.
 
     Raises: ValueError for wrong shapes, devices or layout, TypeError for wrong dtypes.
     """

@@ -54,14 +54,16 @@ def sparse_attention(q, kv, indices, scale, v_dim):
     """
     T, H, D, k = check_sparse_attention(q, kv, indices, scale, v_dim)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    table = torch.cat((kv, kv.new_zeros(1, D)))  # index -1 picks the last row: zeros, whatever kv holds
     outs, lses = [], []
     block = max(1, pairs_at_once(q) // (k * (D + H)))
     for first in range(0, T, block):
         rows = slice(first, first + block)
-        gathered = table[indices[rows]].to(dtype)
+        missing = indices[rows] < 0
+        gathered = kv[indices[rows].clamp(min=0)].to(dtype)
+        if missing.any():  # a weight of 0 would not keep a NaN of row 0 out
+            gathered = gathered.masked_fill(missing[:, :, None], 0.0)
         logits = torch.einsum("thd,tkd->thk", q[rows].to(dtype), gathered) * scale
-        weights, lse = masked_softmax(logits, (indices[rows] >= 0)[:, None])
+        weights, lse = masked_softmax(logits, ~missing[:, None])
         outs.append(torch.einsum("thk,tkv->thv", weights, gathered[..., :v_dim]).to(q.dtype))
         lses.append(lse)
     return join(outs, lses, q.new_empty(0, H, v_dim))

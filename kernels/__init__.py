@@ -1,4 +1,6 @@
-"""The steps of DSA as Triton kernels: the functions of `dsa_ref`, same names, signatures and contracts, only faster.
+"""The steps of DSA as Triton kernels, with the names, signatures and contracts of `dsa_ref`, only faster. No gradients.
+
+`dense_attention` and `indexer_loss` have no kernel.
 
 Compiled on a GPU of compute capability 8.0 or newer, interpreted on a CPU; `mode()` says which.
 """

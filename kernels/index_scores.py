@@ -71,8 +71,9 @@ def index_scores(q_idx, k_idx, w, k_scale=None, start=None, end=None):
     """`dsa_ref.index_scores` on tensor cores: fp32 [T, S], -inf where a row may not look. No gradient.
 
     FP8 inputs are multiplied as FP8 where the GPU can (compute capability 8.9), else as bf16, which holds them exactly;
-    bf16 and fp16 as they are; fp32 without TF32. Raises as the reference does (fp64 is a TypeError here), and as
-    `runtime.check_runnable` does.
+    bf16 and fp16 as they are; fp32 without TF32. Hopper's FP8 tensor cores add with fewer bits than fp32 has: expect
+    relative errors of some 1e-4. NaN in q_idx or k_idx is not looked for, and compiled code takes its relu for 0.
+    Raises as the reference does (fp64 is a TypeError here), and as `runtime.check_runnable` does.
     """
     T, S, start, end = check_index_scores(q_idx, k_idx, w, k_scale, start, end, FLOATS)
     check_runnable(q_idx=q_idx, k_idx=k_idx, w=w, k_scale=k_scale)

@@ -66,7 +66,8 @@ def sparse_attention(q, kv, indices, scale, v_dim):
     """`dsa_ref.sparse_attention` on tensor cores: (out [T, H, v_dim] in q.dtype, lse fp32 [T, H]). No gradient.
 
     Products of bf16 and fp16 inputs use those types (probabilities are rounded to them too), fp32 goes without TF32;
-    sums are fp32. Raises as the reference does (fp64 is a TypeError here), and as `runtime.check_runnable` does.
+    sums are fp32. NaN inputs give NaN in out, and an lse that means nothing. Raises as the reference does (fp64 is a
+    TypeError here), and as `runtime.check_runnable` does.
     """
     T, H, D, k = check_sparse_attention(q, kv, indices, scale, v_dim, FLOATS)
     check_runnable(q=q, kv=kv)

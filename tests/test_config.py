@@ -32,6 +32,23 @@ def test_frozen():
         V32.index_topk = 1
 
 
+@pytest.mark.parametrize(
+    "name, value, error",
+    [
+        ("rope_factor", 0.0, ValueError),
+        ("norm_eps", math.nan, ValueError),
+        ("rope_theta", math.inf, ValueError),
+        ("mscale", -1.0, ValueError),
+        ("rope_theta", "1e4", TypeError),
+        ("beta_fast", True, TypeError),
+        ("index_fp8", "no", TypeError),
+    ],
+)
+def test_constants(name, value, error):
+    with pytest.raises(error, match=name):
+        dataclasses.replace(TINY, **{name: value})
+
+
 INTS = [field.name for field in dataclasses.fields(DSAConfig) if field.type in (int, "int")]
 
 

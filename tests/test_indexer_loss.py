@@ -156,3 +156,18 @@ def test_no_row_has_a_key(ops, device, sparse):
     if loss.requires_grad:
         loss.backward()
         assert all(x.grad is None or (x.grad == 0).all() for x in args)
+
+
+@pytest.mark.parametrize("sparse", (False, True))
+def test_bad_input(device, sparse):
+    q_idx, k_idx, w, q, kv = inputs(4, 5, device=device)
+    indices = random_indices(4, 5, 3, device=device) if sparse else None
+    for error, name, args in (
+        (ValueError, "scale must", (q_idx, k_idx, w, q, kv, float("nan"))),
+        (ValueError, "scale must", (q_idx, k_idx, w, q, kv, -1.0)),
+        (TypeError, "q must", (q_idx, k_idx, w, q.int(), kv, SCALE)),
+        (TypeError, "kv must", (q_idx, k_idx, w, q, kv.half(), SCALE)),
+        (TypeError, "q_idx must", (q_idx.to(torch.float8_e4m3fn), k_idx.to(torch.float8_e4m3fn), w, q, kv, SCALE)),
+    ):
+        with pytest.raises(error, match=name):
+            indexer_loss(*args, indices)

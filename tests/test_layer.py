@@ -227,6 +227,15 @@ def test_bad_input(ops, device):
         with pytest.raises(error, match=name):
             layer(*args, **options)
     assert cache.length == 8
+    narrow = LayerCache(layer.config, 10, torch.float16, device)
+    with pytest.raises(TypeError, match="kv must have dtype"):
+        layer(x[:2], positions[:2], cache=narrow)
+    if ops is dsa_ref:
+        with pytest.raises(ValueError, match="kv must not require a gradient"):
+            make_layer(ops, device).requires_grad_(True)(
+                x[:2], positions[:2], LayerCache(layer.config, 9, x.dtype, device)
+            )
+    assert narrow.length == 0
     for capacity, error in ((0, ValueError), (2.0, TypeError)):
         with pytest.raises(error, match="capacity must"):
             LayerCache(layer.config, capacity)

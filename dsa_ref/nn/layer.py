@@ -60,7 +60,7 @@ class LayerCache:
     """What one sequence leaves behind in one layer: latent rows, index keys and their scales, up to a capacity.
 
     kv [capacity, D], k_idx [capacity, Di], k_scale fp32 [capacity]; `length` tokens are filled.
-    Raises: ValueError when an append would pass the capacity.
+    Raises: ValueError when an append would pass the capacity or brings gradients, TypeError for another dtype.
     """
 
     def __init__(self, config, capacity, dtype=torch.float32, device=None):
@@ -72,6 +72,12 @@ class LayerCache:
 
     def append(self, kv, k_idx, k_scale):
         """Store the new tokens' rows and return all rows so far as (kv, k_idx, k_scale); k_scale may be None."""
+        for name, new, held in (("kv", kv, self.kv), ("k_idx", k_idx, self.k_idx)):
+            check_dtype(name, new, (held.dtype,))
+            if torch.is_grad_enabled() and new.requires_grad:
+                raise ValueError(
+                    f"{name} must not require a gradient, which a cache does not keep: use torch.no_grad()"
+                )
         end = self.length + kv.shape[0]
         if end > self.capacity:
             raise ValueError(f"cache must hold {end} tokens, got a capacity of {self.capacity}")
@@ -148,7 +154,7 @@ class DSALayer(nn.Module):
     def _apply(self, fn, recurse=True):
         """Move or cast the weights; RoPE's frequencies follow to the device but stay fp32, whatever the weights are."""
         super()._apply(fn, recurse)
-        self.freqs = rope_frequencies(self.config, self.o_proj.weight.device)
+        self.freqs = rope_frequencies(self.config).to(self.o_proj.weight.device)  # the CPU's bits everywhere
         return self
 
     def _queries(self, q_latent, positions):

@@ -3,7 +3,7 @@
     python -m dsa_ref.nn.measure --log figures/layer_cpu.json
 
 Ours attends to the k selected keys alone; transformers' computes every pair and masks. Each run is a process of its
-own, so that its peak resident memory is its own; what is resident before the forward pass is subtracted.
+own, so that its peak resident memory is its own; the peak before the measured passes is subtracted (Linux, KiB).
 """
 
 import argparse

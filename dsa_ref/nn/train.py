@@ -66,7 +66,7 @@ def train_stage(model, stage, corpus, steps, batch, length, generator, log):
     optimizer = torch.optim.AdamW(groups, lr=PEAK_RATES[stage], betas=(0.9, 0.95), weight_decay=0.01)
 
     def rate(step):  # a short linear rise, then half a cosine down to a tenth
-        return min(1.0, (step + 1) / max(1, steps // 20)) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+        return min(1.0, (step + 1) / max(1, steps // 20)) * (0.55 + 0.45 * math.cos(math.pi * step / max(1, steps)))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for step in range(steps):
