@@ -16,6 +16,22 @@ from ..contracts import FLOATS, check_count, check_dtype, check_indices, check_s
 from ..select_topk import select_topk
 
 
+class Failed(AssertionError):
+    """What is wrong with a result: the broken `property` in a word, `what` was got and expected, the likely `cause`."""
+
+    def __init__(self, what, cause, property=None):
+        self.what, self.cause, self.property = what, cause, property
+
+    def __str__(self):
+        return f"{self.property}: {self.what}. Likely cause: {self.cause}."
+
+    def _render_traceback_(self):
+        """What Jupyter shows: the sentence, and before it the learner's own error where that is the reason."""
+        return [*([self.own] if self.own else []), f"✗ {self}"]
+
+    own = ""  # the traceback of an error raised by the code under test
+
+
 def compare_selection(got, scores, k, start=None, end=None, tolerance=0.0):
     """Pass silently if `got` int32 [T, k] selects from `scores` [T, S] as the contract says; explain where it does not.
 
@@ -23,7 +39,7 @@ def compare_selection(got, scores, k, start=None, end=None, tolerance=0.0):
     tolerance: 0 for scores that `got` was selected from. Above 0 for scores of another implementation: then a score
     within tolerance · max |score of the row| of the k-th largest may be kept or left, and ties are not judged.
 
-    Raises: AssertionError naming the broken property (type, count, padding, range, future, duplicates, scores, ties),
+    Raises: Failed (an AssertionError) naming the broken property (type, count, padding, range, future, duplicates, scores, ties),
     the first bad row t with its key s, what was got and expected, and the likely cause. ValueError or TypeError where
     scores, k, start, end or tolerance are themselves bad, and for NaN in a visible score.
     """
@@ -143,7 +159,7 @@ def _cause_of_wrong_scores(visible, kept, n):
 
 
 def _fail(broken, what, cause):
-    raise AssertionError(f"{broken}: {what}. Likely cause: {cause}.")
+    raise Failed(what, cause, broken)
 
 
 def overlap(a, b) -> float:

@@ -1,0 +1,71 @@
+"""Make the learner edition from the source notebooks: `python -m notebooks.maintain.learner`, or `make learner`.
+
+notebooks/solutions/NN_title.ipynb is the source; notebooks/NN_title.ipynb is generated from it and never edited.
+What lies between `### BEGIN SOLUTION` and `### END SOLUTION` becomes nbgrader's stub, the folded solution below each
+exercise gets the code, and the check's stored output becomes the error that the stub raises. All other outputs are the
+source's own: no cell may use what a learner wrote, so they are the same. Strict nbval on both editions proves it.
+"""
+
+import copy
+import pathlib
+import re
+
+import nbformat
+
+SOURCE = pathlib.Path(__file__).parents[1] / "solutions"
+LEARNER = SOURCE.parent
+
+SOLUTION = re.compile(r"^([ \t]*)### BEGIN SOLUTION[^\n]*\n(.*?)^[ \t]*### END SOLUTION[^\n]*(?:\n|\Z)", re.M | re.S)
+PLACE = re.compile(r"<!-- solution: (\w+) -->")  # in the folded text below an exercise
+
+
+def learner_edition(source):
+    """The notebook that a learner gets, from a source notebook that has been executed. Neither touches a file.
+
+    Raises: ValueError for a solution cell without a marked region, a check that no solution cell precedes, a solution
+    that is not folded in below, or a fold for an unknown exercise.
+    """
+    nb = copy.deepcopy(source)
+    solved, folded = {}, set()
+    for cell in nb.cells:
+        kind = cell.metadata.get("nbgrader", {})
+        if kind.get("solution"):
+            solved[kind["grade_id"]] = _code_to_show(cell.source)
+            cell.source, count = SOLUTION.subn(r"\1# YOUR CODE HERE\n\1raise NotImplementedError()\n", cell.source)
+            cell.source = cell.source.rstrip("\n")
+            if not count:
+                raise ValueError(f"cell {kind['grade_id']!r} must mark its solution with BEGIN and END, got no such lines")
+        elif kind.get("grade"):
+            exercise = kind["grade_id"].removeprefix("check_")
+            if exercise not in solved:
+                raise ValueError(f"check {exercise!r} must stand below its solution cell, which is missing")
+            cell.metadata["tags"] = [*cell.metadata.get("tags", []), "raises-exception"]
+            cell.outputs = [
+                nbformat.v4.new_output(
+                    "error", ename="NotImplementedError", evalue="", traceback=["NotImplementedError: not solved yet"]
+                )
+            ]
+        elif cell.cell_type == "markdown":
+            for exercise in PLACE.findall(cell.source):
+                if exercise not in solved:
+                    raise ValueError(f"fold for {exercise!r} must stand below its solution cell, which is missing")
+                cell.source = cell.source.replace(f"<!-- solution: {exercise} -->", f"```python\n{solved[exercise]}\n```")
+                folded.add(exercise)
+    missing = set(solved) - folded
+    if missing:
+        raise ValueError(f"every solution must be folded in below its check, missing: {', '.join(sorted(missing))}")
+    return nb
+
+
+def _code_to_show(source):
+    """A solved cell without the two marks."""
+    return "\n".join(line for line in source.splitlines() if not re.match(r"[ \t]*### (BEGIN|END) SOLUTION", line))
+
+
+def main():
+    for path in sorted(SOURCE.glob("*.ipynb")):
+        nbformat.write(learner_edition(nbformat.read(path, as_version=4)), LEARNER / path.name)
+
+
+if __name__ == "__main__":
+    main()

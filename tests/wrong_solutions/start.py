@@ -1,0 +1,32 @@
+"""Notebook 00."""
+
+import torch
+
+import dsa_ref
+
+from . import wrong
+
+
+@wrong("three_lines", "selection")
+def topk_of_all_keys(q_idx, k_idx, w, q, kv, k, scale, v_dim):
+    scores = dsa_ref.index_scores(q_idx, k_idx, w)
+    indices = scores.topk(min(k, scores.shape[1])).indices.to(torch.int32)
+    return indices, dsa_ref.sparse_attention(q, kv, indices, scale, v_dim)[0]
+
+
+@wrong("three_lines", "negative weights")
+def magnitudes_of_the_weights(q_idx, k_idx, w, q, kv, k, scale, v_dim):
+    indices = dsa_ref.select_topk(dsa_ref.index_scores(q_idx, k_idx, w.abs()), k)
+    return indices, dsa_ref.sparse_attention(q, kv, indices, scale, v_dim)[0]
+
+
+@wrong("three_lines", "value")
+def the_whole_row_as_value(q_idx, k_idx, w, q, kv, k, scale, v_dim):
+    indices = dsa_ref.select_topk(dsa_ref.index_scores(q_idx, k_idx, w), k)
+    return indices, dsa_ref.sparse_attention(q, kv, indices, scale, kv.shape[1])[0]
+
+
+@wrong("three_lines", "value")
+def everything_attended(q_idx, k_idx, w, q, kv, k, scale, v_dim):
+    indices = dsa_ref.select_topk(dsa_ref.index_scores(q_idx, k_idx, w), k)
+    return indices, dsa_ref.dense_attention(q, kv, scale, v_dim)[0]
