@@ -169,6 +169,23 @@ def test_one_token_and_none(ops, device, fp8):
     assert layer(x[:0], positions[:0], cache).shape == (0, TINY.dim)
 
 
+@pytest.mark.parametrize("seed", (0, 1))
+def test_indexer_written_out(device, seed):
+    """q, k and w before RoPE, from the weights in float64: which norm and latent, which precision, which constant."""
+    layer = make_layer(dsa_ref, device, seed=seed).float()
+    x, _ = tokens(layer, seed=seed)
+    q, k, w = layer.indexer(x, layer.q_a_layernorm(layer.q_a_proj(x)))
+    weights = {name: tensor.double() for name, tensor in layer.state_dict().items()}
+    x = x.double()
+    latent = x @ weights["q_a_proj.weight"].T
+    latent = latent / (latent.square().mean(dim=1, keepdim=True) + 1e-6).sqrt() * weights["q_a_layernorm.weight"]
+    key = x @ weights["indexer.wk.weight"].T
+    key = (key - key.mean(dim=1, keepdim=True)) / (key.var(dim=1, correction=0, keepdim=True) + 1e-6).sqrt()
+    assert_close(q.flatten(1), latent @ weights["indexer.wq_b.weight"].T, 1e-6)
+    assert_close(k, key * weights["indexer.k_norm.weight"] + weights["indexer.k_norm.bias"], 1e-5)
+    assert_close(w, x @ weights["indexer.weights_proj.weight"].T * 16**-0.5 * 16**-0.5, 1e-6)
+
+
 @pytest.mark.parametrize("attention", ("sparse", "mha", "dense"))
 def test_narrow_dtype(device, attention):
     """bf16 weights give a bf16 answer near the fp32 one, and RoPE's frequencies keep their precision meanwhile."""

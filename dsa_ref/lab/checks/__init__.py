@@ -3,6 +3,18 @@ hold, or says which one is broken, where, and why that usually is. `core` explai
 """
 
 from .core import Check
+from .dense_attention import attention_bytes, attention_flops, bill_growth, dense_attention
+from .gather import attended_pairs, gather_rows, gathered_attention, pays_from
+from .gpu_selection import lower_bound, ordered_bits, selection_kernel, threshold_select
+from .index_scores import counterexample, head_weights, index_scores, zero_probability
+from .mla import absorb, cache_bytes, rope, softmax_scale
+from .online_softmax import block_attention, log_sum_exp, merge_parts, online_update
+from .quantize import flips, hadamard, quantize, scores_from_fp8
+from .select_topk import check_selection, recall, select_topk, window_selection
 from .start import three_lines
+from .traps import diagnose, match_symptoms, rope_probe
+from .triton_index_scores import copy_kernel, index_scores_kernel, planted_bug_kernel, row_sum_kernel, tile_cost
+from .triton_online_softmax import merge_kernel, row_lse_kernel
+from .triton_sparse_attention import gather_kernel, sparse_attention_kernel
 
 ALL = {value.name: value for value in list(globals().values()) if isinstance(value, Check)}

@@ -4,16 +4,20 @@ The kernel arrives from the notebook as an object, so nothing here imports trito
 """
 
 import ast
+import contextlib
 import inspect
 import math
+import sys
 import textwrap
+from unittest import mock
 
+import numpy as np
 import torch
 
 from ..compare import Failed
 from .core import crashed
 
-GUARD = 512  # elements of NaN (or the largest integer) on either side of every buffer
+GUARD = 4096  # elements of NaN (or the largest integer) on either side of every buffer: wide, so strays land in it
 
 
 def device():
@@ -54,8 +58,7 @@ def launch(kernel, grid, *args, **constants):
 
     Raises: NotImplementedError for an untouched stub, Failed for an error of its own and for a write out of bounds.
     """
-    if "raise NotImplementedError" in source(kernel):
-        raise NotImplementedError
+    _check_kernel(kernel)
     tensors = {i: x for i, x in enumerate(args) if isinstance(x, torch.Tensor)}
     before = {i: _outside(x) for i, x in tensors.items()}
     try:
@@ -64,7 +67,7 @@ def launch(kernel, grid, *args, **constants):
             torch.cuda.synchronize()
     except Exception as error:
         raise crashed(error.__cause__ or error) from error
-    names = list(inspect.signature(getattr(kernel, "fn", kernel)).parameters)
+    names = _names(kernel)
     for i, tensor in tensors.items():
         if not torch.equal(before[i], _outside(tensor)):
             raise Failed(
@@ -72,6 +75,81 @@ def launch(kernel, grid, *args, **constants):
                 "the store has no mask, or the wrong one, or a wrong stride",
                 "bounds",
             )
+
+
+def expect_reads_inside(kernel, grid, *args, **constants):
+    """Run the kernel as `launch` does and fail if a `tl.load` read outside its tensors, even if no result shows it.
+
+    Only the interpreter can tell; compiled, this is a launch like any other. To be called after the results were
+    judged, since a read that spoils them has a better name there.
+    """
+    tensors = {name: x for name, x in zip(_names(kernel), args, strict=False) if isinstance(x, torch.Tensor)}
+    with _watched_loads(tensors) as strays:
+        launch(kernel, grid, *args, **constants)
+    if strays:
+        program, address = strays[0]
+        name, x = min(tensors.items(), key=lambda item: _distance(item[1], address))
+        offset = (address - x.data_ptr()) // x.element_size()
+        raise Failed(
+            f"program {program} read {name} + {offset}, outside the tensor of shape {list(x.shape)} and strides "
+            f"{list(x.stride())}; no result shows it, but nobody promises what lies there, or that it may be read",
+            "a load without a mask, or with the wrong one: masking the store does not undo the read",
+            "bounds",
+        )
+
+
+@contextlib.contextmanager
+def _watched_loads(tensors):
+    """A list of (program id, address), one for each stray `tl.load` in the interpreter; empty in compiled mode."""
+    strays = []
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    builder = getattr(interpreter, "interpreter_builder", None)
+    if builder is None or any(x.is_cuda for x in tensors.values()):
+        yield strays
+        return
+    inside = [_addresses(x) for x in tensors.values()]
+    load = builder.create_masked_load
+
+    def watched(ptrs, mask, *rest):
+        read = np.asarray(ptrs.data)[np.asarray(mask.data, dtype=bool)].astype(np.int64).ravel()
+        stray = read[~np.isin(read, np.concatenate(inside))]
+        if len(stray):
+            strays.append((tuple(int(i) for i in builder.grid_idx), int(stray[0])))
+        return load(ptrs, mask, *rest)
+
+    with mock.patch.object(builder, "create_masked_load", watched):
+        yield strays
+
+
+def _addresses(x):
+    """The address of every element of the tensor."""
+    offsets = sum(
+        (torch.arange(n) * step).reshape([-1 if i == dim else 1 for i in range(x.dim())])
+        for dim, (n, step) in enumerate(zip(x.shape, x.stride(), strict=True))
+    )
+    return (x.data_ptr() + x.element_size() * offsets).numpy().ravel()
+
+
+def _distance(x, address):
+    """How far the address lies from the tensor's buffer, in bytes; 0 inside."""
+    first = x.untyped_storage().data_ptr()
+    return max(first - address, address - (first + x.untyped_storage().nbytes() - 1), 0)
+
+
+def _check_kernel(kernel):
+    """Raise NotImplementedError for an untouched stub, Failed for a function that is no kernel."""
+    if not hasattr(kernel, "__getitem__"):  # a plain function: the stub raises when called, whatever it is given
+        with contextlib.suppress(Failed, TypeError):
+            kernel()
+        raise Failed(
+            "got a plain function, expected a Triton kernel", "the line @triton.jit above it is missing", "runs"
+        )
+    if "raise NotImplementedError" in source(kernel):
+        raise NotImplementedError
+
+
+def _names(kernel):
+    return list(inspect.signature(getattr(kernel, "fn", kernel)).parameters)
 
 
 def source(kernel):

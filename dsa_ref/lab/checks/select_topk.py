@@ -1,0 +1,420 @@
+"""Notebook 03: the selection contract, a check of it that the learner writes, recall, and the window as a control."""
+
+import torch
+
+from ...select_topk import select_topk as reference
+from ..compare import Failed, attention_recall, compare_selection
+from .core import Check, expect, expect_shape, normal, whole
+
+select_topk = Check("select_topk")  # (scores [T, S], k) -> indices int32 [T, k]
+check_selection = Check("check_selection")  # (indices, scores, k) -> True, or False or an AssertionError
+recall = Check("recall")  # (weights [T, S], indices int32 [T, k]) -> float
+window_selection = Check("window_selection")  # (T, k) -> indices int32 [T, k]
+
+
+# ------------------------------------------------------------------------------------------------------- select_topk
+# Most properties have the names that compare_selection gives to what it finds broken.
+
+
+def _distinct(T, S, seed):
+    """Scores without ties, negative ones among them."""
+    return normal(T, S, seed=seed)
+
+
+@select_topk.property("type")
+def _(solution):
+    scores = _distinct(6, 6, seed=1)
+    got = solution(scores, 1)
+    expect(isinstance(got, torch.Tensor), f"got {type(got).__name__}, expected a tensor", "did you forget the return?")
+    compare_selection(got, scores, 1)
+
+
+@select_topk.property("future")
+def _(solution):
+    for T, S, seed in ((6, 6, 1), (3, 8, 2), (1, 5, 3)):
+        scores = _distinct(T, S, seed)
+        future = torch.arange(S) > S - T + torch.arange(T)[:, None]
+        compare_selection(solution(scores + 100 * future, 1), scores, 1)  # the best of all are those to come
+
+
+@select_topk.property("padding")
+def _(solution):
+    for T, S, k, seed in ((6, 6, 4, 1), (5, 7, 6, 2)):
+        scores = _distinct(T, S, seed)
+        compare_selection(solution(scores, k), scores, k)
+
+
+@select_topk.property("count")
+def _(solution):
+    for T, S, k, seed in ((6, 6, 3, 1), (4, 9, 3, 2), (3, 5, 8, 3)):  # with ties, and k > S
+        scores = whole(T, S, seed=seed, largest=1)
+        got = solution(scores, k)
+        try:
+            compare_selection(got, scores, k)
+        except Failed as failure:
+            if failure.property != "ties":  # judged below
+                raise
+
+
+@select_topk.property("scores")
+def _(solution):
+    for T, S, k, seed in ((37, 37, 5, 1), (9, 64, 16, 2), (1, 100, 1, 3)):
+        for shift in (0.0, -10.0):  # and all of them below 0
+            scores = _distinct(T, S, seed) + shift
+            compare_selection(solution(scores, k), scores, k)
+
+
+@select_topk.property("ties")
+def _(solution):
+    for T, S, k, seed in ((12, 12, 4, 1), (5, 300, 100, 2), (3, 9, 16, 3)):
+        scores = whole(T, S, seed=seed, largest=1) + 1.0  # 0, 1 and 2, but never -0.0
+        compare_selection(solution(scores, k), scores, k)
+
+
+@select_topk.property("signed zeros")
+def _(solution):
+    for T, S, k, seed in ((8, 8, 3, 1), (2, 40, 9, 2)):
+        scores = torch.where(normal(T, S, seed=seed) > 0, 0.0, -0.0)
+        try:
+            compare_selection(solution(scores, k), scores, k)
+        except Failed as failure:
+            failure.property, failure.cause = "signed zeros", "-0.0 equals 0.0: compare the numbers, and not their bits"
+            raise
+
+
+@select_topk.property("infinite scores")
+def _(solution):
+    for T, S, k, seed in ((6, 6, 3, 1), (3, 9, 5, 2)):
+        scores = _distinct(T, S, seed)
+        scores[:, ::2] = -torch.inf
+        scores[:, 1] = torch.inf
+        try:
+            compare_selection(solution(scores, k), scores, k)
+        except Failed as failure:
+            cause = (
+                "a visible score may itself be -inf, and still counts: ask whether a key is visible, and not its score"
+            )
+            failure.property, failure.cause = "infinite scores", cause
+            raise
+
+
+@select_topk.property("NaN refused")
+def _(solution):
+    scores = _distinct(5, 7, seed=1)
+    hidden = scores.clone()
+    hidden[0, 6] = torch.nan  # row 0 sees keys 0 to 2
+    try:
+        compare_selection(solution(hidden, 2), scores, 2)
+    except Failed as failure:
+        failure.property, failure.cause = "NaN refused", "here the NaN is in the future, where nothing may matter"
+        raise
+    scores[3, 1] = torch.nan
+    try:
+        got = solution(scores, 2)
+    except Failed as failure:
+        error = failure.__cause__
+        cause = "raise ValueError where a visible score is NaN"
+        expect(isinstance(error, ValueError), f"got {type(error).__name__}: {error}, expected a ValueError", cause)
+        return
+    row = torch.as_tensor(got)[3].tolist()
+    expect(False, f"row t=3 holds a NaN in s=1: got {row}, expected a ValueError", "NaN is no number: it has no rank")
+
+
+# --------------------------------------------------------------------------------------------------- check_selection
+
+
+def _verdict(solution, indices, scores, k):
+    """True where the learner's check accepts; any error on a wrong selection counts as rejecting it."""
+    try:
+        got = solution(indices, scores, k)
+    except Failed as failure:
+        if failure.property == "inputs":
+            raise
+        return failure
+    expect(
+        isinstance(got, (bool, torch.Tensor)) or hasattr(got, "__bool__"),
+        f"got {type(got).__name__}, expected True or False",
+        "did you forget to return True at the end?",
+    )
+    return bool(got)
+
+
+def _tied_scores():
+    """(scores, k): whole numbers, ties everywhere; square, T < S, k above S, one row."""
+    for seed in (1, 2):
+        for T, S, k in ((8, 8, 3), (4, 9, 6), (3, 5, 7), (1, 12, 4), (37, 37, 5)):
+            yield whole(T, S, seed=seed + 10 * T, largest=2), k
+
+
+def _accepts(solution, name, arrange):
+    for scores, k in _tied_scores():
+        indices = arrange(reference(scores, k))
+        verdict = _verdict(solution, indices, scores, k)
+        if isinstance(verdict, Failed):
+            if not isinstance(verdict.__cause__, AssertionError):
+                raise verdict  # a crash on a right selection
+            verdict = False
+        T, S = scores.shape
+        expect(verdict, f"T={T}, S={S}, k={k}: your check rejects {name}", "it asks for more than the contract does")
+
+
+@check_selection.property("accepts the right one")
+def _(solution):
+    _accepts(solution, "the reference's own selection", lambda indices: indices)
+
+
+@check_selection.property("accepts any order")
+def _(solution):
+    def turned_round(indices):
+        for row in indices:
+            kept = row[row >= 0]
+            row[: len(kept)] = kept.flip(0)  # -1 stays at the end
+        return indices
+
+    _accepts(solution, "a right selection in descending order", turned_round)
+
+
+def _kills(name, cause, many=False):
+    """Decorator: mutate(row, scores of the row's visible keys, all scores of the row) -> a wrong row, or None."""
+
+    def add(mutate):
+        def test(solution):
+            tried = 0
+            for scores, k in _tied_scores():
+                T, S = scores.shape
+                indices = reference(scores, k)
+                for t in reversed(range(T)):  # one row is wrong, a late one
+                    row = mutate(indices[t].tolist(), scores[t, : S - T + t + 1].tolist(), scores[t].tolist())
+                    if row is None:
+                        continue
+                    wrong = indices.clone()
+                    wrong[t] = torch.tensor(row, dtype=torch.int32)
+                    tried += 1
+                    verdict = _verdict(solution, wrong, scores, k)
+                    what = (
+                        f"T={T}, S={S}, k={k}: your check accepts row t={t} as {row}, expected it to say no "
+                        f"(it should hold {indices[t].tolist()}, the scores are {[int(x) for x in scores[t].tolist()]})"
+                    )
+                    expect(verdict is not True, what, cause)
+                    break
+            assert tried >= 3, name
+
+        check_selection.property(name)(test)
+
+    return add
+
+
+@check_selection.property("type")
+def _(solution):
+    scores = whole(8, 8, seed=1)
+    verdict = _verdict(solution, reference(scores, 3).long(), scores, 3)
+    expect(
+        verdict is not True,
+        "your check accepts an int64 tensor",
+        "the contract says int32: nothing looked at the dtype",
+    )
+
+
+@check_selection.property("count")
+def _(solution):
+    for scores, k in _tied_scores():
+        T, S = scores.shape
+        right = reference(scores, k)
+        wide = torch.cat((right, torch.full((T, 1), -1, dtype=torch.int32)), dim=1)
+        for wrong, what in ((wide, f"{k + 1} places a row"), (right[: T - 1], f"{T - 1} rows")):
+            verdict = _verdict(solution, wrong, scores, k)
+            cause = "nothing looked at the shape, [T, k]"
+            expect(verdict is not True, f"T={T}, S={S}, k={k}: your check accepts {what}", cause)
+    few = right_without_the_last(scores := whole(8, 8, seed=3, largest=2), 3)
+    verdict = _verdict(solution, few, scores, 3)
+    what = f"T=8, S=8, k=3: your check accepts row t=7 as {few[7].tolist()}, though it sees 8 keys"
+    expect(verdict is not True, what, "count the keys: min(k, visible) of them, no fewer")
+
+
+def right_without_the_last(scores, k):
+    """A right selection, except that the last row leaves out a key that only just got in."""
+    few = reference(scores, k)
+    row, numbers = few[-1].tolist(), scores[-1]
+    row.remove(min(row, key=lambda s: (numbers[s], -s)))
+    few[-1] = torch.tensor([*row, -1], dtype=torch.int32)
+    return few
+
+
+@_kills("padding", "-1 fills the end of a row, and only the end; no other number fills it")
+def _(row, visible, everything):
+    if -1 not in row:
+        return None
+    return [-1, *row[:-1]] if len(row) % 2 else [s if s >= 0 else 0 for s in row]
+
+
+@_kills("range", "an index must be -1, or point at a key: 0 <= s < S (Python takes negative ones from the end)")
+def _(row, visible, everything):
+    S = len(everything)
+    if -1 in row or row[0] == S - 1:
+        return None
+    return [row[0] - S, *row[1:]] if len(row) % 2 else [*row[:-1], S]  # s - S has the very score of s
+
+
+@_kills("future", "row t sees keys up to S - T + t only, whatever the later ones score")
+def _(row, visible, everything):
+    for s in range(len(visible), len(everything)):  # a future key with the score of one that was kept
+        for i, kept in enumerate(row):
+            if kept >= 0 and visible[kept] == everything[s]:
+                return row[:i] + row[i + 1 :] + [s] if -1 not in row else None
+    return None
+
+
+@_kills("duplicates", "the indices of a row must be distinct: naming a key twice drops another one")
+def _(row, visible, everything):
+    kept = [s for s in row if s >= 0]
+    for i, a in enumerate(kept):
+        for j, b in enumerate(kept[:i]):
+            if visible[a] == visible[b]:  # so that the scores look right
+                return [kept[j] if s == a else s for s in row]
+    return None
+
+
+@_kills("scores", "the kept scores must be the largest ones")
+def _(row, visible, everything):
+    worst = min(visible)
+    for s, score in enumerate(visible):
+        if s not in row and score == worst:
+            best = max(row, key=lambda kept: visible[kept])
+            return [s if kept == best else kept for kept in row] if visible[best] > worst else None
+    return None
+
+
+@_kills("ties", "of equal scores at the threshold the smallest index must win: comparing scores alone cannot see it")
+def _(row, visible, everything):
+    if -1 in row:
+        return None
+    threshold = min(visible[s] for s in row)
+    tied = [s for s, score in enumerate(visible) if score == threshold]
+    kept, left = [s for s in tied if s in row], [s for s in tied if s not in row]
+    return [left[-1] if s == kept[-1] else s for s in row] if left else None
+
+
+# ------------------------------------------------------------------------------------------------------------ recall
+
+
+def _weights(T, S, seed):
+    """Rows like attention's: positive, summing to 1, the last column and the first never negligible."""
+    weights = normal(T, S, seed=seed).double().exp()
+    weights[:, [0, -1]] += 1.0
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def _rows(rows):
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def _recall(solution, weights, indices, cause, suspects=None):
+    """suspects: {cause: the number that this mistake gives}."""
+    expected = attention_recall(weights, indices)
+    for dtype in (torch.float64, torch.float32):
+        got = solution(weights.to(dtype), indices)
+        try:
+            got = float(got)
+        except (TypeError, ValueError):
+            expect(False, f"got {type(got).__name__}, expected one number", "return the mean over rows, as a float")
+        if abs(got - expected) <= 1e-5:
+            continue
+        for suspicion, answer in (suspects or {}).items():
+            if abs(got - answer) <= 1e-5:
+                cause = suspicion
+        shape = f"T={weights.shape[0]}, S={weights.shape[1]}, k={indices.shape[1]}"
+        expect(False, f"{shape}, first row {indices[0].tolist()}: got {got:.4f}, expected {expected:.4f}", cause)
+
+
+@recall.property("one row")
+def _(solution):
+    for seed, row in ((1, [3, 1, 0]), (2, [5])):
+        weights, indices = _weights(1, 6, seed), _rows([row])
+        mass = float(weights[0, row].sum())
+        suspects = {"divided by k: recall is the sum of the weights, not their mean": mass / len(row)}
+        _recall(solution, weights, indices, "add up the row's weights at the selected keys", suspects)
+
+
+@recall.property("mean over rows")
+def _(solution):
+    for seed, T in ((1, 4), (2, 37)):
+        weights = _weights(T, 9, seed)
+        indices = torch.arange(3, dtype=torch.int32).expand(T, 3) + (torch.arange(T, dtype=torch.int32) % 6)[:, None]
+        suspects = {"summed over rows: take the mean": attention_recall(weights, indices) * T}
+        _recall(
+            solution, weights, indices, "each row has its own weights and indices; the mean goes over rows", suspects
+        )
+
+
+@recall.property("padding")
+def _(solution):
+    for seed in (1, 2):
+        weights = _weights(3, 6, seed)
+        indices = _rows([[2, -1, -1, -1], [1, 2, -1, -1], [1, 2, 3, 4]])
+        last, first = indices.long() % 6, indices.clamp(min=0)
+        suspects = {
+            "-1 was taken for the last column: Python counts from the end": attention_recall(weights, last.int()),
+            "-1 was taken for key 0 (clamp)": attention_recall(weights, first),
+        }
+        suspects |= {
+            "-1 was taken for the last column, once for each -1": _gathered(weights, last),
+            "-1 was taken for key 0 (clamp), once for each -1": _gathered(weights, first),
+        }
+        _recall(solution, weights, indices, "-1 is no key: it catches nothing", suspects)
+
+
+def _gathered(weights, indices):
+    return float(weights.gather(1, indices.long()).sum(dim=1).mean())
+
+
+@recall.property("duplicates")
+def _(solution):
+    for seed in (1, 2):
+        weights, indices = _weights(3, 6, seed), _rows([[2, 2, -1], [1, 1, 1], [0, 4, 5]])
+        _recall(solution, weights, indices, "a key named twice catches its weight once")
+
+
+@recall.property("empty row")
+def _(solution):
+    for seed in (1, 2):
+        weights, indices = _weights(3, 6, seed), _rows([[-1, -1], [-1, -1], [0, 4]])
+        cause = "a row that selects nothing catches 0, and counts in the mean"
+        _recall(solution, weights, indices, cause)
+
+
+# -------------------------------------------------------------------------------------------------- window_selection
+
+
+def _window(solution, T, k, cause, words=None):
+    """A window is a selection too: by the score s, the position itself. words: the faults judged here, None for all."""
+    try:
+        compare_selection(solution(T, k), torch.arange(T, dtype=torch.float32).expand(T, T), k)
+    except Failed as failure:
+        if words is None or failure.property in words:
+            failure.property, failure.cause = None, cause  # the property being tried takes its place
+            raise
+
+
+@window_selection.property("shape")
+def _(solution):
+    for T, k in ((1, 1), (4, 3), (3, 5)):
+        expect_shape(solution(T, k), (T, k), torch.int32)
+
+
+@window_selection.property("future")
+def _(solution):
+    for T, k in ((6, 2), (37, 5)):
+        _window(solution, T, k, "row t ends with its own key, t: nothing later", ["future"])
+
+
+@window_selection.property("padding")
+def _(solution):
+    for T, k in ((4, 3), (3, 5)):
+        cause = "row t has only t + 1 keys: fill with -1, and only at the end of the row"
+        _window(solution, T, k, cause, ["range", "padding", "duplicates"])
+
+
+@window_selection.property("last keys")
+def _(solution):
+    for T, k in ((37, 5), (9, 1), (3, 5)):
+        _window(solution, T, k, "row t keeps keys t - k + 1 to t, its own among them")

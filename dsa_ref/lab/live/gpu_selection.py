@@ -1,0 +1,234 @@
+"""Notebook 10: how group maxima and radix passes close in on the k-th largest score, and two pictures of it."""
+
+import ipywidgets
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from ..viz import COLOURS, FAINT, LINES, LiveFigure
+
+GROUP = 16  # scores a group where nothing else is said
+SPREAD, NEIGHBOURS = "spread out", "neighbours"
+
+
+def ordered_bits(x):
+    """fp32 tensor -> int64 tensor in [0, 2**32), same shape: a < b as numbers exactly where so as integers."""
+    bits = torch.where(x == 0, 0.0, x).view(torch.int32).long()  # -0.0 has become 0.0
+    return torch.where(bits < 0, ~bits, bits + 2**31)
+
+
+def group_maxima(scores, group, arrangement=NEIGHBOURS):
+    """The largest score of each of ceil(S / group) disjoint groups of the row scores [S]; smaller groups are filled
+    with -inf. Groups are runs of neighbours, or spread out, so that neighbours fall into different groups."""
+    filled = torch.nn.functional.pad(scores, (0, -len(scores) % group), value=-torch.inf)
+    if arrangement == SPREAD:
+        return filled.view(group, -1).amax(dim=0)
+    return filled.view(-1, group).amax(dim=1)
+
+
+def lower_bound(scores, k, group=GROUP, arrangement=NEIGHBOURS):
+    """The k-th largest group maximum, never above the k-th largest score; -inf where there are fewer than k groups."""
+    maxima = group_maxima(scores, group, arrangement)
+    return float(maxima.topk(k).values[-1]) if k <= len(maxima) else -torch.inf
+
+
+def radix_passes(keys, k):
+    """Find the k-th largest of keys (int64 in [0, 2**32), 1 <= k <= their number), one byte a pass from the top.
+
+    Returns a dict for each of the four passes: keys (those that share the bytes known before), wanted (its rank among
+    them), counts [256] of their next byte, and the byte found.
+    """
+    passes, wanted = [], k
+    for shift in (24, 16, 8, 0):
+        bytes_ = (keys >> shift) & 255
+        counts = torch.bincount(bytes_, minlength=256)
+        at_least = counts.flip(0).cumsum(0).flip(0)  # in this bin or a higher one
+        byte = int((at_least >= wanted).sum()) - 1
+        passes.append({"keys": keys, "wanted": wanted, "counts": counts, "byte": byte})
+        wanted -= int(at_least[byte] - counts[byte])
+        keys = keys[bytes_ == byte]
+    return passes
+
+
+def kth_by_digits(keys, k):
+    """(the k-th largest of keys, how many keys of that value belong to the k largest), by `radix_passes`."""
+    passes = radix_passes(keys, k)
+    last = passes[-1]
+    threshold = sum(p["byte"] << shift for p, shift in zip(passes, (24, 16, 8, 0), strict=True))
+    return threshold, last["wanted"] - int(last["counts"][last["byte"] + 1 :].sum())
+
+
+def threshold_select(scores, k):
+    """The contract of selection for one row, scores fp32 [S] -> int32 [k]: ascending, smallest index first of ties,
+    -1 after the last. Bound, candidates, threshold among them, ties by a running count."""
+    candidates = (scores >= lower_bound(scores, k)).nonzero().flatten()
+    keys = ordered_bits(scores[candidates])
+    threshold, ties = kth_by_digits(keys, min(k, len(scores)))
+    tied = keys == threshold
+    chosen = candidates[(keys > threshold) | (tied & (tied.cumsum(0) <= ties))]
+    return torch.nn.functional.pad(chosen, (0, k - len(chosen)), value=-1).to(torch.int32)
+
+
+def live_bound(scores, k, group) -> LiveFigure:
+    """Histogram of a row's scores [S] with the k-th largest, the bound by group maxima, and the candidates between.
+
+    `.data`: k, group, arrangement, scores, maxima, bound, kth, candidates (how many scores reach the bound).
+    """
+    scores = scores.detach().cpu()
+
+    def look(k, group, arrangement):
+        bound = lower_bound(scores, k, group, arrangement)
+        return {
+            "k": k, "group": group, "arrangement": arrangement, "scores": scores.numpy(),
+            "maxima": group_maxima(scores, group, arrangement).numpy(), "bound": bound,
+            "kth": float(scores.topk(k).values[-1]), "candidates": int((scores >= bound).sum()),
+        }  # fmt: skip
+
+    sliders = {
+        "k": ipywidgets.IntSlider(k, min=1, max=min(128, len(scores)), description="k"),
+        "group": ipywidgets.IntSlider(group, min=1, max=32, description="group size"),
+        "arrangement": ipywidgets.Dropdown(options=(NEIGHBOURS, SPREAD), description="groups of"),
+    }
+    return LiveFigure("bound", look, _draw_bound, _describe_bound, **sliders)
+
+
+def _draw_bound(data):
+    scores, maxima, bound, kth = data["scores"], data["maxima"], data["bound"], data["kth"]
+    edges = np.linspace(scores.min(), scores.max(), 49)
+    figure = Figure(figsize=(7, 4), layout="constrained", facecolor=COLOURS["visible"])
+    axes = figure.add_subplot(xlabel="index score (no unit)", ylabel="keys in this bin (number)")
+    parts = (scores[scores >= kth], scores[(scores < kth) & (scores >= bound)], scores[scores < bound])
+    below = np.zeros(48)
+    for part, look in zip(
+        parts,
+        (
+            {"facecolor": COLOURS["selected"], "edgecolor": "black"},
+            {"facecolor": COLOURS["visible"], "edgecolor": "black", "hatch": "////"},
+            {"facecolor": FAINT, "edgecolor": "#777777"},
+        ),
+        strict=True,
+    ):
+        counts, _ = np.histogram(part, edges)
+        axes.bar(edges[:-1], counts, np.diff(edges), below, align="edge", linewidth=0.6, **look)
+        below += counts
+    counts, _ = np.histogram(maxima[np.isfinite(maxima)], edges)
+    axes.stairs(counts, edges, color="black", linewidth=1.6)
+    axes.axvline(kth, color=COLOURS["selected"], linewidth=1.8)
+    if np.isfinite(bound):
+        axes.axvline(bound, color=LINES[1][0], linestyle="--", linewidth=1.8)
+    axes.set_title(_sentence(data), fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    extra = data["candidates"] - len(parts[0])
+    legend = [
+        Patch(facecolor=COLOURS["selected"], edgecolor="black", label=f"at least the k-th largest: {len(parts[0])}"),
+        Patch(facecolor="white", edgecolor="black", hatch="////", label=f"candidates that will lose: {extra}"),
+        Patch(facecolor=FAINT, edgecolor="#777777", label=f"below the bound: {len(parts[2])}"),
+        Line2D([], [], color="black", linewidth=1.6, label=f"group maxima: {len(maxima)}"),
+        Line2D([], [], color=COLOURS["selected"], linewidth=1.8, label="k-th largest score"),
+        Line2D([], [], color=LINES[1][0], linestyle="--", linewidth=1.8, label="bound: k-th largest maximum"),
+    ]
+    figure.legend(handles=legend, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def _sentence(data):
+    many = "1 score" if data["group"] == 1 else f"{data['group']} {data['arrangement']}"
+    head = f"k = {data['k']}, {len(data['maxima'])} groups of {many}"
+    if not np.isfinite(data["bound"]):
+        return f"{head}: fewer groups than k, so no bound, and all {data['candidates']} keys stay candidates"
+    return f"{head}: bound {data['bound']:.2f}, k-th largest {data['kth']:.2f}, {data['candidates']} candidates"
+
+
+def _describe_bound(data):
+    return f"Histogram of {len(data['scores'])} index scores of one query. {_sentence(data)}."
+
+
+def live_radix(scores, k, step) -> LiveFigure:
+    """Radix select on a row's scores [S], one byte a step: the interval that holds the k-th largest, and the counters.
+
+    `.data`: k, step, the row's `scores` still in the game, `wanted` (the rank among them), counts [256], byte, and the
+    `interval` (lowest, highest fp32 value) that is left after this step.
+    """
+    scores = scores.detach().cpu()
+    keys = ordered_bits(scores)
+
+    def look(k, step):
+        passes = radix_passes(keys, k)
+        found = passes[step - 1]
+        known = sum(p["byte"] << shift for p, shift in zip(passes[:step], (24, 16, 8, 0), strict=False))
+        inside = torch.isin(keys, found["keys"])
+        ends = torch.tensor([known, known + (1 << (32 - 8 * step)) - 1])
+        return {
+            "k": k, "step": step, "scores": scores[inside].numpy(), "wanted": found["wanted"],
+            "counts": found["counts"].numpy(), "byte": found["byte"], "interval": _as_floats(ends).tolist(),
+        }  # fmt: skip
+
+    sliders = {
+        "k": ipywidgets.IntSlider(k, min=1, max=min(128, len(scores)), description="k"),
+        "step": ipywidgets.IntSlider(step, min=1, max=4, description="byte no."),
+    }
+    return LiveFigure("radix", look, _draw_radix, _describe_radix, **sliders)
+
+
+def _as_floats(keys):
+    """The fp32 numbers with these ordered bits."""
+    bits = torch.where(keys >= 2**31, keys - 2**31, ~keys)
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def _draw_radix(data):
+    scores, counts, byte, (low, high) = data["scores"], data["counts"], data["byte"], data["interval"]
+    looks = (  # keys above the byte, with it, below it: selected, open as the candidates of the bound are, dropped
+        {"facecolor": COLOURS["selected"], "edgecolor": "black"},
+        {"facecolor": COLOURS["visible"], "edgecolor": "black", "hatch": "////"},
+        {"facecolor": FAINT, "edgecolor": "#777777"},
+    )
+    figure = Figure(figsize=(7, 4), layout="constrained", facecolor=COLOURS["visible"])
+    line, bars = figure.subplots(2, 1, height_ratios=(1, 2.2))
+    pad = 0.03 * (scores.max() - scores.min()) or 0.03 * max(abs(float(scores.max())), 1e-6)
+    line.set(xlim=(scores.min() - pad, scores.max() + pad), ylim=(0, 1), yticks=[])
+    line.set_xlabel("index score (no unit), one stroke a key; the frame is what this byte leaves", fontsize=9)
+    for part, colour, width in (
+        (scores[scores < low], "#999999", 0.8),
+        (scores[(scores >= low) & (scores <= high)], "black", 1.2),
+        (scores[scores > high], COLOURS["selected"], 0.8),
+    ):
+        line.vlines(part, 0.2, 0.8, color=colour, linewidth=width)
+    left, right = (min(max(end, line.get_xlim()[0]), line.get_xlim()[1]) for end in (low, high))
+    frame = {"fill": False, "edgecolor": "black", "linewidth": 1.4, "clip_on": False}
+    line.add_patch(Rectangle((left, 0.06), right - left, 0.88, **frame))
+    line.spines[["top", "left", "right"]].set_visible(False)
+    line.set_title(_step_sentence(data), fontsize=9)
+    used = counts.nonzero()[0]
+    first, last = max(0, used[0] - 4), min(255, used[-1] + 4)
+    bins = np.arange(256)
+    shares = (bins > byte, bins == byte, bins < byte)
+    for share, look in zip(shares, looks, strict=True):
+        bars.bar(bins[share], counts[share], 0.85, linewidth=0.5, **look)
+    bars.set(xlim=(first - 0.5, last + 0.5), ylabel="keys with this byte (number)")
+    bars.yaxis.set_major_locator(MaxNLocator(integer=True))
+    bars.xaxis.set_major_locator(MaxNLocator(integer=True))
+    bars.set_xlabel(f"byte {data['step']} of the ordered integer (0 to 255; the part in use is shown)")
+    bars.spines[["top", "right"]].set_visible(False)
+    words = ("selected for certain", f"byte {byte}, looked at next", "too small")
+    legend = [
+        Patch(label=f"{word}: {int(counts[share].sum())}", **look)
+        for word, share, look in zip(words, shares, looks, strict=True)
+    ]
+    figure.legend(handles=legend, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def _step_sentence(data):
+    left = int(data["counts"][data["byte"]])
+    rank = f"number {data['wanted']} from the top is sought"
+    shared = f"{len(data['scores'])} keys share the bytes before"
+    return f"k = {data['k']}, byte {data['step']} of 4: {shared}, {rank}; {left} left"
+
+
+def _describe_radix(data):
+    low, high = data["interval"]
+    return f"Strokes for scores and bars for bytes. {_step_sentence(data)}, all between {low:.6g} and {high:.6g}."

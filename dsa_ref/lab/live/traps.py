@@ -1,0 +1,134 @@
+"""Notebook 15: what a planted model selects, byte by byte, and what each trap costs."""
+
+import functools
+
+import ipywidgets
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from .. import traps, viz
+from ..trap_runs import read
+
+ADDED = "#aac4e0"  # the colour of "selected" at a third: selected, but wrongly
+
+
+def live_traps(text_bytes, tokens, layer, name, byte) -> viz.LiveFigure:
+    """Text with the selection of one byte: what the planted model keeps of the right one's, loses and adds.
+
+    text_bytes: bytes, some 700 fit a screen. tokens: int64 [len(text_bytes) + 1], the same and the next. layer: whose
+    selection is shown. name: of a trap; byte: the query. `.data`: trap, way, byte, and the sorted kept, lost, added.
+    """
+
+    @functools.cache
+    def selection(name):
+        """(way, indices): of the right model for None, else of the planted one in the way in which it shows."""
+        found = traps.trap(name)
+        try:
+            with traps.planted(found):
+                return found.shows_in, read(tokens, found.shows_in)[0][layer]
+        except ValueError:  # it cannot be run where it shows
+            with traps.planted(found):
+                return "one pass", read(tokens)[0][layer]
+
+    @functools.cache
+    def right(way):
+        return read(tokens, way)[0][layer]
+
+    def compute(trap, byte):
+        way, wrong = selection(trap)
+        mine, other = (set(chosen[byte].tolist()) - {-1} for chosen in (right(way), wrong))
+        sets = {"kept": mine & other, "lost": mine - other, "added": other - mine}
+        return {"trap": trap, "way": way, "byte": byte, **{key: sorted(found) for key, found in sets.items()}}
+
+    def draw(data):
+        # A key of the future may be added: drawn here, since selection_over_text refuses it.
+        figure = viz.selection_over_text(text_bytes, data["byte"], data["kept"])
+        axes, places = figure.axes[0], viz._layout(text_bytes, 80)
+        for key in data["added"]:
+            x, y, width = places[key]
+            axes.add_patch(Rectangle((x, y), width, 0.96, facecolor=ADDED, linewidth=0, zorder=0.5))
+            axes.hlines(y + 0.08, x + 0.1, x + width - 0.1, color="black", linewidth=1.4)
+        for key in data["lost"]:
+            x, y, width = places[key]
+            axes.add_patch(Rectangle((x + 0.05, y + 0.05), width - 0.1, 0.86, **LOST))
+        figure.legends.clear()
+        counts = {key: len(data[key]) for key in ("kept", "added", "lost")}
+        marks = [
+            Patch(facecolor="none", edgecolor=viz.COLOURS["query"], linewidth=2.0, label="query"),
+            Patch(facecolor=viz.COLOURS["selected"], edgecolor="black", label=f"right, kept: {counts['kept']}"),
+            Patch(facecolor=ADDED, edgecolor="black", label=f"wrong, added: {counts['added']}"),
+            Patch(label=f"right, lost: {counts['lost']}", **LOST),
+            Patch(facecolor=viz.COLOURS["future"], label="future (grey)"),
+        ]
+        figure.legend(handles=marks, loc="lower right", ncols=5, fontsize=8, frameon=False)
+        return figure
+
+    def describe(data):
+        counts = ", ".join(f"{len(data[key])} {key}" for key in ("kept", "lost", "added"))
+        return (
+            f"Source text with the selection of byte {data['byte']} under the trap {data['trap']!r} ({data['way']}), "
+            f"against the right selection: {counts}."
+        )
+
+    wide = ipywidgets.Layout(width="800px")  # a pixel of the slider is about a byte of the text
+    names = [found.name for found in traps.TRAPS]
+    controls = {
+        "trap": ipywidgets.Dropdown(options=names, value=name, description="trap"),
+        "byte": ipywidgets.IntSlider(byte, min=0, max=len(text_bytes) - 1, description="byte t", layout=wide),
+    }
+    return viz.LiveFigure("traps", compute, draw, describe, **controls)
+
+
+LOST = {"fill": False, "edgecolor": viz.COLOURS["selected"], "linestyle": (0, (2, 1)), "linewidth": 1.2}
+
+
+# ------------------------------------------------------------------------------------------- the recorded effects
+
+
+def effects(record) -> list:
+    """figures/traps.json as rows, most keys lost first: (trap, way in which it shows, what was measured there)."""
+    rows = [(found, found.shows_in, record["traps"][found.name][found.shows_in]) for found in traps.TRAPS]
+    return sorted(rows, key=lambda row: row[2].get("overlap", -1.0))
+
+
+def table(record) -> str:
+    """The museum as a Markdown table."""
+    lines = [
+        "| trap | what is wrong | shows in | right keys left | loss, nats a byte | caught by |",
+        "|---|---|---|---:|---:|---|",
+    ]
+    for found, way, measured in effects(record):
+        if "raises" in measured:
+            left, loss = "", f"`{measured['raises']}`"
+        else:
+            left = f"{100 * measured['overlap']:.1f} %"
+            loss = f"{measured['loss']:+.3f} ± {measured['error']:.3f}".replace("-", "−")
+            loss += " (KL)" if way == "indexer loss" else ""
+        test = found.caught_by.removeprefix("tests/").split("[")[0].replace("::", "<br>")
+        lines.append(f"| **{found.name}** | {found.what} | {way} | {left} | {loss} | {test} |")
+    return "\n".join(lines)
+
+
+def harm(record) -> Figure:
+    """Two bars a trap: the right keys that it loses, and its change of the loss with twice its standard error."""
+    rows = [row for row in effects(record) if "overlap" in row[2] and row[1] != "indexer loss"][::-1]
+    figure = Figure(figsize=(8, 5.2), layout="constrained", facecolor=viz.COLOURS["visible"])
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = range(len(rows))
+    lost = [100 * (1 - measured["overlap"]) for _, _, measured in rows]
+    left.barh(places, lost, color=viz.COLOURS["selected"], height=0.7)
+    left.set_yticks(places, labels=[found.name + ("" if way == "one pass" else f" ({way})") for found, way, _ in rows])
+    left.set_xlabel("right keys lost (%)")
+    changes = [measured["loss"] for _, _, measured in rows]
+    errors = [2 * measured["error"] for _, _, measured in rows]
+    right.errorbar(changes, places, xerr=errors, fmt="o", color="#222222", markersize=4, capsize=3)
+    right.set_xscale("symlog", linthresh=0.01, linscale=0.6)
+    right.set_xticks([-0.01, 0, 0.01, 0.1, 1], labels=["−0.01", "0", "0.01", "0.1", "1"])
+    right.axvline(0, color=viz.COLOURS["future"], linewidth=0.8)
+    right.set_xlabel("change of the loss (nats a byte), ± 2 standard errors")
+    for axes in (left, right):
+        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    return figure

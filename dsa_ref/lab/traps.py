@@ -1,0 +1,315 @@
+"""The trap museum: known ways to get DSA subtly wrong, as data, and what each of them does to a trained model.
+
+    with planted(trap("no relu")):
+        ...                                     # the reference is wrong now
+
+    python -m dsa_ref.lab.traps --log figures/traps.json     # measure them all on held-out text
+    python -m dsa_ref.lab.traps --tests                      # run the test that catches each, without and with it
+
+`trap_variants` holds the faulty functions, `trap_runs` what is run on them. Planting replaces a function in every
+module of the reference that uses it, but not in `dsa_ref.lab`, which judges.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import pathlib
+import statistics
+import sys
+from collections.abc import Callable
+from unittest import mock
+
+import dsa_ref
+
+from ..config import DSAConfig
+from ..nn.corpus import load_corpus
+from ..nn.evaluate import held_out_windows, provenance
+from ..nn.layer import DSALayer, Indexer
+from . import trap_variants as faulty
+from .compare import overlap
+from .trap_runs import read, run_tests
+
+CLASSES = {owner.__name__: owner for owner in (DSAConfig, DSALayer, Indexer)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trap:
+    """One fault: `variant` stands in for `step`, the name of a step function or "Class.attribute".
+
+    caught_by: the pytest node id of a test that fails while it is planted. shows_in: the way of running the small
+    model, one of `trap_runs.WAYS`, in which it does harm.
+    """
+
+    name: str
+    what: str
+    symptom: str
+    step: str
+    variant: Callable
+    caught_by: str
+    shows_in: str = "one pass"
+
+
+TRAPS = (
+    Trap(
+        "unnormalised latent",
+        "The indexer's queries come from the query latent before its RMSNorm.",
+        "One key in fifty differs; nothing else shows.",
+        "DSALayer._index",
+        faulty.unnormalised_latent,
+        "tests/test_transformers.py::test_same_output_and_same_sets[0-lengths0]",
+    ),
+    Trap(
+        "RMSNorm on k",
+        "The indexer's key is normed without subtracting the mean and without the bias.",
+        "A tenth of the keys differ, and the loss hardly moves.",
+        "Indexer.forward",
+        faulty.rms_norm_on_k,
+        "tests/test_transformers.py::test_same_output_and_same_sets[0-lengths0]",
+    ),
+    Trap(
+        "softmaxed weights",
+        "The head weights go through a softmax, as gates elsewhere do.",
+        "No score is ever negative.",
+        "Indexer.forward",
+        faulty.softmaxed_weights,
+        "tests/test_transformers.py::test_same_output_and_same_sets[0-lengths0]",
+    ),
+    Trap(
+        "bf16 head weights",
+        "The head weights are computed in bf16, not in fp32.",
+        "One key in some four hundred differs: near-ties at the threshold.",
+        "Indexer.forward",
+        faulty.bf16_head_weights,
+        "tests/test_layer.py::test_indexer_written_out[0]",
+    ),
+    Trap(
+        "weights without their constant",
+        "The head weights lack the factor Hi^-0.5 · Di^-0.5.",
+        "Same sets, same language loss; the indexer's own loss explodes, since the scores' scale is its temperature.",
+        "Indexer.forward",
+        faulty.weights_without_constant,
+        "tests/test_layer.py::test_indexer_written_out[0]",
+        "indexer loss",
+    ),
+    Trap(
+        "interleaved indexer RoPE",
+        "The indexer's q and k are turned in MLA's interleaved pairs, not in half-split ones.",
+        "Norms and shapes are right, and q·k still depends on the distance alone; most keys differ.",
+        "rotate_quantize",
+        faulty.interleaved_index_rope,
+        "tests/test_rotate_quantize.py::test_value_is_the_rotated_vector[reference-shape0]",
+    ),
+    Trap(
+        "RoPE on the wrong end",
+        "The indexer's RoPE turns the last dims of a head, as MLA's does, not the first.",
+        "Norms are right, most keys differ, the model breaks.",
+        "rotate_quantize",
+        faulty.rope_on_the_wrong_end,
+        "tests/test_rotate_quantize.py::test_value_is_the_rotated_vector[reference-shape0]",
+    ),
+    Trap(
+        "positions restart",
+        "With a cache, the indexer counts each chunk's positions from 0.",
+        "One pass is right; chunks select far too many wrong keys.",
+        "rotate_quantize",
+        faulty.positions_restart,
+        "tests/test_layer.py::test_decode_and_chunks_equal_prefill[reference-7-True]",
+        "chunks",
+    ),
+    Trap(
+        "one side rotated",
+        "The Hadamard rotation is applied to q and forgotten for k.",
+        "Scores are noise: the selection is little better than random, and the model breaks.",
+        "rotate_quantize",
+        faulty.one_side_rotated,
+        "tests/test_rotate_quantize.py::test_value_is_the_rotated_vector[reference-shape0]",
+    ),
+    Trap(
+        "no amax floor",
+        "FP8 quantisation divides by the largest magnitude without keeping it above 1e-4.",
+        "All is well until a row is zero, such as padding: 0 / 0 is NaN.",
+        "quantize",
+        faulty.no_amax_floor,
+        "tests/test_quantize.py::test_zeros[reference]",
+        "padding",
+    ),
+    Trap(
+        "no relu",
+        "The weighted sum runs over the dot products themselves.",
+        "Scores without a floor: heads that see a mismatch vote against the key.",
+        "index_scores",
+        faulty.no_relu,
+        "tests/test_index_scores.py::test_relu_before_the_sum_and_weights_as_they_are[reference]",
+    ),
+    Trap(
+        "weight inside the relu",
+        "The FP8 scale may cross the relu since it is positive; here the whole weight, sign and all, crosses with it.",
+        "Right where all weights are positive; no score is ever negative.",
+        "index_scores",
+        faulty.weight_inside_the_relu,
+        "tests/test_index_scores.py::test_relu_before_the_sum_and_weights_as_they_are[reference]",
+    ),
+    Trap(
+        "key scale left out",
+        "The scores are not multiplied by the keys' FP8 scales.",
+        "Right where all keys have one scale; wrong by powers of two elsewhere.",
+        "index_scores",
+        faulty.key_scale_left_out,
+        "tests/test_lightning_select.py::test_key_scales_do_matter[reference]",
+    ),
+    Trap(
+        "last key wins ties",
+        "Of equal scores at the threshold the last key is kept; an unstable sort keeps either.",
+        "Two right implementations disagree, but only where scores tie.",
+        "select_topk",
+        faulty.last_key_wins_ties,
+        "tests/test_select_topk.py::test_smallest_index_wins_a_tie[reference]",
+        "bf16 scores",
+    ),
+    Trap(
+        "threshold with >=",
+        "Every key that reaches the k-th score is kept until the list is full.",
+        "Where scores tie, the last keys are missing, even the best of all and the row's own.",
+        "select_topk",
+        faulty.threshold_with_ge,
+        "tests/test_select_topk.py::test_contract[reference-few values-5-257-64]",
+        "bf16 scores",
+    ),
+    Trap(
+        "zero padding",
+        "Rows that see fewer than k keys are filled up with 0 instead of -1.",
+        "Only the first k rows: key 0 is attended to again and again.",
+        "select_topk",
+        faulty.zero_padding,
+        "tests/test_select_topk.py::test_contract[reference-normal-4-9-20]",
+    ),
+    Trap(
+        "own key hidden",
+        "With a cache, a row's range ends one key too early: S - T + t in place of S - T + t + 1.",
+        "One pass is right; with a cache no row ever selects its own key.",
+        "lightning_select",
+        faulty.own_key_hidden,
+        "tests/test_lightning_select.py::test_exact_on_whole_numbers[reference-dtype0-5-70-16-32-16]",
+        "chunks",
+    ),
+    Trap(
+        "future key visible",
+        "A row's range ends one key too late.",
+        "A later byte changes the selection and the logits of an earlier one. The loss may go either way.",
+        "lightning_select",
+        faulty.future_key_visible,
+        "tests/test_layer.py::test_causality[reference-sparse-True]",
+    ),
+    Trap(
+        "scale of the latent row",
+        "The softmax scale is taken from the width of the absorbed query, not from the trained head's nope + rope.",
+        "The first layer's selection is right, and its output is not: the softmax is too flat.",
+        "DSAConfig.softmax_scale",
+        faulty.scale_of_the_latent_row,
+        "tests/test_config.py::test_yarn_only_beyond_the_original_length",
+    ),
+    Trap(
+        "base-2 log-sum-exp",
+        "Attention returns the log-sum-exp to base 2, as some kernels do inside.",
+        "The output is right; two parts of a row that are merged by it are weighted wrongly.",
+        "sparse_attention",
+        faulty.base_2_lse,
+        "tests/test_sparse_attention.py::test_one_selected[reference]",
+        "merge",
+    ),
+)
+
+
+def trap(name) -> Trap:
+    """The trap of this name. Raises: ValueError for an unknown one."""
+    found = {trap.name: trap for trap in TRAPS}
+    if name not in found:
+        raise ValueError(f"name must be one of {', '.join(found)}, got {name!r}")
+    return found[name]
+
+
+@contextlib.contextmanager
+def planted(trap):
+    """The reference with this fault in it, until the block ends."""
+    owner, _, attribute = trap.step.rpartition(".")
+    if owner:
+        places = [CLASSES[owner]]
+    else:  # each module that imported the step has its own name for it
+        modules = [m for name, m in sys.modules.items() if f"{name}.".startswith("dsa_ref.")]
+        right = getattr(dsa_ref, attribute)
+        places = [m for m in modules if vars(m).get(attribute) is right and not m.__name__.startswith("dsa_ref.lab")]
+    with contextlib.ExitStack() as stack:
+        for place in places:
+            stack.enter_context(mock.patch.object(place, attribute, trap.variant))
+        yield
+
+
+def measure(trap, windows, right=None):
+    """What the trap does on windows int64 [count, n + 1]: {way: {"overlap": ..., "loss": ..., "error": ...}}.
+
+    Overlap: share of the right selection that is still there, mean over windows, layers and rows that see more than k.
+    Loss: its change in nats, and that mean's standard error over windows. In "one pass" and in the way in which the
+    trap shows; {"raises": message} where it cannot run.
+    right: a dict that keeps the right model's results from one call to the next.
+    """
+    right = {} if right is None else right
+    measured = {}
+    for way in dict.fromkeys(("one pass", trap.shows_in)):
+        if way not in right:
+            right[way] = [read(window, way) for window in windows]
+        try:
+            with planted(trap):
+                wrong = [read(window, way) for window in windows]
+        except ValueError as error:
+            measured[way] = {"raises": str(error).split(",")[0]}
+            continue
+        k = right[way][0][0][0].shape[1]
+        shares, changes = [], []
+        for (layers, loss), (other_layers, other_loss) in zip(right[way], wrong, strict=True):
+            shares += [overlap(a[k:], b[k:]) for a, b in zip(layers, other_layers, strict=True)]
+            changes.append(other_loss - loss)
+        error = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else math.inf
+        mean = {"overlap": statistics.fmean(shares), "loss": statistics.fmean(changes), "error": error}
+        measured[way] = {name: round(value, 4) + 0.0 for name, value in mean.items()}
+    return measured
+
+
+def verdicts():
+    """{name: (what its test says without the trap, and with it)}."""
+    without = run_tests(trap.caught_by for trap in TRAPS)
+    found = {}
+    for trap in TRAPS:
+        with planted(trap):
+            found[trap.name] = (without[trap.caught_by], run_tests([trap.caught_by])[trap.caught_by])
+    return found
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--log", type=pathlib.Path, help="where the measurements go, as JSON")
+    parser.add_argument("--tests", action="store_true", help="print as JSON what each trap's test says")
+    parser.add_argument("--windows", type=int, default=8, help="how many held-out windows")
+    parser.add_argument("--length", type=int, default=512, help="bytes a window")
+    options = parser.parse_args(arguments)
+    if options.tests:
+        print(json.dumps(verdicts(), indent=1))
+    if options.log:
+        windows = held_out_windows(load_corpus()[1], options.windows, options.length).long()
+        right, traps = {}, {}
+        for trap in TRAPS:
+            traps[trap.name] = measure(trap, windows, right)
+            print(trap.name, traps[trap.name], flush=True)
+        result = {
+            "windows": options.windows,
+            "length": options.length,
+            "right": {way: round(sum(loss for _, loss in runs) / len(runs), 4) for way, runs in right.items()},
+            "traps": traps,
+            "provenance": provenance("dsa_ref.lab.traps", arguments, "cpu"),
+        }
+        options.log.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
