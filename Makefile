@@ -14,24 +14,36 @@ export PYTHONPATH := $(CURDIR)
 # Jupyter's kernel is the one in .venv, also where the user has a `python3` kernel of their own.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help lab test course lint
+.PHONY: help lab test test-grading test-browser course learner lint
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 lab: $(INSTALLED)  ## open JupyterLab on the first notebook (LAB_ARGS="--no-browser" and the like are passed on)
 	$(VENV_PYTHON) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(LAB_ARGS)
 
 # One thread a process: two processes run at once, and sums come out the same on every machine.
-test course: export OMP_NUM_THREADS := 1
+test test-grading test-browser course: export OMP_NUM_THREADS := 1
 
 test: $(INSTALLED)  ## run the tests, then every notebook against its stored outputs
 	$(VENV_PYTHON) -m pytest -n 2 --check-skips
 	$(VENV_PYTHON) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=120 -n 2 --dist loadscope notebooks/
 
-course: $(INSTALLED)  ## execute every notebook and store its outputs
+test-grading: $(INSTALLED)  ## grade a solved and an unsolved notebook with nbgrader (installs it)
+	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[grading]'
+	$(VENV_PYTHON) -m pytest -m grading tests/test_grading.py
+
+test-browser: $(INSTALLED)  ## move every notebook's slider in JupyterLab (needs Chromium, installs Playwright)
+	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[browser]'
+	$(VENV_PYTHON) -m pytest -m browser tests/test_browser.py
+
+course: $(INSTALLED)  ## execute every notebook, store its outputs, and make the learner edition
 	$(VENV_PYTHON) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False \
-		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb notebooks/solutions/*.ipynb
+		--ExecutePreprocessor.record_timing=False notebooks/solutions/*.ipynb
+	$(VENV_PYTHON) -m notebooks.maintain.learner
+
+learner: $(INSTALLED)  ## make the learner edition, notebooks/*.ipynb, from notebooks/solutions/
+	$(VENV_PYTHON) -m notebooks.maintain.learner
 
 lint: $(INSTALLED)  ## check style and formatting
 	$(VENV_PYTHON) -m ruff check .

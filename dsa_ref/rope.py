@@ -2,7 +2,8 @@
 
 MLA turns *interleaved* pairs (x0, x1), (x2, x3), ...; the indexer turns *half-split* pairs (x0, x_R/2), (x1, x_R/2+1),
 ... Either is a rotation by position · frequency, so q·k depends on the distance alone, as long as q and k share a
-layout. Mixing them up leaves norms and shapes right and the selection wrong: DeepSeek's code did so until 2025-11-17.
+layout. The wrong one on both sides leaves norms, shapes and that property right, and the selection wrong, since the
+weights were trained with the other: DeepSeek's code turned the indexer's pairs interleaved until 2025-11-17.
 
 Source: DeepSeek-V3.2-Exp inference/model.py (corrected); YaRN, arXiv 2309.00071, section 3.2.
 """

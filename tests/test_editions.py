@@ -111,6 +111,24 @@ def test_first_and_last_cell(name):
     assert "**Try.**" in last and "**Not shown here.**" in last
 
 
+def test_the_map_of_the_course_is_true():
+    """Minutes, exercises and points of notebooks/README.md are those of the notebooks."""
+    row = re.compile(r"^\| \**(\d\d)\** \[(.+)\]\((\S+)\) \| (\d+) \| [\d, ]*\| .+ \| (\d+) \| (\d+) \|$", re.M)
+    text = (LEARNER / "README.md").read_text(encoding="utf-8")
+    rows = {
+        file: (number, title, int(minutes), int(n), int(p)) for number, title, file, minutes, n, p in row.findall(text)
+    }
+    assert sorted(rows) == NAMES
+    for name, (nn, title, minutes, exercises, points) in rows.items():
+        nb = read(SOURCE / name)
+        found = [cell.metadata.nbgrader.points for kind, _, cell in kinds(nb) if kind == "check"]
+        assert nb.cells[0].source.startswith(f"# {nn} · {title}\n")
+        assert f"**Time** {minutes} minutes" in nb.cells[0].source
+        assert (exercises, points) == (len(found), sum(found)), name
+    core = sum(rows[name][2] for name in NAMES if f"**{name[:2]}** [" in text)
+    assert f"core path: {core} minutes" in text
+
+
 def notebook(*cells):
     return new_notebook(cells=list(cells), metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
 

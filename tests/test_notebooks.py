@@ -1,4 +1,4 @@
-"""What strict nbval cannot see: that notebooks were executed, stay small and quick, describe their pictures, are live."""
+"""What strict nbval cannot see: notebooks were executed, stay small and quick, describe their pictures, are live."""
 
 import time
 

@@ -33,11 +33,6 @@ def values_stay_wide(x):
 
 
 @wrong("quantize", "shapes and types")
-def values_without_a_scale(x):
-    return dsa_ref.quantize(x)[0]
-
-
-@wrong("quantize", "shapes and types")
 def a_single_number_as_the_scale(x):
     scale = power_of_two_at_least(x.float().abs().max() / 448)
     return (x / scale).to(E4M3), scale
@@ -77,6 +72,12 @@ def exponent_rounded_down_without_a_clamp(x):
     x, ratio = parts(x)
     scale = torch.exp2(ratio.log2().floor())
     return (x / scale[..., None]).to(E4M3), scale
+
+
+@wrong("quantize", "scale")
+def logarithm_in_bf16(x):
+    x, ratio = parts(x)
+    return cast(x, torch.exp2(ratio.bfloat16().log2().ceil()).float())
 
 
 @wrong("quantize", "scale")
@@ -186,11 +187,6 @@ def not_normalised(x):
     return dsa_ref.hadamard(x) * x.shape[-1] ** 0.5
 
 
-@wrong("hadamard", "length kept")
-def divided_by_the_size(x):
-    return dsa_ref.hadamard(x) * x.shape[-1] ** -0.5
-
-
 @wrong("hadamard", "Sylvester order")
 def or_instead_of_and(x):
     D = x.shape[-1]
@@ -211,7 +207,6 @@ def even_and_odd_instead_of_halves(x):
 
 @wrong("hadamard", "Sylvester order")
 def ordered_by_sign_changes(x):
-    """Walsh's order."""
     H = sylvester(x.shape[-1])
     return rotated_by(H[(H.diff(dim=1) != 0).sum(dim=1).argsort()], x) / x.shape[-1] ** 0.5
 
@@ -226,9 +221,16 @@ def difference_the_wrong_way_round(x):
     return y * D**-0.5
 
 
-@wrong("hadamard", "any power of two")
-def the_identity_is_forgotten(x):
-    return dsa_ref.hadamard(x) if x.shape[-1] > 1 else -x
+def halves(x):
+    if x.shape[-1] == 2:
+        return torch.stack((x[..., 0] + x[..., 1], x[..., 0] - x[..., 1]), dim=-1)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((halves(a + b), halves(a - b)), dim=-1)
+
+
+@wrong("hadamard", "runs")
+def recursion_that_ends_at_two(x):
+    return halves(x) / x.shape[-1] ** 0.5
 
 
 @wrong("hadamard", "any power of two")
@@ -364,7 +366,6 @@ def number_of_keys(selected, reference):
 
 @wrong("flips", "share of the keys")
 def share_of_the_union(selected, reference):
-    """Jaccard's distance."""
     return mean(
         [1 - len(a & b) / len(a | b) if b else 0.0 for a, b in zip(sets(selected), sets(reference), strict=True)]
     )

@@ -10,7 +10,8 @@ from .index_scores import counterexample, head_weights, index_scores, zero_proba
 from .mla import absorb, cache_bytes, rope, softmax_scale
 from .online_softmax import block_attention, log_sum_exp, merge_parts, online_update
 from .quantize import flips, hadamard, quantize, scores_from_fp8
-from .select_topk import check_selection, recall, select_topk, window_selection
+from .recall import recall, window_selection
+from .select_topk import check_selection, select_topk
 from .start import three_lines
 from .traps import diagnose, match_symptoms, rope_probe
 from .triton_index_scores import copy_kernel, index_scores_kernel, planted_bug_kernel, row_sum_kernel, tile_cost

@@ -120,8 +120,9 @@ def expect_close(got, expected, tolerance, axes, cause, suspects=None):
     axes: the names of the axes, such as "t s", to say where the first difference is. suspects: {cause: the answer that
     this mistake gives}: where got equals one of them, and that one is wrong here, its cause is reported instead.
     """
-    got, expected = _float64(got), _float64(expected)
+    expected = _float64(expected)
     expect_shape(got, expected.shape)
+    got = _float64(got)
     bad = ~_near(got, expected, tolerance)
     if not bad.any():
         return

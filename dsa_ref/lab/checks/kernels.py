@@ -30,19 +30,26 @@ def guarded(values, row_gap=0):
 
     row_gap: so many NaN elements between the rows of the last dim as well, so that a wrong stride is seen.
     """
-    return _inside(values.shape, values.dtype, row_gap).copy_(values)
+    poison = torch.nan if values.dtype.is_floating_point else torch.iinfo(values.dtype).max
+    return _inside(values.shape, values.dtype, row_gap, lambda buffer: buffer.fill_(poison)).copy_(values)
 
 
 def output(*shape, dtype=torch.float32, row_gap=0):
-    """An output full of NaN (or the largest integer), guarded as `guarded` does: what is not written is seen."""
-    return _inside(shape, dtype, row_gap)
+    """An output full of NaN (or the largest integer), guarded as `guarded` does: what is not written is seen.
+
+    Its poison has other bits than an input's: a kernel that copies one guard over the other is then seen as well.
+    """
+    if dtype.is_floating_point:
+        return _inside(shape, dtype, row_gap, lambda buffer: buffer.view(torch.uint8).fill_(255))  # NaN in every format
+    made = _inside(shape, dtype, row_gap, lambda buffer: buffer.fill_(torch.iinfo(dtype).max - 1))
+    return made.fill_(torch.iinfo(dtype).max)
 
 
-def _inside(shape, dtype, row_gap):
+def _inside(shape, dtype, row_gap, poison):
     *rows, width = shape
     n = math.prod(rows) * (width + row_gap)
-    poison = torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max
-    buffer = torch.full((n + 2 * GUARD,), poison, dtype=dtype, device=device())
+    buffer = torch.empty(n + 2 * GUARD, dtype=dtype, device=device())
+    poison(buffer)
     return buffer[GUARD : GUARD + n].view(*rows, width + row_gap)[..., :width]
 
 

@@ -1,19 +1,32 @@
-"""Notebook 03: the selection contract, a check of it that the learner writes, recall, and the window as a control."""
+"""Notebook 03: the selection contract, and a check of it that the learner writes."""
+
+import contextlib
 
 import torch
 
 from ...select_topk import select_topk as reference
-from ..compare import Failed, attention_recall, compare_selection
-from .core import Check, expect, expect_shape, normal, whole
+from ..compare import Failed, compare_selection
+from .core import GENERAL, Check, expect, normal, whole
 
 select_topk = Check("select_topk")  # (scores [T, S], k) -> indices int32 [T, k]
 check_selection = Check("check_selection")  # (indices, scores, k) -> True, or False or an AssertionError
-recall = Check("recall")  # (weights [T, S], indices int32 [T, k]) -> float
-window_selection = Check("window_selection")  # (T, k) -> indices int32 [T, k]
 
 
 # ------------------------------------------------------------------------------------------------------- select_topk
 # Most properties have the names that compare_selection gives to what it finds broken.
+
+
+@contextlib.contextmanager
+def judging(name, cause, words=None):
+    """Report what compare_selection finds broken as property `name`; with `words`, pass over any other fault."""
+    try:
+        yield
+    except Failed as failure:
+        if failure.property in GENERAL:
+            raise
+        if words is None or failure.property in words:
+            failure.property, failure.cause = name, cause
+            raise
 
 
 def _distinct(T, S, seed):
@@ -75,11 +88,8 @@ def _(solution):
 def _(solution):
     for T, S, k, seed in ((8, 8, 3, 1), (2, 40, 9, 2)):
         scores = torch.where(normal(T, S, seed=seed) > 0, 0.0, -0.0)
-        try:
+        with judging("signed zeros", "-0.0 equals 0.0: compare the numbers, and not their bits"):
             compare_selection(solution(scores, k), scores, k)
-        except Failed as failure:
-            failure.property, failure.cause = "signed zeros", "-0.0 equals 0.0: compare the numbers, and not their bits"
-            raise
 
 
 @select_topk.property("infinite scores")
@@ -88,14 +98,8 @@ def _(solution):
         scores = _distinct(T, S, seed)
         scores[:, ::2] = -torch.inf
         scores[:, 1] = torch.inf
-        try:
+        with judging("infinite scores", "a visible score may be -inf: it still counts, and ranks before hidden keys"):
             compare_selection(solution(scores, k), scores, k)
-        except Failed as failure:
-            cause = (
-                "a visible score may itself be -inf, and still counts: ask whether a key is visible, and not its score"
-            )
-            failure.property, failure.cause = "infinite scores", cause
-            raise
 
 
 @select_topk.property("NaN refused")
@@ -131,11 +135,8 @@ def _verdict(solution, indices, scores, k):
         if failure.property == "inputs":
             raise
         return failure
-    expect(
-        isinstance(got, (bool, torch.Tensor)) or hasattr(got, "__bool__"),
-        f"got {type(got).__name__}, expected True or False",
-        "did you forget to return True at the end?",
-    )
+    cause = "did you forget to return True at the end?"
+    expect(got is not None and hasattr(got, "__bool__"), f"got {type(got).__name__}, expected True or False", cause)
     return bool(got)
 
 
@@ -174,8 +175,8 @@ def _(solution):
     _accepts(solution, "a right selection in descending order", turned_round)
 
 
-def _kills(name, cause, many=False):
-    """Decorator: mutate(row, scores of the row's visible keys, all scores of the row) -> a wrong row, or None."""
+def _kills(name, cause):
+    """Decorator of mutate(row, scores of its visible keys, of all its keys) -> a wrong row, or None if impossible."""
 
     def add(mutate):
         def test(solution):
@@ -292,129 +293,3 @@ def _(row, visible, everything):
     tied = [s for s, score in enumerate(visible) if score == threshold]
     kept, left = [s for s in tied if s in row], [s for s in tied if s not in row]
     return [left[-1] if s == kept[-1] else s for s in row] if left else None
-
-
-# ------------------------------------------------------------------------------------------------------------ recall
-
-
-def _weights(T, S, seed):
-    """Rows like attention's: positive, summing to 1, the last column and the first never negligible."""
-    weights = normal(T, S, seed=seed).double().exp()
-    weights[:, [0, -1]] += 1.0
-    return weights / weights.sum(dim=1, keepdim=True)
-
-
-def _rows(rows):
-    return torch.tensor(rows, dtype=torch.int32)
-
-
-def _recall(solution, weights, indices, cause, suspects=None):
-    """suspects: {cause: the number that this mistake gives}."""
-    expected = attention_recall(weights, indices)
-    for dtype in (torch.float64, torch.float32):
-        got = solution(weights.to(dtype), indices)
-        try:
-            got = float(got)
-        except (TypeError, ValueError):
-            expect(False, f"got {type(got).__name__}, expected one number", "return the mean over rows, as a float")
-        if abs(got - expected) <= 1e-5:
-            continue
-        for suspicion, answer in (suspects or {}).items():
-            if abs(got - answer) <= 1e-5:
-                cause = suspicion
-        shape = f"T={weights.shape[0]}, S={weights.shape[1]}, k={indices.shape[1]}"
-        expect(False, f"{shape}, first row {indices[0].tolist()}: got {got:.4f}, expected {expected:.4f}", cause)
-
-
-@recall.property("one row")
-def _(solution):
-    for seed, row in ((1, [3, 1, 0]), (2, [5])):
-        weights, indices = _weights(1, 6, seed), _rows([row])
-        mass = float(weights[0, row].sum())
-        suspects = {"divided by k: recall is the sum of the weights, not their mean": mass / len(row)}
-        _recall(solution, weights, indices, "add up the row's weights at the selected keys", suspects)
-
-
-@recall.property("mean over rows")
-def _(solution):
-    for seed, T in ((1, 4), (2, 37)):
-        weights = _weights(T, 9, seed)
-        indices = torch.arange(3, dtype=torch.int32).expand(T, 3) + (torch.arange(T, dtype=torch.int32) % 6)[:, None]
-        suspects = {"summed over rows: take the mean": attention_recall(weights, indices) * T}
-        _recall(
-            solution, weights, indices, "each row has its own weights and indices; the mean goes over rows", suspects
-        )
-
-
-@recall.property("padding")
-def _(solution):
-    for seed in (1, 2):
-        weights = _weights(3, 6, seed)
-        indices = _rows([[2, -1, -1, -1], [1, 2, -1, -1], [1, 2, 3, 4]])
-        last, first = indices.long() % 6, indices.clamp(min=0)
-        suspects = {
-            "-1 was taken for the last column: Python counts from the end": attention_recall(weights, last.int()),
-            "-1 was taken for key 0 (clamp)": attention_recall(weights, first),
-        }
-        suspects |= {
-            "-1 was taken for the last column, once for each -1": _gathered(weights, last),
-            "-1 was taken for key 0 (clamp), once for each -1": _gathered(weights, first),
-        }
-        _recall(solution, weights, indices, "-1 is no key: it catches nothing", suspects)
-
-
-def _gathered(weights, indices):
-    return float(weights.gather(1, indices.long()).sum(dim=1).mean())
-
-
-@recall.property("duplicates")
-def _(solution):
-    for seed in (1, 2):
-        weights, indices = _weights(3, 6, seed), _rows([[2, 2, -1], [1, 1, 1], [0, 4, 5]])
-        _recall(solution, weights, indices, "a key named twice catches its weight once")
-
-
-@recall.property("empty row")
-def _(solution):
-    for seed in (1, 2):
-        weights, indices = _weights(3, 6, seed), _rows([[-1, -1], [-1, -1], [0, 4]])
-        cause = "a row that selects nothing catches 0, and counts in the mean"
-        _recall(solution, weights, indices, cause)
-
-
-# -------------------------------------------------------------------------------------------------- window_selection
-
-
-def _window(solution, T, k, cause, words=None):
-    """A window is a selection too: by the score s, the position itself. words: the faults judged here, None for all."""
-    try:
-        compare_selection(solution(T, k), torch.arange(T, dtype=torch.float32).expand(T, T), k)
-    except Failed as failure:
-        if words is None or failure.property in words:
-            failure.property, failure.cause = None, cause  # the property being tried takes its place
-            raise
-
-
-@window_selection.property("shape")
-def _(solution):
-    for T, k in ((1, 1), (4, 3), (3, 5)):
-        expect_shape(solution(T, k), (T, k), torch.int32)
-
-
-@window_selection.property("future")
-def _(solution):
-    for T, k in ((6, 2), (37, 5)):
-        _window(solution, T, k, "row t ends with its own key, t: nothing later", ["future"])
-
-
-@window_selection.property("padding")
-def _(solution):
-    for T, k in ((4, 3), (3, 5)):
-        cause = "row t has only t + 1 keys: fill with -1, and only at the end of the row"
-        _window(solution, T, k, cause, ["range", "padding", "duplicates"])
-
-
-@window_selection.property("last keys")
-def _(solution):
-    for T, k in ((37, 5), (9, 1), (3, 5)):
-        _window(solution, T, k, "row t keeps keys t - k + 1 to t, its own among them")

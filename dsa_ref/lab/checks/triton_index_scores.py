@@ -235,7 +235,7 @@ def _(kernel):
     got[:2, :16] = torch.nan
     expect(
         got.isnan().all(),
-        "programs (0, 0) and (1, 0) alone were launched, and more than the first 16 keys of queries 0 and 1 were written",
+        "programs (0, 0) and (1, 0) alone were launched, and more than their 16 keys of queries 0 and 1 was written",
         "a program that loops over all queries, or all keys, does the others' work again: leave that to the grid",
     )
 

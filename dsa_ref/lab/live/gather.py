@@ -38,15 +38,15 @@ def live_gather(steps, layer, k) -> LiveFigure:
         labels = {"visible": "visible, left out", "selected": "gathered", "future": "future"}
         handles = [Patch(facecolor=COLOURS[key], edgecolor="black", label=label) for key, label in labels.items()]
         square.legend(handles=handles, loc="upper right", fontsize=8)
-        names, hatches = ("square", "visible", "gathered"), ("///", "", "")
-        colours = (COLOURS["attention"], COLOURS["attention"], COLOURS["selected"])
-        counts = [data[name] for name in names]
-        drawn = bars.bar(
-            ["masked:\ncomputed", "masked:\nvisible", "gathered"], counts, color=colours, edgecolor="black"
-        )
-        for bar, hatch in zip(drawn, hatches, strict=True):
-            bar.set_hatch(hatch)
-        bars.bar_label(drawn, [f"{count:,}" for count in counts], fontsize=8, padding=2)
+        counts = {
+            "masked:\ncomputed": data["square"],
+            "masked:\nvisible": data["visible"],
+            "gathered": data["gathered"],
+        }
+        colours = [COLOURS["attention"], COLOURS["attention"], COLOURS["selected"]]
+        drawn = bars.bar(list(counts), list(counts.values()), color=colours, edgecolor="black")
+        drawn[0].set_hatch("///")
+        bars.bar_label(drawn, [f"{count:,}" for count in counts.values()], fontsize=8, padding=2)
         bars.set(ylabel="(query, key) pairs", ylim=(0, 1.1 * T * T))
         bars.tick_params(axis="x", labelsize=8)
         bars.spines[["top", "right"]].set_visible(False)

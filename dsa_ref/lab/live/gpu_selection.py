@@ -6,7 +6,6 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator
 
 from ..viz import COLOURS, FAINT, LINES, LiveFigure
 
@@ -138,8 +137,8 @@ def _sentence(data):
     many = "1 score" if data["group"] == 1 else f"{data['group']} {data['arrangement']}"
     head = f"k = {data['k']}, {len(data['maxima'])} groups of {many}"
     if not np.isfinite(data["bound"]):
-        return f"{head}: fewer groups than k, so no bound, and all {data['candidates']} keys stay candidates"
-    return f"{head}: bound {data['bound']:.2f}, k-th largest {data['kth']:.2f}, {data['candidates']} candidates"
+        return f"{head}: fewer groups than k, so no bound, candidates: {data['candidates']}"
+    return f"{head}: bound {data['bound']:.2f}, k-th largest {data['kth']:.2f}, candidates: {data['candidates']}"
 
 
 def _describe_bound(data):
@@ -203,19 +202,20 @@ def _draw_radix(data):
     line.spines[["top", "left", "right"]].set_visible(False)
     line.set_title(_step_sentence(data), fontsize=9)
     used = counts.nonzero()[0]
-    first, last = max(0, used[0] - 4), min(255, used[-1] + 4)
-    bins = np.arange(256)
-    shares = (bins > byte, bins == byte, bins < byte)
+    shares = (used > byte, used == byte, used < byte)
     for share, look in zip(shares, looks, strict=True):
-        bars.bar(bins[share], counts[share], 0.85, linewidth=0.5, **look)
-    bars.set(xlim=(first - 0.5, last + 0.5), ylabel="keys with this byte (number)")
-    bars.yaxis.set_major_locator(MaxNLocator(integer=True))
-    bars.xaxis.set_major_locator(MaxNLocator(integer=True))
-    bars.set_xlabel(f"byte {data['step']} of the ordered integer (0 to 255; the part in use is shown)")
+        bars.bar(share.nonzero()[0], counts[used[share]], 0.8, linewidth=0.5, **look)
+    apart = -(-len(used) // 16)
+    bars.set_xticks(range(0, len(used), apart), labels=[str(i) for i in used[::apart]])
+    bars.set(xlim=(-0.8, len(used) - 0.2), ylabel="keys with this byte\n(number, log scale)")
+    bars.set_yscale("symlog", linthresh=1)
+    bars.set_ylim(0, 1.4 * counts.max())
+    bars.yaxis.set_major_formatter("{x:g}")
+    bars.set_xlabel(f"value of byte {data['step']} of the ordered integer (only values that occur)")
     bars.spines[["top", "right"]].set_visible(False)
     words = ("selected for certain", f"byte {byte}, looked at next", "too small")
     legend = [
-        Patch(label=f"{word}: {int(counts[share].sum())}", **look)
+        Patch(label=f"{word}: {int(counts[used[share]].sum())}", **look)
         for word, share, look in zip(words, shares, looks, strict=True)
     ]
     figure.legend(handles=legend, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
@@ -224,11 +224,12 @@ def _draw_radix(data):
 
 def _step_sentence(data):
     left = int(data["counts"][data["byte"]])
-    rank = f"number {data['wanted']} from the top is sought"
-    shared = f"{len(data['scores'])} keys share the bytes before"
-    return f"k = {data['k']}, byte {data['step']} of 4: {shared}, {rank}; {left} left"
+    return (
+        f"k = {data['k']}, byte {data['step']} of 4. Keys that share the bytes before: {len(data['scores'])}, "
+        f"rank sought: {data['wanted']}, left: {left}"
+    )
 
 
 def _describe_radix(data):
     low, high = data["interval"]
-    return f"Strokes for scores and bars for bytes. {_step_sentence(data)}, all between {low:.6g} and {high:.6g}."
+    return f"Strokes for scores and bars for bytes. {_step_sentence(data)}, between {low:.6g} and {high:.6g}."

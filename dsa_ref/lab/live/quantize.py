@@ -44,6 +44,7 @@ def live_number_line() -> LiveFigure:
         above.set(ylabel="gap to the next one", ylim=(0, 1.15 * gaps.max(initial=1e-9)))
         above.set_title(f"{data['format']}: {len(values)} numbers from 0 to {upper:g}", fontsize=10)
         above.grid(**GRID)
+        above.set_axisbelow(True)
         line.vlines(values, 0, 1, color=LINES[1][0], linewidth=0.8)
         line.set(xlabel="number", xlim=(-0.01 * upper, 1.01 * upper), ylim=(0, 1.1), yticks=[])
         for axes in (above, line):
@@ -53,8 +54,8 @@ def live_number_line() -> LiveFigure:
 
     def describe(data):
         return (
-            f"The {len(data['values'])} numbers of {data['format']} from 0 to {data['upper']:g} as ticks on a line, "
-            f"and above them the gap to the next one, from {data['gaps'].min():g} to {data['gaps'].max():g}."
+            f"{data['format']}: the numbers from 0 to {data['upper']:g}, {len(data['values'])} of them, as ticks. "
+            f"Above them the gap to the next one, from {data['gaps'].min():g} to {data['gaps'].max():g}."
         )
 
     controls = {
@@ -81,7 +82,7 @@ def flips_chart(results) -> Figure:
         for rotated, (colour, marker, face, label) in styles.items():
             axes.plot(shares[rotated], heights, marker, color=colour, markerfacecolor=face, markersize=5, label=label)
         axes.set_xscale("log")
-        axes.set_xlim(0.08, 100)
+        axes.set_xlim(0.03, 100)
         axes.set_xticks([0.1, 1, 10, 100], labels=["0.1", "1", "10", "100"])
         axes.set(title=f"k = {k}", xlabel="changed keys (%)")
         axes.grid(axis="x", **GRID)
@@ -93,16 +94,16 @@ def flips_chart(results) -> Figure:
     return figure
 
 
-def live_outlier(q, k, w, formats, ks=(8, 16, 32, 64, 128)) -> LiveFigure:
+def live_outlier(q, k, w, formats, format, ks=(8, 16, 32, 64, 128)) -> LiveFigure:
     """Make one channel of real vectors large, quantise, and see what one key and the selection become.
 
     q [T, Hi, Di], k [S, Di], w [T, Hi]: an indexer's vectors before the rotation, T <= S, the queries last. formats:
-    {name: function that takes x [..., D] and gives what its eight or four bits hold of it}.
+    {name: function that takes x [..., D] and gives what its eight or four bits hold of it}; format: where to start.
     Controls: size 2^n of channel 3; where it sits ("in k, made up for in q" divides q by it, so the exact scores stay);
     format; rotation. `.data`: the four, true and held [Di] (one key, the outlier's channel last), flips
     {"as set" or "the other way": one share for each of ks}.
     """
-    key = k.shape[0] // 2
+    key = int(k[:, CHANNEL].abs().argmax())
     order = [channel for channel in range(k.shape[1]) if channel != CHANNEL] + [CHANNEL]
 
     def changed(size, place):
@@ -161,9 +162,9 @@ def live_outlier(q, k, w, formats, ks=(8, 16, 32, 64, 128)) -> LiveFigure:
         )
 
     controls = {
-        "size": ipywidgets.IntSlider(5, min=0, max=8, description="outlier 2^n"),
-        "place": ipywidgets.Dropdown(options=list(PLACES), description="outlier"),
-        "format": ipywidgets.Dropdown(options=list(formats), description="format"),
+        "size": ipywidgets.IntSlider(5, min=0, max=8, description="size 2^n"),
+        "place": ipywidgets.Dropdown(options=list(PLACES), description="where"),
+        "format": ipywidgets.Dropdown(options=list(formats), value=format, description="format"),
         "rotation": ipywidgets.Checkbox(False, description="Hadamard rotation"),
     }
     return LiveFigure("outlier", look, draw, describe, **controls)

@@ -12,11 +12,11 @@ from ..trap_runs import read
 ADDED = "#aac4e0"  # the colour of "selected" at a third: selected, but wrongly
 
 
-def live_traps(text_bytes, tokens, layer, name, byte) -> viz.LiveFigure:
+def live_traps(text_bytes, tokens, layer, trap, byte) -> viz.LiveFigure:
     """Text with the selection of one byte: what the planted model keeps of the right one's, loses and adds.
 
     text_bytes: bytes, some 700 fit a screen. tokens: int64 [len(text_bytes) + 1], the same and the next. layer: whose
-    selection is shown. name: of a trap; byte: the query. `.data`: trap, way, byte, and the sorted kept, lost, added.
+    selection is shown. trap: a name; byte: the query. `.data`: trap, way, byte, and the sorted kept, lost, added.
     """
 
     @functools.cache
@@ -73,7 +73,7 @@ def live_traps(text_bytes, tokens, layer, name, byte) -> viz.LiveFigure:
     wide = ipywidgets.Layout(width="800px")  # a pixel of the slider is about a byte of the text
     names = [found.name for found in traps.TRAPS]
     controls = {
-        "trap": ipywidgets.Dropdown(options=names, value=name, description="trap"),
+        "trap": ipywidgets.Dropdown(options=names, value=trap, description="trap"),
         "byte": ipywidgets.IntSlider(byte, min=0, max=len(text_bytes) - 1, description="byte t", layout=wide),
     }
     return viz.LiveFigure("traps", compute, draw, describe, **controls)
@@ -102,7 +102,7 @@ def table(record) -> str:
             left, loss = "", f"`{measured['raises']}`"
         else:
             left = f"{100 * measured['overlap']:.1f} %"
-            loss = f"{measured['loss']:+.3f} ± {measured['error']:.3f}".replace("-", "−")
+            loss = f"{measured['loss']:+.4f} ± {measured['error']:.4f}".replace("-", "−")
             loss += " (KL)" if way == "indexer loss" else ""
         test = found.caught_by.removeprefix("tests/").split("[")[0].replace("::", "<br>")
         lines.append(f"| **{found.name}** | {found.what} | {way} | {left} | {loss} | {test} |")
@@ -112,7 +112,7 @@ def table(record) -> str:
 def harm(record) -> Figure:
     """Two bars a trap: the right keys that it loses, and its change of the loss with twice its standard error."""
     rows = [row for row in effects(record) if "overlap" in row[2] and row[1] != "indexer loss"][::-1]
-    figure = Figure(figsize=(8, 5.2), layout="constrained", facecolor=viz.COLOURS["visible"])
+    figure = Figure(figsize=(8.4, 5.2), layout="constrained", facecolor=viz.COLOURS["visible"])
     left, right = figure.subplots(1, 2, sharey=True)
     places = range(len(rows))
     lost = [100 * (1 - measured["overlap"]) for _, _, measured in rows]
@@ -125,7 +125,7 @@ def harm(record) -> Figure:
     right.set_xscale("symlog", linthresh=0.01, linscale=0.6)
     right.set_xticks([-0.01, 0, 0.01, 0.1, 1], labels=["−0.01", "0", "0.01", "0.1", "1"])
     right.axvline(0, color=viz.COLOURS["future"], linewidth=0.8)
-    right.set_xlabel("change of the loss (nats a byte), ± 2 standard errors")
+    right.set_xlabel("loss change (nats a byte), ± 2 std. errors")
     for axes in (left, right):
         axes.grid(axis="x", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)

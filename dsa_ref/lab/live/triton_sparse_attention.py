@@ -4,7 +4,6 @@ import ipywidgets
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from ..viz import COLOURS, LiveFigure
 from .online_softmax import online_update
@@ -68,8 +67,9 @@ def _draw(data):
         axes.plot(tiles[seen & ~after], values[seen & ~after], "o", color=EARLIER, markeredgecolor="#555555")
         axes.plot(tiles[seen & after], values[seen & after], "o", color="white", markeredgecolor="#777777")
         axes.plot(tile, values[tile], "o", color=COLOURS["selected"], markersize=9)
-        axes.margins(0.12, 0.25)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(0, 0.25)
+        axes.set_xlim(-0.4, len(values) - 0.6)
+        axes.set_xticks(tiles)
         axes.set_xlabel("tile")
         axes.set_ylabel(f"{name} (no unit)")
         axes.set_title(f"{name} = {values[tile]:.2f} after tile {tile}", fontsize=9)
@@ -101,7 +101,7 @@ def _draw_gather(axes, data):
     axes.plot(places[there], rows[there], "s", markersize=5, color=COLOURS["selected"])
     axes.plot(places[~there], np.full((~there).sum(), below), "x", markersize=5, color=MASKED)
     axes.set_xlim(-1, max(len(indices), places[-1] + 1))
-    axes.set_ylim(S, 1.9 * below)
+    axes.set_ylim(1.05 * S, 1.9 * below)
     axes.set_xlabel("place j in the query's list of indices")
     axes.set_ylabel("row s of kv")
     axes.set_title(
@@ -115,7 +115,7 @@ def _draw_gather(axes, data):
 def _describe(data):
     there = int((data["rows"] >= 0).sum())
     return (
-        f"For byte {data['byte']}, tile {data['tile']} of {data['BK']} lanes gathers {there} of {data['S']} rows of kv, "
-        f"and {data['BK'] - there} lanes are masked. After it, head {data['head']} has m = {data['m'][data['tile']]:.2f} "
-        f"and l = {data['l'][data['tile']]:.2f}."
+        f"For byte {data['byte']}, tile {data['tile']} of {data['BK']} lanes gathers {there} of {data['S']} rows of "
+        f"kv, and {data['BK'] - there} lanes are masked. After it, head {data['head']} has "
+        f"m = {data['m'][data['tile']]:.2f} and l = {data['l'][data['tile']]:.2f}."
     )
