@@ -37,10 +37,11 @@ test-browser: $(INSTALLED)  ## move every notebook's slider in JupyterLab (needs
 	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[browser]'
 	$(VENV_PYTHON) -m pytest -m browser tests/test_browser.py
 
-course: $(INSTALLED)  ## execute every notebook, store its outputs, and make the learner edition
+course: $(INSTALLED)  ## execute every notebook, then make the learner edition and the README's picture
 	$(VENV_PYTHON) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False \
 		--ExecutePreprocessor.record_timing=False notebooks/solutions/*.ipynb
 	$(VENV_PYTHON) -m notebooks.maintain.learner
+	$(VENV_PYTHON) -m notebooks.maintain.pictures
 
 learner: $(INSTALLED)  ## make the learner edition, notebooks/*.ipynb, from notebooks/solutions/
 	$(VENV_PYTHON) -m notebooks.maintain.learner

@@ -14,6 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from dsa_ref.lab import checks
 from notebooks.maintain.learner import LEARNER, SOURCE, learner_edition
+from notebooks.maintain.pictures import FIGURES, PICTURES, picture
 
 NAMES = sorted(path.name for path in SOURCE.glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("name", NAMES)
@@ -127,6 +128,14 @@ def test_the_map_of_the_course_is_true():
         assert (exercises, points) == (len(found), sum(found)), name
     core = sum(rows[name][2] for name in NAMES if f"**{name[:2]}** [" in text)
     assert f"core path: {core} minutes" in text
+
+
+def test_the_readmes_picture_is_the_courses():
+    for file, place in PICTURES.items():
+        assert (FIGURES / file).read_bytes() == picture(*place)
+        assert f"(figures/{file})" in (FIGURES.parent / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="text must begin one output of 00_start_here, got 0"):
+        picture("00_start_here", "LiveFigure('nothing'")
 
 
 def notebook(*cells):

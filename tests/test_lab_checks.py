@@ -54,6 +54,7 @@ def in_place(x):
         (lambda x: x * x, "value", "that is the square"),
         (lambda x: 2 * x if len(x) == 2 else never_written(x), "value", "a place was never written"),
         (in_place, "inputs", "x was changed by the call"),
+        (lambda x: x.to(torch.float8_e4m3fn).relu(), "runs", "NotImplementedError: .*Float8"),
         (lambda x: x @ x, "runs", r"RuntimeError: .*\(called with \[2, 3\]\)"),
     ],
 )

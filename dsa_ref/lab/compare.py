@@ -39,9 +39,9 @@ def compare_selection(got, scores, k, start=None, end=None, tolerance=0.0):
     tolerance: 0 for scores that `got` was selected from. Above 0 for scores of another implementation: then a score
     within tolerance · max |score of the row| of the k-th largest may be kept or left, and ties are not judged.
 
-    Raises: Failed (an AssertionError) naming the broken property (type, count, padding, range, future, duplicates, scores, ties),
-    the first bad row t with its key s, what was got and expected, and the likely cause. ValueError or TypeError where
-    scores, k, start, end or tolerance are themselves bad, and for NaN in a visible score.
+    Raises: Failed, an AssertionError that names the broken property (type, count, padding, range, future, duplicates,
+    scores, ties), the first bad row t with its key s, what was got and expected, and the likely cause. ValueError or
+    TypeError where scores, k, start, end or tolerance are themselves bad, and for NaN in a visible score.
     """
     scores, start, end = (None if x is None else torch.as_tensor(x) for x in (scores, start, end))
     T, S, start, end = check_select_topk(scores, k, start, end)

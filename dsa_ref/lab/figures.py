@@ -1,33 +1,14 @@
-"""Draw the README's pictures from the trained small model and the recorded measurements.
+"""Draw the README's picture of recall from the recorded measurements: python -m dsa_ref.lab.figures
 
-python -m dsa_ref.lab.figures        writes figures/selection.png and figures/recall.png
+The other one, figures/selection.png, is notebook 00's own (`notebooks/maintain/pictures.py`).
 """
 
-import contextlib
 import json
 import pathlib
 
-import torch
-
-from ..nn.evaluate import selected_weights
-from ..nn.model import load_small_model
-from .viz import png, recall_curves, selection_over_text
+from .viz import png, recall_curves
 
 FIGURES = pathlib.Path(__file__).parents[2] / "figures"
-SHOWN, QUERY, LAYER = 800, 640, 3
-
-
-def selection() -> bytes:
-    """What layer LAYER selects for byte QUERY of contextlib.py, over the text."""
-    source = pathlib.Path(contextlib.__file__).read_bytes()[:SHOWN]
-    model, steps = load_small_model(), []
-    with torch.no_grad():
-        model(torch.tensor(list(source)), record=steps)
-    chosen = steps[LAYER]["indices"][QUERY]
-    figure = selection_over_text(
-        source, QUERY, chosen, selected_weights(steps[LAYER], QUERY, model.config.attention.softmax_scale)
-    )
-    return png(figure, f"contextlib.py; for byte {QUERY}, the {len(chosen)} earlier bytes that the indexer selected")
 
 
 def recall() -> bytes:
@@ -39,5 +20,4 @@ def recall() -> bytes:
 
 
 if __name__ == "__main__":
-    for draw in (selection, recall):
-        (FIGURES / f"{draw.__name__}.png").write_bytes(draw())
+    (FIGURES / "recall.png").write_bytes(recall())

@@ -1,7 +1,7 @@
 """The toy of notebooks 02 to 10: 8 tokens, 2 index heads, dim 4, all small whole numbers, so that a pencil can follow.
 
-Worth knowing by heart: token 7 scores [7, 0, 1, -3, 0, 8, 0, 1]. With k = 3 it keeps tokens 0, 2 and 5: token 2 ties with
-token 7 at score 1, and the smaller index wins. Token 5 is its favourite, with a score of 8.
+Worth knowing by heart: token 7 scores [7, 0, 1, -3, 0, 8, 0, 1]. With k = 3 it keeps tokens 0, 2 and 5: token 2 ties
+with token 7 at score 1, and the smaller index wins. Token 5 is its favourite, with a score of 8.
 """
 
 import types

@@ -31,26 +31,26 @@ def unnormalised_latent(self, x, q_latent, positions):
 
 def rms_norm_on_k(self, x, q_latent):
     q, _, w = right_indexer(self, x, q_latent)
-    norm = self.k_norm
-    k = F.rms_norm(self.wk(x).float(), norm.normalized_shape, norm.weight.float(), norm.eps)  # ✗ no mean, no bias
+    norm, k = self.k_norm, self.wk(x.detach()).float()
+    k = F.rms_norm(k, norm.normalized_shape, norm.weight.float(), norm.eps)  # ✗ LayerNorm: no mean, no bias here
     return q, k.to(x.dtype), w
 
 
 def softmaxed_weights(self, x, q_latent):
     q, k, _ = right_indexer(self, x, q_latent)
-    w = F.linear(x.float(), self.weights_proj.weight.float())
+    w = F.linear(x.detach().float(), self.weights_proj.weight.float())
     return q, k, w.softmax(dim=-1)  # ✗ now positive, and they sum to 1
 
 
 def bf16_head_weights(self, x, q_latent):
     q, k, _ = right_indexer(self, x, q_latent)
-    w = F.linear(x.bfloat16(), self.weights_proj.weight.bfloat16()).float()  # ✗ not in fp32
+    w = F.linear(x.detach().bfloat16(), self.weights_proj.weight.bfloat16()).float()  # ✗ not in fp32
     return q, k, w * self.config.index_n_heads**-0.5 * self.config.index_head_dim**-0.5
 
 
 def weights_without_constant(self, x, q_latent):
     q, k, _ = right_indexer(self, x, q_latent)
-    return q, k, F.linear(x.float(), self.weights_proj.weight.float())  # ✗ without Hi^-0.5 · Di^-0.5
+    return q, k, F.linear(x.detach().float(), self.weights_proj.weight.float())  # ✗ without Hi^-0.5 · Di^-0.5
 
 
 # --------------------------------------------------------------------- positions, rotation and eight bits

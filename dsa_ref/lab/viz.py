@@ -147,9 +147,7 @@ def selection_over_text(text_bytes, position, selected, weights=None, columns=80
         if i in shades:
             axes.add_patch(Rectangle((x, y), w, 0.96, facecolor=scale(0.2 + 0.8 * shades[i]), linewidth=0))
             # The mark lies above the glyph: below it would hide an underscore.
-            axes.hlines(
-                y + 0.08, x + 0.1, x + w - 0.1, color="black", linewidth=1.4
-            )  # above: below, it would hide underscores
+            axes.hlines(y + 0.08, x + 0.1, x + w - 0.1, color="black", linewidth=1.4)
             ink = "white" if shades[i] > 0.72 else "black"  # whichever has more contrast, at least 4.5 to 1
         elif glyph == "↵":
             ink = FAINT

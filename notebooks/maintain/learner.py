@@ -34,7 +34,7 @@ def learner_edition(source):
             cell.source, count = SOLUTION.subn(r"\1# YOUR CODE HERE\n\1raise NotImplementedError()\n", cell.source)
             cell.source = cell.source.rstrip("\n")
             if not count:
-                raise ValueError(f"cell {kind['grade_id']!r} must mark its solution with BEGIN and END, got no such lines")
+                raise ValueError(f"cell {kind['grade_id']!r} must mark its solution with BEGIN and END lines, got none")
         elif kind.get("grade"):
             exercise = kind["grade_id"].removeprefix("check_")
             if exercise not in solved:
@@ -49,7 +49,8 @@ def learner_edition(source):
             for exercise in PLACE.findall(cell.source):
                 if exercise not in solved:
                     raise ValueError(f"fold for {exercise!r} must stand below its solution cell, which is missing")
-                cell.source = cell.source.replace(f"<!-- solution: {exercise} -->", f"```python\n{solved[exercise]}\n```")
+                code = f"```python\n{solved[exercise]}\n```"
+                cell.source = cell.source.replace(f"<!-- solution: {exercise} -->", code)
                 folded.add(exercise)
     missing = set(solved) - folded
     if missing:

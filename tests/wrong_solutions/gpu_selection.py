@@ -70,6 +70,11 @@ def one_k_too_far(scores, k, group):
 
 
 @wrong("lower_bound", "tight")
+def groups_spread_out(scores, k, group):
+    return bound(scores, k, group, "spread out")
+
+
+@wrong("lower_bound", "tight")
 def the_kth_score_itself(scores, k, group):
     return scores.topk(k).values[-1] if k * group <= len(scores) else -INF
 
@@ -204,16 +209,12 @@ def magnitudes(scores, k):
 
 @wrong("threshold_select", "largest")
 def rounded_to_half_precision(scores, k):
-    return dsa_ref.select_topk(scores.half()[None], k, *everything(scores))[0]
+    return dsa_ref.select_topk(scores.half()[None], k)[0]
 
 
 @wrong("threshold_select", "largest")
 def int64_indices(scores, k):
-    return dsa_ref.select_topk(scores[None], k, *everything(scores))[0].long()
-
-
-def everything(scores):
-    return torch.zeros(1, dtype=torch.int32), torch.tensor([len(scores)], dtype=torch.int32)
+    return dsa_ref.select_topk(scores[None], k)[0].long()
 
 
 @wrong("threshold_select", "exactly k")
@@ -259,22 +260,27 @@ def minus_zero_ordered_below(scores, k):
     return finish(((keys > threshold) | (equal & (equal.cumsum(0) <= ties))).nonzero().flatten(), k)
 
 
+@wrong("threshold_select", "inputs")
+def infinities_replaced_in_the_row(scores, k):
+    return dsa_ref.select_topk(scores.clamp_(min=-1e30)[None], k)[0]
+
+
 @wrong("threshold_select", "minus infinity")
 def minus_infinity_never_kept(scores, k):
-    chosen = dsa_ref.select_topk(scores[None], k, *everything(scores))[0]
+    chosen = dsa_ref.select_topk(scores[None], k)[0]
     chosen = chosen[chosen >= 0]
     return finish(chosen[scores[chosen.long()] > -INF], k)
 
 
 @wrong("threshold_select", "short row")
 def padded_with_zero(scores, k):
-    chosen = dsa_ref.select_topk(scores[None], k, *everything(scores))[0]
+    chosen = dsa_ref.select_topk(scores[None], k)[0]
     return chosen.clamp(min=0)
 
 
 @wrong("threshold_select", "short row")
 def not_padded(scores, k):
-    chosen = dsa_ref.select_topk(scores[None], k, *everything(scores))[0]
+    chosen = dsa_ref.select_topk(scores[None], k)[0]
     return chosen[chosen >= 0]
 
 
@@ -290,7 +296,7 @@ def the_whole_row_sorted(scores, k):
 
 @wrong("threshold_select", "few sorted")
 def the_whole_row_by_topk(scores, k):
-    return dsa_ref.select_topk(scores[None], k, *everything(scores))[0]
+    return dsa_ref.select_topk(scores[None], k)[0]
 
 
 @wrong("threshold_select", "few sorted")

@@ -73,6 +73,24 @@ def ties_before_the_rest(scores_ptr, threshold_ptr, ties_ptr, out_ptr, S, k, BLO
         tl.store(out_ptr + p0 + lane, tl.full([BLOCK], -1, tl.int32), p0 + lane < k)
 
 
+@wrong("selection_kernel", "one block")
+@jit
+def compared_in_half_precision(scores_ptr, threshold_ptr, ties_ptr, out_ptr, S, k, BLOCK: tl.constexpr):
+    threshold, ties, lane = tl.load(threshold_ptr).to(tl.float16), tl.load(ties_ptr), tl.arange(0, BLOCK)
+    written, tied = 0, 0
+    for s0 in range(0, S, BLOCK):
+        s = s0 + lane
+        x = tl.load(scores_ptr + s, s < S, 0.0).to(tl.float16)
+        equal = ((s < S) & (x == threshold)).to(tl.int32)
+        early = (equal != 0) & (tied + tl.cumsum(equal, axis=0) <= ties)
+        kept = (((s < S) & (x > threshold)) | early).to(tl.int32)
+        tl.store(out_ptr + written + tl.cumsum(kept, axis=0) - 1, s, kept != 0)
+        written += tl.sum(kept, axis=0)
+        tied += tl.sum(equal, axis=0)
+    for p0 in range(written, k, BLOCK):
+        tl.store(out_ptr + p0 + lane, tl.full([BLOCK], -1, tl.int32), p0 + lane < k)
+
+
 @wrong("selection_kernel", "padding")
 @jit
 def no_padding(scores_ptr, threshold_ptr, ties_ptr, out_ptr, S, k, BLOCK: tl.constexpr):
@@ -165,6 +183,24 @@ def missing_lanes_hold_zero(scores_ptr, threshold_ptr, ties_ptr, out_ptr, S, k, 
         kept = ((x > threshold) | early).to(tl.int32)
         place = written + tl.cumsum(kept, axis=0) - 1
         tl.store(out_ptr + place, s, (kept != 0) & (place < k))
+        written += tl.sum(kept, axis=0)
+        tied += tl.sum(equal, axis=0)
+    for p0 in range(written, k, BLOCK):
+        tl.store(out_ptr + p0 + lane, tl.full([BLOCK], -1, tl.int32), p0 + lane < k)
+
+
+@wrong("selection_kernel", "tail")
+@jit
+def whole_blocks_only(scores_ptr, threshold_ptr, ties_ptr, out_ptr, S, k, BLOCK: tl.constexpr):
+    threshold, ties, lane = tl.load(threshold_ptr), tl.load(ties_ptr), tl.arange(0, BLOCK)
+    written, tied = 0, 0
+    for block in range(S // BLOCK):
+        s = block * BLOCK + lane
+        x = tl.load(scores_ptr + s)
+        equal = (x == threshold).to(tl.int32)
+        early = (equal != 0) & (tied + tl.cumsum(equal, axis=0) <= ties)
+        kept = ((x > threshold) | early).to(tl.int32)
+        tl.store(out_ptr + written + tl.cumsum(kept, axis=0) - 1, s, kept != 0)
         written += tl.sum(kept, axis=0)
         tied += tl.sum(equal, axis=0)
     for p0 in range(written, k, BLOCK):

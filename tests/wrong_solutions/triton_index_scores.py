@@ -167,6 +167,16 @@ def columns_taken_for_neighbours(x_ptr, out_ptr, C, row_stride, col_stride, BLOC
 
 if INTERPRETED:
 
+    @wrong("row_sum_kernel", "tail")
+    @jit
+    def masked_places_undefined(x_ptr, out_ptr, C, row_stride, col_stride, BLOCK: tl.constexpr):
+        r = tl.program_id(0)
+        total = 0.0
+        for first in range(0, C, BLOCK):
+            c = first + tl.arange(0, BLOCK)
+            total += tl.sum(tl.load(x_ptr + r * row_stride + c * col_stride, c < C))
+        tl.store(out_ptr + r, total)
+
     @wrong("row_sum_kernel", "bounds")
     @jit
     def hides_what_it_read(x_ptr, out_ptr, C, row_stride, col_stride, BLOCK: tl.constexpr):

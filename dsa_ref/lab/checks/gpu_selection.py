@@ -11,18 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ...select_topk import select_topk
 from ..compare import Failed, compare_selection
 from . import kernels
-from .core import Check, expect, expect_shape, normal, whole
+from .core import GENERAL, Check, expect, expect_shape, normal, whole
 
 INF = math.inf
 
 
 def _whole_row(scores, k):
-    """The reference's selection from one row, all of it visible: int32 [k]."""
-    return select_topk(scores[None], k, **_ranges(scores))[0]
-
-
-def _ranges(scores):
-    return {"start": torch.tensor([0], dtype=torch.int32), "end": torch.tensor([len(scores)], dtype=torch.int32)}
+    """The reference's selection from one row, all of it visible to its one query: int32 [k]."""
+    return select_topk(scores[None], k)[0]
 
 
 # ------------------------------------------------------------------------------------------------------- lower_bound
@@ -70,7 +66,10 @@ def _(solution):
         got, best = _bound(solution, scores, k, group), _maxima(scores, group)[k - 1]
         left, fewest = int((scores >= got).sum()), int((scores >= best).sum())
         mean = _maxima(scores, group, of=lambda x: x.mean())[k - 1]
-        if abs(got - mean) < 1e-5:
+        n = len(scores) // group  # no remainder in these cases
+        if got == sorted(float(scores[i::n].max()) for i in range(n))[-k]:
+            cause = "every n-th score was put in one group: a group is a run of neighbours, view(-1, group)"
+        elif abs(got - mean) < 1e-5:
             cause = "the mean of a group is a bound too, but a weaker one than its maximum"
         elif got == _maxima(scores, group, of=min)[k - 1]:
             cause = "the minima of the groups were taken: max, not min"
@@ -79,12 +78,11 @@ def _(solution):
         else:
             cause = "a bound, but not the k-th largest of the maxima (k = 1 is the largest), or it was rounded"
         expect(
-            left <= fewest,
-            f"S={len(scores)}, k={k}, group={group}: {got:.6g} leaves {left} candidates, expected {fewest} with "
-            f"{best:.6g}",
+            got == best and left <= fewest,
+            f"S={len(scores)}, k={k}, group={group}: got {got!r}, which leaves {left} candidates, expected {best!r} "
+            f"and {fewest}",
             cause,
         )
-        expect(got == best, f"S={len(scores)}, k={k}, group={group}: got {got!r}, expected {best!r}", cause)
 
 
 @lower_bound.property("ragged end")
@@ -199,23 +197,37 @@ threshold_select = Check("threshold_select")  # threshold_select(scores fp32 [S]
 
 def _select(solution, scores, k, judge_ties=True):
     got = solution(scores, k)
-    if isinstance(got, np.ndarray):
-        got = torch.as_tensor(got)
+    got = torch.as_tensor(got) if isinstance(got, np.ndarray) else got
     expect(isinstance(got, torch.Tensor), f"got {type(got).__name__}, expected a tensor", "did you forget the return?")
     expect(got.dim() == 1, f"got shape {list(got.shape)}, expected [k] = [{k}]", "one row, so one axis")
     try:
-        compare_selection(got[None], scores[None], k, **_ranges(scores))
+        compare_selection(got[None], scores[None], k)
     except Failed as failure:
         if judge_ties or failure.property != "ties":
             raise
     return got
 
 
+def _select_for(solution, scores, k, cause):
+    """`_select`, where a wrong selection has this cause."""
+    try:
+        _select(solution, scores, k)
+    except Failed as failure:
+        if failure.property not in GENERAL:
+            failure.cause = cause
+        raise
+
+
+def _last_bit(S, seed):
+    """Scores that differ in the last bit of fp32 alone, all of them."""
+    return 1.0 + normal(S, seed=seed).argsort() * 2.0**-23
+
+
 @threshold_select.property("largest")
 def _(solution):
     for seed, S, k in ((1, 300, 7), (2, 1000, 100), (3, 37, 5), (4, 64, 64)):
         _select(solution, normal(S, seed=seed), k)
-    _select(solution, 1.0 + normal(300, seed=5).argsort() * 2.0**-23, 11)  # differences in the last bit
+    _select(solution, _last_bit(300, seed=5), 11)
 
 
 @threshold_select.property("exactly k")
@@ -236,22 +248,14 @@ def _(solution):
     for seed, S, k in ((1, 90, 7), (2, 37, 30)):
         row = whole(S, seed=seed, largest=1).clamp(max=0.0)
         row[row == 0] = torch.tensor([-0.0, -0.0, 0.0]).repeat(S)[: int((row == 0).sum())]
-        try:
-            _select(solution, row, k)
-        except Failed as failure:
-            failure.cause = "-0.0 equals 0.0: order the bits only after making them one"
-            raise
+        _select_for(solution, row, k, "-0.0 equals 0.0: order the bits only after making them one")
 
 
 @threshold_select.property("minus infinity")
 def _(solution):
     row = torch.full((80,), -INF)
     row[[3, 40, 79]] = torch.tensor([1.0, -5.0, 2.0])
-    try:
-        _select(solution, row, 7)
-    except Failed as failure:
-        failure.cause = "a score of -inf is a score: it is kept where nothing better is left"
-        raise
+    _select_for(solution, row, 7, "a score of -inf is a score: it is kept where nothing better is left")
 
 
 @threshold_select.property("short row")
@@ -353,6 +357,7 @@ def _(kernel):
     cause = "place = prefix sum of the kept keys, minus 1; kept = above the threshold, or equal to it while ties last"
     for seed, S, k in ((1, 32, 5), (2, 64, 13)):
         _launch(kernel, normal(S, seed=seed), k, S, cause)
+    _launch(kernel, _last_bit(128, seed=3), 11, 128, "scores were rounded before they were compared")
 
 
 @selection_kernel.property("padding")
@@ -364,7 +369,7 @@ def _(kernel):
 
 @selection_kernel.property("tail")
 def _(kernel):
-    cause = "lanes past the end of the row were kept: mask them where you compare, not only where you load"
+    cause = "lanes past the row's end were kept (mask the comparison, too), or a last block not full was left out"
     for seed, S, k, beyond in ((1, 13, 16, INF), (2, 29, 31, -0.5), (3, 13, 5, INF), (4, 29, 7, 0.0)):
         scores = normal(S, seed=seed).abs().neg() - 1.0  # all negative: a 0 loaded for a masked lane would win
         _launch(kernel, scores, k, 1 << S.bit_length(), cause, beyond)

@@ -108,9 +108,7 @@ def expect_reads_inside(kernel, grid, *args, **constants):
 @contextlib.contextmanager
 def _watched_loads(tensors):
     """A list of (program id, address), one for each stray `tl.load` in the interpreter; empty in compiled mode."""
-    strays = []
-    interpreter = sys.modules.get("triton.runtime.interpreter")
-    builder = getattr(interpreter, "interpreter_builder", None)
+    strays, builder = [], _interpreter()
     if builder is None or any(x.is_cuda for x in tensors.values()):
         yield strays
         return
@@ -126,6 +124,35 @@ def _watched_loads(tensors):
 
     with mock.patch.object(builder, "create_masked_load", watched):
         yield strays
+
+
+@contextlib.contextmanager
+def undefined_others():
+    """While interpreting, a masked lane of a `tl.load` without `other` holds NaN (or the largest integer).
+
+    Triton leaves it undefined. The interpreter's own zero there is luck that a GPU need not have.
+    """
+    builder = _interpreter()
+    if builder is None:
+        yield
+        return
+    load = builder.create_masked_load
+
+    def poisoned(ptrs, mask, other, *rest):
+        loaded = load(ptrs, mask, other, *rest)
+        if other is None:
+            kind = loaded.data.dtype
+            poison = np.nan if kind.kind == "f" else True if kind.kind == "b" else np.iinfo(kind).max
+            loaded.data = np.where(mask.data, loaded.data, kind.type(poison))
+        return loaded
+
+    with mock.patch.object(builder, "create_masked_load", poisoned):
+        yield
+
+
+def _interpreter():
+    """What executes a kernel's operations in the interpreter; None in compiled mode."""
+    return getattr(sys.modules.get("triton.runtime.interpreter"), "interpreter_builder", None)
 
 
 def _addresses(x):

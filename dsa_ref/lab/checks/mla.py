@@ -47,6 +47,9 @@ def _(solution):
             "the rope part of each key is missing": 2 * H * (nope + v),
             "in MHA mode each head has a key of its own, rope part included": 2 * (H * (nope + v) + rope),
             "a bf16 number has 2 bytes": H * (nope + rope + v),
+            "that is one head: there are H of them": 2 * (nope + rope + v),
+            "the value is v wide and has no rope part": 4 * H * (nope + rope),
+            "these are bits, asked were bytes": 16 * H * (nope + rope + v),
         }
         cause = "2 bytes for each number of H keys (nope + rope) and H values (v)"
         _compare_bytes(solution, "mha", c, 2 * H * (nope + rope + v), suspects, cause)
@@ -74,7 +77,12 @@ def _(solution):
             "the scales are missing": latent + 2 * rope,
             "the rope part stays bf16: 2 bytes a number": latent + scales + rope,
             "one scale for each 128 numbers of the latent, not one a token": latent + 4 + 2 * rope,
-            "a scale is an fp32 number: 4 bytes": latent + scales // 4 + 2 * rope,
+            "a scale is an fp32 number: 4 bytes": latent + scales // 2 + 2 * rope,
+            "each scale counts 4 bytes: it is an fp32 number": latent + scales // 4 + 2 * rope,
+            "only the latent is cut into tiles: the rope part is bf16 and needs no scale": scales
+            + latent
+            + 4 * -(-rope // 128)
+            + 2 * rope,
         }
         cause = "1 byte for each number of the latent, 4 for each scale, 2 for each number of the rope part"
         _compare_bytes(solution, "fp8", c, fp8_kv_bytes_per_token(c), suspects, cause)
@@ -118,10 +126,11 @@ def _(solution):
     for seed, T, size in ((3, 4, 6), (4, 1, 3)):
         q, W = whole(T, 1, size, seed=seed), whole(1, size, size, seed=seed + 10)
         wrong = torch.einsum("thn,hcn->thc", q, W)
-        suspects = {
-            "W_UK was used the other way round, and nope = latent hid it: sum over nope, W_UK's middle axis": wrong
-        }
         expected = torch.einsum("thn,hnc->thc", q, W)
+        suspects = {
+            "W_UK was used the other way round, and nope = latent hid it: sum over nope, W_UK's middle axis": wrong,
+            "the softmax scale comes later, with the softmax": expected * size**-0.5,
+        }
         expect_close(solution(q, _twice(W)), expected, 0.0, "t h c", "sum q_nope · W_UK over nope alone", suspects)
 
 
@@ -140,6 +149,8 @@ def _(solution):
             ),
         }
         expected = torch.einsum("thn,hnc->thc", q, W)
+        reshaped = expected.transpose(0, 1).reshape(T, H, latent)
+        suspects["a reshape does not swap axes: [H, T, latent] becomes [T, H, latent] by transpose(0, 1)"] = reshaped
         expect_close(solution(q, _twice(W)), expected, 0.0, "t h c", "head h uses its own W_UK[h]", suspects)
 
 
@@ -304,7 +315,12 @@ softmax_scale = Check("softmax_scale")  # (config) -> float
 def _compare_scale(solution, config, suspects, cause):
     got = solution(config)
     expect(got is not None, "got None, expected a number", "the return is missing")
-    expect_close(got, config.softmax_scale, 1e-6, "", cause, suspects)
+    expect(torch.as_tensor(got).numel() == 1, f"got {type(got).__name__}, expected one number", "return a float")
+    right, got = config.softmax_scale, float(got)
+    for suspicion, answer in suspects.items():
+        if math.isclose(got, answer, rel_tol=1e-6) and not math.isclose(answer, right, rel_tol=1e-6):
+            cause = suspicion
+    expect(math.isclose(got, right, rel_tol=1e-6), f"got {got:.6g}, expected {right:.6g}", cause)
 
 
 @softmax_scale.property("key width")

@@ -23,6 +23,11 @@ def _padded(n):
     return max(16, 1 << (n - 1).bit_length())
 
 
+def _launch(*args, **constants):
+    with kernels.undefined_others():
+        kernels.launch(*args, **constants)
+
+
 def _nan_as_number(got):
     """NaN as a huge number, so that the property's own cause is reported and not that a place was never written."""
     return torch.where(got.isnan(), 1e30, got)
@@ -34,7 +39,7 @@ def _nan_as_number(got):
 def _copy(kernel, values, BLOCK, programs=None):
     n, out = values.shape[0], kernels.output(values.shape[0], dtype=values.dtype)
     grid = (math.ceil(n / BLOCK) if programs is None else programs,)
-    kernels.launch(kernel, grid, kernels.guarded(values), out, n, BLOCK=BLOCK)
+    _launch(kernel, grid, kernels.guarded(values), out, n, BLOCK=BLOCK)
     return out
 
 
@@ -69,7 +74,7 @@ def _(kernel):
 # ---------------------------------------------------------------------------------------------------------- row sum
 
 
-def _row_sum(kernel, x, launch=kernels.launch):
+def _row_sum(kernel, x, launch=_launch):
     """x [R, C] is a view of guarded memory."""
     out = kernels.output(x.shape[0])
     launch(kernel, (x.shape[0],), x, out, x.shape[1], x.stride(0), x.stride(1), BLOCK=16)
@@ -106,7 +111,9 @@ def _(kernel):
         }
         if C > 16:
             suspects["the last, partly filled tile is missing"] = x[:, : C // 16 * 16].sum(1)
-        cause = "the last tile reaches past the row, into the next one or into the NaN around the matrix: mask the load"
+        cause = (
+            "the last tile reaches past the row, into the next one or into NaN: mask the load, and give it other=0.0"
+        )
         got = _nan_as_number(_row_sum(kernel, kernels.guarded(x)))
         expect_close(got, x.sum(1), 0.0, "r", cause, suspects)
 
@@ -186,7 +193,7 @@ def _(solution):
 # ----------------------------------------------------------------------------------------------------- index scores
 
 
-def _scores(kernel, q, k, w, gap=0, grid=None, launch=kernels.launch):
+def _scores(kernel, q, k, w, gap=0, grid=None, launch=_launch):
     """Scores [T, S] from the kernel, whose tiles are padded as tl.dot wants them."""
     BK = 16
     (T, Hi, Di), S = q.shape, k.shape[0]
@@ -322,7 +329,7 @@ def _(kernel):
 def _(kernel):
     for seed, (T, S, Hi, Di) in zip(SEEDS, ((5, 37, 3, 12), (2, 20, 1, 5)), strict=True):
         q, k, w = whole(T, Hi, Di, seed=seed), whole(S, Di, seed=seed + 10), whole(T, Hi, seed=seed + 20)
-        cause = "lanes past Hi, Di or S must load 0: without a mask they take in what lies behind"
+        cause = "lanes past Hi, Di or S must load 0: a mask with other=0.0, or they take in what lies behind"
         _expect_all(kernel, q, k, w, cause)
     x = toy()
     _expect_all(kernel, x.q_idx, x.k_idx, x.w, "the toy of this course: 2 heads of 4 numbers, follow it by hand")
@@ -343,7 +350,7 @@ def _(kernel):
 # ------------------------------------------------------------------------------------------------------ planted bug
 
 
-def _lengths(kernel, k, gap=0, launch=kernels.launch):
+def _lengths(kernel, k, gap=0, launch=_launch):
     S, Di = k.shape
     k, out = kernels.guarded(k, gap), kernels.output(S)
     launch(kernel, (math.ceil(S / 16),), k, out, S, Di, k.stride(0), BK=16, DP=_padded(Di))
@@ -378,6 +385,6 @@ def _(kernel):
 @planted_bug_kernel.property("narrow keys")
 def _(kernel):
     for seed, gap in zip(SEEDS, (0, 4), strict=True):
-        cause = "Di is no power of two: the lanes from Di on read what lies behind the key, the next key or NaN"
+        cause = "Di is no power of two: the lanes from Di on read what lies behind the key (the next key, or NaN)"
         _expect_lengths(kernel, whole(37, 12, seed=seed), cause, gap)
     _lengths(kernel, whole(37, 12, seed=3), 4, kernels.expect_reads_inside)

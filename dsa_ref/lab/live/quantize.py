@@ -130,7 +130,7 @@ def live_outlier(q, k, w, formats, format, ks=(8, 16, 32, 64, 128)) -> LiveFigur
         figure = Figure(figsize=(8, 3.9), layout="constrained", facecolor=COLOURS["visible"])
         left, right = figure.subplots(1, 2)
         true, held = data["true"][:-1], data["held"][:-1]
-        reach = 1.1 * float(np.abs(k[key, order[:-1]].numpy()).max())
+        reach = 1.2 * float(np.abs(k[key, order[:-1]].numpy()).max())
         left.axline((0, 0), slope=1, color="#999999", linewidth=0.8)
         left.plot(true, np.clip(held, -reach, reach), "o", color=LINES[0][0], markersize=5, markerfacecolor="none")
         left.set(xlim=(-reach, reach), ylim=(-reach, reach), xlabel="true number", ylabel="number that the bits hold")

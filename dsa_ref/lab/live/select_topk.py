@@ -101,10 +101,7 @@ def _draw_recall(data):
     labels = [f"{name} ({mass:.2f})" for name, mass in data["mass"].items()]
     below.set_yticks(range(len(labels)), labels=labels, fontsize=8)
     below.set(xlim=(-2, t + 2), ylim=(len(labels) - 0.4, -0.6))
-    below.set_xlabel(
-        f"byte s that is kept for query t = {t} (at the right end); in brackets, the mass that those catch"
-    )
-    below.xaxis.label.set_fontsize(9)
+    below.set_xlabel(f"byte s kept for query t = {t}; in brackets, the mass that they catch", fontsize=9)
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
     return figure

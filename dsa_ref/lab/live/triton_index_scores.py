@@ -35,7 +35,7 @@ def row_tiles() -> LiveFigure:
             xlim=(-0.4, end + 0.4),
             ylim=(-0.25, 2.55),
             xlabel="offset from x_ptr (elements)",
-            title=f"{programs} programs of {BLOCK} lanes for {n} elements; this is program {program}",
+            title=f"{n} elements in blocks of {BLOCK}: a grid of {programs}. Program {program} {_doing(data)}",
         )
         for i in range(n):
             mine = i in data["touched"]
@@ -70,7 +70,7 @@ def row_tiles() -> LiveFigure:
         touched, masked = data["touched"], data["masked"]
         part = f"touches offsets {touched[0]} to {touched[-1]}" if touched else "touches nothing"
         return (
-            f"A row of {data['n']} elements in blocks of {data['BLOCK']}, so {data['programs']} programs. "
+            f"A row of {data['n']} elements in blocks of {data['BLOCK']}, a grid of {data['programs']}. "
             f"Program {data['program']} {part}; {len(masked)} of its lanes are masked."
         )
 
@@ -80,6 +80,12 @@ def row_tiles() -> LiveFigure:
         "program": ipywidgets.IntSlider(2, min=0, max=9, description="program id"),
     }
     return LiveFigure("row_tiles", look, draw, describe, **sliders)
+
+
+def _doing(data):
+    if not data["touched"]:
+        return "is one too many"
+    return f"masks {len(data['masked'])} lanes" if data["masked"] else "masks nothing"
 
 
 def score_tiles() -> LiveFigure:
