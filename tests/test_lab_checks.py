@@ -132,6 +132,13 @@ def test_expect_close(got, expected, close):
         expect_close(np.array(got), torch.tensor(expected), 1.2e-3, "i", "far off")
 
 
+@pytest.mark.parametrize("number", [2, 2.0, np.float64(2), np.float32(2)])
+def test_a_single_number_may_come_as_it_is(number):
+    expect_close(number, torch.tensor(2.0), 0.0, "", "far off")
+    with pytest.raises(Failed, match=r"got shape \[\], expected \[1\]"):
+        expect_close(number, torch.tensor([2.0]), 0.0, "i", "far off")
+
+
 def test_expect():
     expect(True, "this", "that")
     with pytest.raises(Failed, match="this. Likely cause: that"):

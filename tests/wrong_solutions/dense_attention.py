@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 
 from dsa_ref import mha_attention
@@ -147,6 +148,40 @@ def a_loop_over_t(q, k, v):
     return torch.stack(rows)
 
 
+@wrong("dense_attention", "no loop over tokens")
+def a_loop_in_numpy(q, k, v):
+    T, H, D = q.shape
+    q, k, v = (x.double().numpy() for x in (q, k, v))
+    u = np.zeros((T, H, D))
+    for t in range(T):
+        scores = (q[t] * k[: t + 1]).sum(2) / math.sqrt(D)
+        exponentials = np.exp(scores - scores.max(0))
+        u[t] = ((exponentials / exponentials.sum(0))[..., None] * v[: t + 1]).sum(0)
+    return torch.from_numpy(u)
+
+
+@wrong("dense_attention", "no loop over tokens")
+def torchs_own(q, k, v):
+    heads_first = (x.transpose(0, 1) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(0, 1)
+
+
+@wrong("dense_attention", "heads apart")
+def keys_of_all_heads_added(q, k, v):
+    return mha_attention(q, k.sum(1, keepdim=True).expand_as(k).contiguous(), v, q.shape[2] ** -0.5, None)[0]
+
+
+@wrong("dense_attention", "weights sum to 1")
+def values_of_all_heads_added(q, k, v):
+    weights = scores_of(q, k).masked_fill(future(len(q)), -torch.inf).softmax(-1)
+    return torch.einsum("hts,sgd->thd", weights, v)
+
+
+@wrong("dense_attention", "large scores")
+def future_at_minus_100(q, k, v):
+    return mix(scores_of(q, k).masked_fill(future(len(q)), -100.0).softmax(-1), v)
+
+
 @wrong("dense_attention", "inputs")
 def scaled_in_place(q, k, v):
     q *= q.shape[2] ** -0.5
@@ -179,6 +214,8 @@ wrong("attention_bytes", "score matrix")(lambda T, H, D, n: (2 * T * H * D * n, 
 wrong("attention_bytes", "score matrix")(lambda T, H, D, n: (2 * T * H * D * n, T * T * n))
 wrong("attention_bytes", "score matrix")(lambda T, H, D, n: (2 * T * H * D * n, H * T * T * D * n))
 wrong("attention_bytes", "score matrix")(lambda T, H, D, n: (2 * T * H * D * n, "a lot"))
+wrong("attention_bytes", "score matrix")(lambda T, H, D, n: (2 * T * H * D * n, H * T * T * 4))
+wrong("attention_bytes", "score matrix")(lambda T, H, D, n: (2 * T * H * D * n, H * T * (T - 1) // 2 * n))
 
 
 def growth(**changed):
@@ -196,7 +233,11 @@ wrong("bill_growth", "whole text")(growth(whole_text=lambda a, b: b / a))
 wrong("bill_growth", "whole text")(growth(whole_text=lambda a, b: a * a / b / b))
 wrong("bill_growth", "whole text")(lambda short, long: (long / short) ** 2)
 wrong("bill_growth", "next token")(growth(next_token=lambda a, b: (b / a) ** 2))
+wrong("bill_growth", "whole text")(growth(whole_text=lambda a, b: (b // a) ** 2))
 wrong("bill_growth", "next token")(growth(next_token=lambda a, b: 1))
+wrong("bill_growth", "next token")(growth(next_token=lambda a, b: b // a))
+wrong("bill_growth", "cache")(growth(cache=lambda a, b: b // a))
+wrong("bill_growth", "score matrix")(growth(score_matrix=lambda a, b: (b // a) ** 2))
 wrong("bill_growth", "cache")(growth(cache=lambda a, b: (b / a) ** 2))
 wrong("bill_growth", "cache")(growth(cache=lambda a, b: b - a))
 wrong("bill_growth", "score matrix")(growth(score_matrix=lambda a, b: b / a))

@@ -20,6 +20,13 @@ def cast(x, scale):
     return (x / scale[..., None]).clamp(-448, 448).to(E4M3), scale
 
 
+def scaled(x):
+    """x / scale, not yet cast, and the right scale."""
+    x, ratio = parts(x)
+    scale = power_of_two_at_least(ratio)
+    return x / scale[..., None], scale
+
+
 @wrong("quantize", "shapes and types")
 def scale_keeps_its_axis(x):
     x8, scale = dsa_ref.quantize(x)
@@ -49,11 +56,6 @@ def the_plain_quotient(x):
     return cast(*parts(x))
 
 
-@wrong("quantize", "power of two")
-def int8_habits(x):
-    return cast(*parts(x, largest=127.0))
-
-
 @wrong("quantize", "one scale a vector")
 def one_scale_for_the_whole_tensor(x):
     x = x.float()
@@ -62,22 +64,15 @@ def one_scale_for_the_whole_tensor(x):
 
 
 @wrong("quantize", "scale")
-def exponent_rounded_down_and_clamped(x):
+def exponent_rounded_down(x):
     x, ratio = parts(x)
     return cast(x, torch.exp2(ratio.log2().floor()))
 
 
 @wrong("quantize", "scale")
-def exponent_rounded_down_without_a_clamp(x):
-    x, ratio = parts(x)
-    scale = torch.exp2(ratio.log2().floor())
-    return (x / scale[..., None]).to(E4M3), scale
-
-
-@wrong("quantize", "scale")
-def logarithm_in_bf16(x):
-    x, ratio = parts(x)
-    return cast(x, torch.exp2(ratio.bfloat16().log2().ceil()).float())
+def computed_in_the_type_of_x(x):
+    ratio = x.abs().amax(dim=-1).clamp(min=1e-4) / 448
+    return cast(x.float(), torch.exp2(ratio.log2().ceil()).float())
 
 
 @wrong("quantize", "scale")
@@ -114,40 +109,40 @@ def only_zeros_get_the_floor(x):
 
 @wrong("quantize", "nearest value")
 def wraps_as_an_8_bit_integer(x):
-    x, ratio = parts(x)
-    scale = power_of_two_at_least(ratio)
-    return (x / scale[..., None]).round().to(torch.int32).to(torch.int8).float().to(E4M3), scale
+    y, scale = scaled(x)
+    return y.round().to(torch.int32).to(torch.int8).float().to(E4M3), scale
 
 
 @wrong("quantize", "nearest value")
 def whole_numbers_only(x):
-    x, ratio = parts(x)
-    scale = power_of_two_at_least(ratio)
-    return (x / scale[..., None]).round().to(E4M3), scale
+    y, scale = scaled(x)
+    return y.round().to(E4M3), scale
 
 
 @wrong("quantize", "nearest value")
 def digits_cut_off(x):
-    x, ratio = parts(x)
-    scale = power_of_two_at_least(ratio)
-    y = x / scale[..., None]
+    y, scale = scaled(x)
     step = torch.exp2((torch.frexp(y)[1] - 4).clamp(min=-9).float())
     return ((y / step).trunc() * step).to(E4M3), scale
 
 
 @wrong("quantize", "nearest value")
+def rounded_to_bf16_first(x):
+    y, scale = scaled(x)
+    return y.bfloat16().to(E4M3), scale
+
+
+@wrong("quantize", "nearest value")
 def multiplied_by_the_scale(x):
-    x, ratio = parts(x)
-    scale = power_of_two_at_least(ratio)
-    return (x * scale[..., None]).clamp(-448, 448).to(E4M3), scale
+    _, scale = scaled(x)
+    return (x.float() * scale[..., None]).clamp(-448, 448).to(E4M3), scale
 
 
 @wrong("quantize", "nearest value")
 def clamped_to_240(x):
     """The largest value of another e4m3, without the `fn`."""
-    x, ratio = parts(x)
-    scale = power_of_two_at_least(ratio)
-    return (x / scale[..., None]).clamp(-240, 240).to(E4M3), scale
+    y, scale = scaled(x)
+    return y.clamp(-240, 240).to(E4M3), scale
 
 
 @wrong("quantize", "small values")
@@ -162,7 +157,7 @@ def sylvester(D):
 
 
 def rotated_by(matrix, x):
-    return x @ matrix.to(x.dtype).T
+    return x @ matrix.T / x.shape[-1] ** 0.5
 
 
 @wrong("hadamard", "shape")
@@ -187,38 +182,46 @@ def not_normalised(x):
     return dsa_ref.hadamard(x) * x.shape[-1] ** 0.5
 
 
+@wrong("hadamard", "length kept")
+def slices_overwritten(x):
+    y, D, width = x.clone(), x.shape[-1], 1
+    while width < D:
+        for i in range(0, D, 2 * width):
+            a, b = y[..., i : i + width], y[..., i + width : i + 2 * width]
+            y[..., i : i + width] = a + b
+            y[..., i + width : i + 2 * width] = a - b  # a is a + b by now
+        width *= 2
+    return y / D**0.5
+
+
 @wrong("hadamard", "Sylvester order")
 def or_instead_of_and(x):
     D = x.shape[-1]
-    signs = torch.tensor([[(-1.0) ** bin(i | j).count("1") for j in range(D)] for i in range(D)])
-    return rotated_by(signs, x) / D**0.5
+    return rotated_by(torch.tensor([[(-1.0) ** bin(i | j).count("1") for j in range(D)] for i in range(D)]), x)
+
+
+def even_and_odd(x):
+    if x.shape[-1] == 1:
+        return x
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.cat((even_and_odd(a + b), even_and_odd(a - b)), dim=-1)
 
 
 @wrong("hadamard", "Sylvester order")
 def even_and_odd_instead_of_halves(x):
-    """Neighbours are joined and the results put into two halves: bit-reversed order."""
-    y, D = x, x.shape[-1]
-    for _ in range(D.bit_length() - 1):
-        y = torch.cat((y[..., ::2] + y[..., 1::2], y[..., ::2] - y[..., 1::2]), dim=-1)
-        y = y if D == 2 else y.clone()
-    order = [int(f"{i:0{D.bit_length() - 1}b}"[::-1], 2) for i in range(D)] if D > 1 else [0]
-    return (y / D**0.5)[..., order]
+    return even_and_odd(x) / x.shape[-1] ** 0.5
 
 
 @wrong("hadamard", "Sylvester order")
 def ordered_by_sign_changes(x):
     H = sylvester(x.shape[-1])
-    return rotated_by(H[(H.diff(dim=1) != 0).sum(dim=1).argsort()], x) / x.shape[-1] ** 0.5
+    return rotated_by(H[(H.diff(dim=1) != 0).sum(dim=1).argsort()], x)
 
 
 @wrong("hadamard", "Sylvester order")
 def difference_the_wrong_way_round(x):
-    y, D, width = x, x.shape[-1], 1
-    while width < D:
-        a, b = y.reshape(*x.shape[:-1], D // (2 * width), 2, width).unbind(-2)
-        y = torch.stack((a + b, b - a), dim=-2).reshape(x.shape)
-        width *= 2
-    return y * D**-0.5
+    """b - a in every round: a minus for every one in i, as for i & i."""
+    return dsa_ref.hadamard(x) * sylvester(x.shape[-1]).diagonal()
 
 
 def halves(x):
@@ -235,20 +238,14 @@ def recursion_that_ends_at_two(x):
 
 @wrong("hadamard", "any power of two")
 def seven_rounds_at_most(x):
-    y, D = x, x.shape[-1]
-    for width in (1, 2, 4, 8, 16, 32, 64):
-        if width < D:
-            a, b = y.reshape(*x.shape[:-1], D // (2 * width), 2, width).unbind(-2)
-            y = torch.stack((a + b, a - b), dim=-2).reshape(x.shape)
-    return y * D**-0.5
+    width = min(x.shape[-1], 128)
+    return dsa_ref.hadamard(x.unflatten(-1, (-1, width))).flatten(-2) * (width / x.shape[-1]) ** 0.5
 
 
 @wrong("hadamard", "inputs")
 def in_place(x):
-    for start in range(0, x.shape[-1] if x.shape[-1] > 1 else 0, 2):
-        a, b = x[..., start].clone(), x[..., start + 1].clone()
-        x[..., start], x[..., start + 1] = a + b, a - b
-    return dsa_ref.hadamard(x)
+    x *= x.shape[-1] ** -0.5
+    return x @ sylvester(x.shape[-1])
 
 
 def dots(q8, k8):
@@ -327,6 +324,11 @@ def one_q_scale_a_query(q8, q_scale, k8, k_scale, w):
     return weighted(dots(q8, k8).relu(), w, k_scale) * q_scale.mean(dim=1, keepdim=True)
 
 
+@wrong("scores_from_fp8", "q_scale")
+def scaled_back_into_eight_bits(q8, q_scale, k8, k_scale, w):
+    return weighted(dots((q8.float() * q_scale[..., None]).to(E4M3), k8).relu(), w, k_scale)
+
+
 @wrong("scores_from_fp8", "T is not S")
 def as_many_keys_as_queries(q8, q_scale, k8, k_scale, w):
     scores = torch.zeros(len(w), len(w))
@@ -336,17 +338,16 @@ def as_many_keys_as_queries(q8, q_scale, k8, k_scale, w):
     return scores
 
 
-def sets(rows):
-    return [set(row.tolist()) - {-1} for row in rows]
-
-
-def mean(shares):
+def by_row(share, selected, reference, absent=(-1,)):
+    """The mean over rows of share(set selected, set of the reference)."""
+    pairs = zip(selected.tolist(), reference.tolist(), strict=True)
+    shares = [share(set(a) - set(absent), set(b) - set(absent)) for a, b in pairs]
     return sum(shares) / len(shares)
 
 
 @wrong("flips", "nothing changed")
 def the_share_that_stayed(selected, reference):
-    return mean([len(a & b) / len(b) if b else 1.0 for a, b in zip(sets(selected), sets(reference), strict=True)])
+    return by_row(lambda a, b: len(a & b) / len(b) if b else 1.0, selected, reference)
 
 
 @wrong("flips", "order is free")
@@ -356,44 +357,51 @@ def place_by_place(selected, reference):
 
 @wrong("flips", "share of the keys")
 def gone_and_come_counted(selected, reference):
-    return mean([len(a ^ b) / len(b) if b else 0.0 for a, b in zip(sets(selected), sets(reference), strict=True)])
+    return by_row(lambda a, b: len(a ^ b) / len(b) if b else 0.0, selected, reference)
 
 
 @wrong("flips", "share of the keys")
 def number_of_keys(selected, reference):
-    return mean([len(b - a) for a, b in zip(sets(selected), sets(reference), strict=True)])
+    return by_row(lambda a, b: len(b - a), selected, reference)
 
 
 @wrong("flips", "share of the keys")
 def share_of_the_union(selected, reference):
-    return mean(
-        [1 - len(a & b) / len(a | b) if b else 0.0 for a, b in zip(sets(selected), sets(reference), strict=True)]
-    )
+    return by_row(lambda a, b: len(a ^ b) / len(a | b) if b else 0.0, selected, reference)
+
+
+@wrong("flips", "share of the keys")
+def rows_in_which_anything_changed(selected, reference):
+    return by_row(lambda a, b: a != b, selected, reference)
+
+
+@wrong("flips", "share of the keys")
+def keys_of_all_rows_in_one_set(selected, reference):
+    return float(1 - torch.isin(reference, selected).float().mean())
 
 
 @wrong("flips", "-1 ignored")
 def padding_is_a_key(selected, reference):
-    pairs = zip(selected.tolist(), reference.tolist(), strict=True)
-    return mean([len(set(b) - set(a)) / len(set(b)) for a, b in pairs])
+    return by_row(lambda a, b: len(b - a) / len(b), selected, reference, absent=())
 
 
 @wrong("flips", "-1 ignored")
 def divided_by_k(selected, reference):
-    pairs = zip(sets(selected), sets(reference), strict=True)
-    return mean([len(b - a) / reference.shape[1] for a, b in pairs])
+    return by_row(lambda a, b: len(b - a) / reference.shape[1], selected, reference)
 
 
 @wrong("flips", "mean over rows")
 def all_rows_pooled(selected, reference):
-    pairs = list(zip(sets(selected), sets(reference), strict=True))
-    return sum(len(b - a) for a, b in pairs) / max(1, sum(len(b) for _, b in pairs))
+    keys = max(1, int((reference >= 0).sum()))
+    return by_row(lambda a, b: len(b - a), selected, reference) * len(reference) / keys
 
 
 @wrong("flips", "empty row")
 def empty_rows_count_as_changed(selected, reference):
-    return mean([1 - len(a & b) / max(1, len(b)) for a, b in zip(sets(selected), sets(reference), strict=True)])
+    return by_row(lambda a, b: 1 - len(a & b) / max(1, len(b)), selected, reference)
 
 
 @wrong("flips", "empty row")
 def empty_rows_left_out(selected, reference):
-    return mean([len(b - a) / len(b) for a, b in zip(sets(selected), sets(reference), strict=True) if b])
+    full = reference[:, 0] >= 0
+    return by_row(lambda a, b: len(b - a) / len(b), selected[full], reference[full])

@@ -119,6 +119,8 @@ def expect_close(got, expected, tolerance, axes, cause, suspects=None):
     this mistake gives}: where got equals one of them, and that one is wrong here, its cause is reported instead.
     """
     expected = _float64(expected)
+    if isinstance(got, (int, float, np.generic)):  # a single number needs no tensor around it
+        got = np.asarray(got)
     expect_shape(got, expected.shape)
     got = _float64(got)
     bad = ~_near(got, expected, tolerance)

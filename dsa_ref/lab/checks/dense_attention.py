@@ -1,7 +1,9 @@
 """Notebook 01: causal attention without loops, and what it costs in FLOPs and bytes."""
 
+import sys
+
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from ...dense_attention import mha_attention
 from ..compare import Failed
@@ -24,13 +26,24 @@ def _reference(q, k, v, scale=None):
     return mha_attention(q, k, v, q.shape[2] ** -0.5 if scale is None else scale, None)[0]
 
 
-class _Operations(TorchDispatchMode):
-    """Counts the torch operations that run inside it."""
+class _Watched(TorchFunctionMode):
+    """What runs inside: the lines of Python (a loop repeats its own, in torch and in NumPy), and torch's functions."""
 
-    count = 0
+    def __enter__(self):
+        self.lines, self.functions, self.before = 0, set(), sys.gettrace()
+        sys.settrace(self._line)
+        return super().__enter__()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
+    def __exit__(self, *error):
+        sys.settrace(self.before)
+        return super().__exit__(*error)
+
+    def _line(self, frame, event, argument):
+        self.lines += event == "line" and frame.f_code.co_filename != __file__
+        return self._line
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.functions.add(getattr(function, "__name__", ""))
         return function(*args, **(kwargs or {}))
 
 
@@ -56,19 +69,28 @@ def _(solution):
             ),
             "exp without the division by the sum": scores.exp().masked_fill(future, 0.0),
         }
-        suspects = {cause: weights.sum(2, keepdim=True).expand(T, H, D)[1:] for cause, weights in suspects.items()}
-        got = torch.as_tensor(solution(q, k, torch.ones_like(q)))[1:]  # token 0 is judged by "sees itself"
+        suspects = {cause: weights.sum(2, keepdim=True).expand(T, H, D).clone() for cause, weights in suspects.items()}
+        heads = "the heads' outputs were added up: the letter h must stand in both factors and in the result"
+        suspects[heads] = torch.full((T, H, D), float(H))
+        got = torch.as_tensor(solution(q, k, torch.ones_like(q))).clone()
+        for answer in (got, *suspects.values()):
+            answer[0] = 1.0  # token 0 is judged by "sees itself"
         cause = "values that are all 1 must average to 1: each query's weights over its keys sum to 1"
-        expect_close(got, torch.ones_like(got), 1e-5, "t-1 h d", cause, suspects)
+        expect_close(got, torch.ones_like(got), 1e-5, "t h d", cause, suspects)
 
 
 @dense_attention.property("heads apart")
 def _(solution):
     q, k, v = _qkv(4, 11, 3, 4)
-    before = solution(q, k, v)
+    before = torch.as_tensor(solution(q, k, v)).clone()
     k[:, 2], v[:, 2] = -1.0, 9.0
-    cause = "it changed with the keys of head 2: each head has a softmax of its own (transpose, do not reshape)"
-    expect_close(solution(q, k, v)[1:, :2], before[1:, :2], 1e-5, "t-1 h d", cause)
+    after = torch.as_tensor(solution(q, k, v)).clone()
+    before[0] = after[0] = 0.0  # token 0 is judged by "sees itself"
+    cause = (
+        "it changed with the keys and values of head 2: the letter h must stand in both factors and in the result "
+        "(and transpose, do not reshape)"
+    )
+    expect_close(after[:, :2], before[:, :2], 1e-5, "t h d", cause)
 
 
 @dense_attention.property("future hidden")
@@ -133,13 +155,19 @@ def _(solution):
 @dense_attention.property("no loop over tokens")
 def _(solution):
     counts = []
-    for T in (5, 45):
-        with _Operations() as operations:
-            solution(*_qkv(5, T, 2, 4))
-        counts.append(operations.count)
+    for T in (5, 5, 45):  # the first call may load or compile something
+        inputs = _qkv(5, T, 2, 4)
+        with _Watched() as watched:
+            solution(*inputs)
+        counts.append(watched.lines)
     expect(
-        counts[1] < counts[0] + 20,
-        f"{counts[0]} torch operations for 5 tokens and {counts[1]} for 45, expected the same number",
+        "scaled_dot_product_attention" not in watched.functions,
+        "torch's scaled_dot_product_attention was called, expected your own",
+        "right, but then there is nothing to learn: scores, mask, softmax, mean of the values",
+    )
+    expect(
+        counts[2] < counts[1] + 20,
+        f"{counts[1]} lines of Python ran for 5 tokens and {counts[2]} for 45, expected the same number",
         "right, but there is still a loop over t or s: let one einsum make all scores at once",
     )
 
@@ -149,7 +177,7 @@ def _close(got, expected, what, cause, suspects=None, tolerance=0.01):
     try:
         got = float(got)
     except (TypeError, ValueError):
-        raise Failed(f"{what}: got {type(got).__name__}, expected a number", "did you forget the return?") from None
+        raise _no_number(got, what) from None
     if abs(got - expected) <= tolerance * expected:
         return
     for suspicion, answer in (suspects or {}).items():
@@ -228,8 +256,13 @@ def _exact(got, expected, what, suspects):
 def _number(got, what):
     """got, if it is a number (no text, no list)."""
     if isinstance(got, (str, list, tuple, dict)) or not hasattr(got, "__float__"):
-        raise Failed(f"{what}: got {type(got).__name__}, expected a number", "did you forget the return?")
+        raise _no_number(got, what)
     return got
+
+
+def _no_number(got, what):
+    cause = "did you forget the return?" if got is None else "one number, not a text or a group of numbers"
+    return Failed(f"{what}: got {type(got).__name__}, expected a number", cause)
 
 
 @attention_bytes.property("two numbers")
@@ -257,6 +290,8 @@ def _(solution):
         suspects = {
             "half of it is masked, but a matrix stores both halves": H * (T * (T + 1) // 2) * n,
             "half of it is masked, but a matrix stores both halves: T · T numbers a head": H * T * T * n / 2,
+            "half of it is masked, but a matrix stores both halves, and the diagonal": H * (T * (T - 1) // 2) * n,
+            "multiply by number_bytes, whatever it is": H * T * T * 4,
             "one head only: every head has a score matrix": T * T * n,
             "a score is one number for a pair: D is summed away": H * T * T * D * n,
             "numbers, not bytes: multiply by number_bytes": H * T * T,
@@ -264,9 +299,9 @@ def _(solution):
         _exact(_two_numbers(solution, (T, H, D, n))[1], H * T * T * n, f"score matrix for T={T}, H={H}", suspects)
 
 
-SPANS = ((32_768, 1_048_576), (1000, 3000), (4096, 4096))  # short, long
+SPANS = ((32_768, 1_048_576), (1000, 2500), (4096, 4096))  # short, long
 FACTORS = {
-    "whole text": (lambda a, b: causal_pairs(b, b) / causal_pairs(a, a), "twice the text, four times the pairs"),
+    "whole text": (lambda a, b: b * (b + 1) / (a * (a + 1)), "twice the text, four times the pairs"),
     "next token": (lambda a, b: b / a, "one new query looks at all keys once: proportional to the context"),
     "cache": (lambda a, b: b / a, "one key and one value a token: proportional to the context"),
     "score matrix": (lambda a, b: (b / a) ** 2, "a number for every pair of tokens: it grows with the square"),
@@ -282,7 +317,10 @@ def _growth(name):
             got = solution(short, long)
             if not isinstance(got, dict) or name not in got:
                 raise Failed(f"got {got!r}, expected a dict with the entry {name!r}", "one entry for each of the bills")
-            suspects = {"the factor is upside down: long over short": factor(long, short)}
+            suspects = {
+                "the factor is upside down: long over short": factor(long, short),
+                "// drops what is behind the point: use /": factor(1, long // short),
+            }
             _close(got[name], factor(short, long), f"from {short} to {long} tokens", cause, suspects)
 
 

@@ -38,7 +38,6 @@ def live_attention(text_bytes, steps, scale, first, layer, head) -> LiveFigure:
         figure = Figure(figsize=(7.2, 6.1), layout="constrained", facecolor=COLOURS["visible"])
         axes = figure.add_subplot(xlabel="key s, the byte looked at", ylabel="query t, the byte that looks")
         shades = LinearSegmentedColormap.from_list("attention", [COLOURS["visible"], COLOURS["attention"], "#0c2617"])
-        shades.set_bad(COLOURS["future"])
         future = np.triu(np.ones((SHOWN, SHOWN), dtype=bool), 1)
         shown = np.ma.masked_array(data["weights"], future)
         mesh = axes.pcolormesh(shown, cmap=shades, vmin=0, vmax=1, edgecolors="#e8e8e8", linewidth=0.2)
@@ -95,14 +94,14 @@ def live_bill(tokens=17, kept=11) -> LiveFigure:
         return data
 
     def draw(data):
-        figure = Figure(figsize=(8.2, 4.2), layout="constrained", facecolor=COLOURS["visible"])
-        titles = {"flops": "to read the whole text", "bytes": "to write the next token"}
+        figure = Figure(figsize=(7.4, 3.9), layout="constrained", facecolor=COLOURS["visible"])
+        titles = {"flops": "read the whole text", "bytes": "write the next token"}
         units = {"flops": "FLOPs, one layer", "bytes": "cache bytes read, one layer"}
         for axes, unit in zip(figure.subplots(1, 2), titles, strict=True):
             here = data["here"][unit]
             axes.plot(data["contexts"], data[unit]["dense"], **DENSE, label="dense attention")
             axes.plot(data["contexts"], data[unit]["dsa"], **DSA, label=f"DSA, k = {data['k']}")
-            axes.plot(data["contexts"], data[unit]["indexer"], **INDEXER, label="of it, the indexer")
+            axes.plot(data["contexts"], data[unit]["indexer"], **INDEXER, label="DSA's indexer alone")
             axes.axvline(data["tokens"], color="#777777", linewidth=1)
             axes.plot([data["tokens"]] * 2, [here["dense"], here["dsa"]], "o", color="#222222", markersize=5)
             axes.set_xscale("log", base=2)

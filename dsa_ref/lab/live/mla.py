@@ -12,6 +12,9 @@ from ..viz import COLOURS, FAINT, LINES, LiveFigure, selection_over_text
 LAYOUTS = ("interleaved", "half")
 AFTER, BEFORE = LINES[0][0], LINES[2][0]  # turned, and as it was: also told apart by width and dash
 
+# Soft edges of letters are more than half of a picture's bytes; this font is clear without them.
+PLAIN = {"family": "DejaVu Sans Mono", "fontsize": 8.5, "antialiased": False}
+
 
 def pairs_of(layout, R):
     """The dims that turn together, [(a, b)] for pair i = 0 ... R/2 - 1."""
@@ -35,8 +38,8 @@ def live_pairs(x, freqs, position=3, layout="interleaved") -> LiveFigure:
         }  # fmt: skip
 
     def draw(data):
-        figure = Figure(figsize=(6.4, 3.9), facecolor=COLOURS["visible"])
-        _strip(figure.add_axes((0.03, 0.83, 0.94, 0.16)), data["pairs"], R, data["layout"])
+        figure = Figure(figsize=(5.6, 3.3), facecolor=COLOURS["visible"])
+        _strip(figure.add_axes((0.03, 0.82, 0.94, 0.17)), data["pairs"], R, data["layout"])
         columns = 4
         for i, (pair, angle) in enumerate(zip(data["pairs"], data["angles"], strict=True)):
             row, column = divmod(i, columns)
@@ -51,14 +54,9 @@ def live_pairs(x, freqs, position=3, layout="interleaved") -> LiveFigure:
                 tip = vector / np.linalg.norm(vector)
                 axes.plot([0, tip[0]], [0, tip[1]], color=colour, linestyle=line, linewidth=width)
                 axes.plot(*tip, color=colour, marker="o", markersize=5)
-            axes.set_title(f"dims {pair[0]}, {pair[1]}: {np.degrees(angle):.1f}°", fontsize=9, pad=1)
-        figure.text(
-            0.5,
-            0.015,
-            "dotted: as projected · solid: turned by position · frequency, in degrees (all drawn with length 1)",
-            ha="center",
-            fontsize=8,
-        )
+            axes.set_title(f"({pair[0]}, {pair[1]}) by {np.degrees(angle):.1f}°", pad=1, **PLAIN)
+        legend = "dotted: before · solid: turned by position · frequency · all of length 1"
+        figure.text(0.5, 0.015, legend, ha="center", **PLAIN)
         return figure
 
     def describe(data):
@@ -81,10 +79,10 @@ def _strip(axes, pairs, R, layout):
     axes.axis("off")
     for d in range(R):
         axes.plot([d, d + 1, d + 1, d, d], [0, 0, 0.8, 0.8, 0], color="#777777", linewidth=0.8)
-        axes.text(d + 0.5, 0.36, str(d), ha="center", va="center", fontsize=8)
+        axes.text(d + 0.5, 0.36, str(d), ha="center", va="center", **PLAIN)
     for a, b in pairs:
         x = np.linspace(0, np.pi, 30)
-        height = 0.5 if layout == "interleaved" else 1.3
+        height = 0.5 if layout == "interleaved" else 1.2
         axes.plot((a + b + 1) / 2 - np.cos(x) * (b - a) / 2, 0.85 + height * np.sin(x), color=AFTER, linewidth=1.2)
 
 
@@ -116,21 +114,21 @@ def live_distance(q, k, freqs, position=40, q_layout="half", k_layout="interleav
         return data["difference"] < 1e-3 * np.abs(data["at_zero"]).max()
 
     def draw(data):
-        figure = Figure(figsize=(6.4, 3.3), layout="constrained", facecolor=COLOURS["visible"])
-        word = "one curve: only the distance matters" if holds(data) else "two curves: the place matters too"
+        figure = Figure(figsize=(5.6, 2.8), layout="constrained", facecolor=COLOURS["visible"])
+        word = "one curve, the distance decides" if holds(data) else "two curves, the place matters"
         axes = figure.add_subplot(
             xlabel="distance from key to query (tokens)",
             ylabel="q·k (no unit)",
-            title=f"query {data['layouts'][0]}, key {data['layouts'][1]}: {word}",
         )
+        axes.set_title(f"query {data['layouts'][0]}, key {data['layouts'][1]}: {word}", fontsize=10)
         axes.plot(
-            data["distance"], data["at_position"], color=AFTER, linewidth=3.2,
+            data["distance"], data["at_position"], color=AFTER, linewidth=2.8,
             label=f"key at position {data['position']}",
         )  # fmt: skip
         axes.plot(data["distance"], data["at_zero"], color=LINES[1][0], linestyle="--", label="key at position 0")
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="best")
+        figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=9)
         return figure
 
     def describe(data):
@@ -173,6 +171,8 @@ def live_layouts(text_bytes, selections, byte, layer, layout) -> LiveFigure:
             text.set_y(text.get_position()[1] * height / grown)
         figure.set_size_inches(width, grown)
         figure.text(0.5, 1 - 0.08 / grown, title, ha="center", va="top", fontsize=10)
+        for glyphs in figure.axes[0].texts:
+            glyphs.set_antialiased(PLAIN["antialiased"])
         return figure
 
     def describe(data):
@@ -199,8 +199,8 @@ def overlap_bars(shares, chance) -> Figure:
 
     shares: {name: [one share a layer]}; chance: the same for k random keys.
     """
-    figure = Figure(figsize=(7, 3.8), layout="constrained", facecolor=COLOURS["visible"])
-    axes = figure.add_subplot(xlabel="layer", ylabel="share of the trained selection kept", ylim=(0, 1.04))
+    figure = Figure(figsize=(6.2, 3.2), layout="constrained", facecolor=COLOURS["visible"])
+    axes = figure.add_subplot(xlabel="layer", ylabel="share of the trained set kept", ylim=(0, 1.04))
     layers = np.arange(len(next(iter(shares.values()))))
     looks = ((COLOURS["selected"], ""), (LINES[2][0], "//"), (COLOURS["visible"], ".."))
     for i, ((name, values), (colour, hatch)) in enumerate(zip(shares.items(), looks, strict=True)):
@@ -215,7 +215,7 @@ def overlap_bars(shares, chance) -> Figure:
 
 def byte_bars(sizes) -> Figure:
     """Bytes a token and layer as horizontal bars, to scale. sizes: {name: bytes}."""
-    figure = Figure(figsize=(7, 1.9), layout="constrained", facecolor=COLOURS["visible"])
+    figure = Figure(figsize=(6.2, 1.6), layout="constrained", facecolor=COLOURS["visible"])
     axes = figure.add_subplot(xlabel="cache, bytes a token and layer", xlim=(0, 96_000))
     colours = (LINES[2][0], COLOURS["selected"], COLOURS["selected"])
     axes.barh(list(sizes), list(sizes.values()), color=colours[: len(sizes)], height=0.6)
