@@ -31,7 +31,7 @@ def _fill(out_ptr, t, first, last, T, S, BQ: tl.constexpr, BK: tl.constexpr):
 def _index_scores(
     q_ptr, k_ptr, w_ptr, k_scale_ptr, start_ptr, end_ptr, out_ptr, T, S, Hi, Di, chunk,
     HP: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-    DOT: tl.constexpr, SCALED: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, SCALED: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * BQ + tl.arange(0, BQ)
     d = tl.arange(0, DP)
@@ -52,17 +52,30 @@ def _index_scores(
     q = tl.load(q_ptr + (row * Hi + h)[:, None] * Di + d[None, :], real[:, None] & (d < Di)[None, :], 0.0).to(DOT)
     w = tl.load(w_ptr + row * Hi + h, real, 0.0).to(tl.float32)
     q = tl.trans(q)
-    for s0 in tl.range(first, last, BK, num_stages=STAGES):
-        s = s0 + tl.arange(0, BK)
-        k = tl.load(k_ptr + s[:, None].to(tl.int64) * Di + d[None, :], (s < S)[:, None] & (d < Di)[None, :], 0.0)
-        dots = tl.dot(k.to(DOT), q, input_precision="ieee")
-        weighted = tl.maximum(dots, 0.0) * w[None, :]
-        scores = tl.sum(tl.reshape(weighted, [BK, BQ, HP]), axis=2)
-        if SCALED:
-            scores = scores * tl.load(k_scale_ptr + s, s < S, 0.0).to(tl.float32)[:, None]
-        seen = (s[:, None] >= start[None, :]) & (s[:, None] < end[None, :])
-        inside = (t < T)[None, :] & (s < chunk_last)[:, None]
-        tl.store(out_ptr + t[None, :] * S + s[:, None], tl.where(seen, scores, float("-inf")), inside)
+    # Tiles that every row sees whole need no mask; those before and after them do.
+    whole = tl.minimum(tl.maximum(tl.cdiv(tl.max(start, 0), BK) * BK, first), last)
+    whole_end = tl.maximum(tl.minimum(tl.min(tl.where(t < T, end, S), 0), chunk_last) // BK * BK, whole)
+    for part in tl.static_range(3):
+        part_first = first if part == 0 else whole if part == 1 else whole_end
+        part_last = whole if part == 0 else whole_end if part == 1 else last
+        for s0 in tl.range(part_first, part_last, BK, num_stages=STAGES):
+            s = s0 + tl.arange(0, BK)
+            k_ptrs = k_ptr + s[:, None].to(tl.int64) * Di + d[None, :]
+            if part == 1 and WHOLE:
+                k = tl.load(k_ptrs)
+            else:
+                k = tl.load(k_ptrs, (s < S)[:, None] & (d < Di)[None, :], 0.0)
+            dots = tl.dot(k.to(DOT), q, input_precision="ieee")
+            weighted = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None, :]
+            scores = tl.sum(tl.reshape(weighted, [BK, BQ, HP]), axis=2)
+            if SCALED:
+                scores = scores * tl.load(k_scale_ptr + s, s < S, 0.0).to(tl.float32)[:, None]
+            out = out_ptr + t[None, :] * S + s[:, None]
+            if part == 1:
+                tl.store(out, scores, (t < T)[None, :])
+            else:
+                seen = (s[:, None] >= start[None, :]) & (s[:, None] < end[None, :])
+                tl.store(out, tl.where(seen, scores, float("-inf")), (t < T)[None, :] & (s < chunk_last)[:, None])
     covered = tl.minimum(first + tl.cdiv(last - first, BK) * BK, chunk_last)
     _fill(out_ptr, t, covered, chunk_last, T, S, BQ, BK)
 
@@ -72,7 +85,7 @@ def index_scores(q_idx, k_idx, w, k_scale=None, start=None, end=None):
 
     FP8 inputs are multiplied as FP8 where the GPU can (compute capability 8.9), else as bf16, which holds them exactly;
     bf16 and fp16 as they are; fp32 without TF32. Hopper's FP8 tensor cores add with fewer bits than fp32 has: expect
-    relative errors of some 1e-4. NaN in q_idx or k_idx is not looked for, and compiled code takes its relu for 0.
+    relative errors of some 1e-4. NaN in q_idx, k_idx or w gives NaN scores, which a selection then refuses.
     Raises as the reference does (fp64 is a TypeError here), and as `runtime.check_runnable` does.
     """
     T, S, start, end = check_index_scores(q_idx, k_idx, w, k_scale, start, end, FLOATS)
@@ -98,7 +111,7 @@ def launch(q_idx, k_idx, w, k_scale, start, end):
         q_idx.contiguous(), k_idx.contiguous(), w.contiguous(),
         w if k_scale is None else k_scale.contiguous(), start.contiguous(), end.contiguous(), out, T, S, Hi, Di, chunk,
         HP=HP, DP=DP, BQ=BQ, BK=BK, DOT=getattr(tl, TRITON_NAMES[dot_dtype(q_idx)]), SCALED=k_scale is not None,
-        STAGES=3, num_warps=4,
+        WHOLE=DP == Di, STAGES=3, num_warps=4,
     )  # fmt: skip
     return out
 

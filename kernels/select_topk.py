@@ -1,16 +1,22 @@
-"""Exact top-k of rows of any length: find the k-th largest score by its bits, then keep what reaches it.
+"""Exact top-k of rows of any length: one read of the row for a short list, then an exact choice among its members.
 
-Schedule: one program a row (or ROWS of them, which only the interpreter does), five reads of it, nothing kept in
-between but 256 counters.
+Schedule of "sampled", which GPUs run: one program a row.
 
-1. A score's bits are mapped to integers of the same order (-0.0 first becomes 0.0).
-2. Radix select: four passes fix the threshold's bytes from the top down. Each pass counts, among the scores that share
-   the bytes known so far, the next byte, and steps into the bin where the k-th largest lies.
-3. One pass writes the index of every score above the threshold, and of as many equal ones as are still wanted, in
-   ascending order: a running count and a prefix sum give each its place. So the smallest indices win ties.
+1. A sample of the row, runs of eight neighbours evenly spread, gives a bound that some more than k scores should reach.
+2. One read of the row writes what is not below the bound into a list of at most CAP scores with their indices.
+3. The list is in registers now. Its k-th largest score is found bit by bit; a prefix sum gives every kept index its
+   place, and the smallest indices win ties.
 
-Bytes: 5 · 4 · S a row, where one read is the floor; a row that L2 still holds pays less. NaN in a visible place raises,
-except while a CUDA graph is captured, when it counts as larger than +inf (or smaller than -inf if its sign bit is set).
+A bound is luck; the count is not: a row whose list holds fewer than k scores, or more than CAP, is left to the second
+kernel, "radix", which needs no luck. The interpreter runs that one alone, ROWS rows a program.
+
+1. Radix select: four passes over the row fix the threshold's bytes from the top down. Each pass counts, among the
+   scores that share the bytes known so far, the next byte, and steps into the bin where the k-th largest lies.
+2. One pass writes the index of every score above the threshold, and of as many equal ones as are still wanted.
+
+Both compare scores as integers of the same order (-0.0 first becomes 0.0). Bytes: 4 · S a row and the sample's for the
+first, 5 · 4 · S for the second. NaN in a visible place raises, except while a CUDA graph is captured, when it counts as
+larger than +inf (or smaller than -inf if its sign bit is set).
 """
 
 import torch
@@ -20,6 +26,8 @@ import triton.language as tl
 from dsa_ref.contracts import check_select_topk, values_readable
 
 from .runtime import FLOATS, INTERPRETED, check_runnable
+
+LARGEST_SAMPLED_K = 8192  # a list of twice as many must fit into a program's registers
 
 
 @triton.jit
@@ -31,7 +39,13 @@ def _ordered(x):
 
 
 @triton.jit
-def _select_topk(scores_ptr, start_ptr, end_ptr, out_ptr, nan_ptr, T, S, k, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _select_topk(
+    scores_ptr, start_ptr, end_ptr, out_ptr, nan_ptr, redo_ptr, T, S, k,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, REDO: tl.constexpr,
+):  # fmt: skip
+    if REDO:  # the rows that `_select_sampled` could not do
+        if tl.load(redo_ptr + tl.program_id(0)) == 0:
+            return
     row = tl.arange(0, ROWS)
     t = tl.program_id(0).to(tl.int64) * ROWS + row
     start, end = tl.load(start_ptr + t, t < T, S), tl.load(end_ptr + t, t < T, 0)
@@ -83,6 +97,77 @@ def _select_topk(scores_ptr, start_ptr, end_ptr, out_ptr, nan_ptr, T, S, k, ROWS
         tl.store(out_row + place, tl.full([ROWS, BLOCK], -1, tl.int32), rest)
 
 
+@triton.jit
+def _threshold(keys, wanted):
+    """The largest key that at least `wanted` of the keys reach, found bit by bit; keys are uint32, 0 is nobody's."""
+    threshold, bit = tl.full([], 0, tl.uint32), tl.full([], 1 << 31, tl.uint32)
+    for _ in range(32):
+        reached = tl.sum((keys >= (threshold | bit)).to(tl.int32), axis=0)
+        threshold = tl.where(reached >= wanted, threshold | bit, threshold)
+        bit >>= 1
+    return threshold
+
+
+@triton.jit
+def _from_ordered(key):
+    """What `_ordered` was made from."""
+    bits = key.to(tl.int32, bitcast=True)
+    return (bits ^ (((bits ^ -2147483648) >> 31) | -2147483648)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _select_sampled(
+    scores_ptr, start_ptr, end_ptr, out_ptr, nan_ptr, redo_ptr, value_ptr, index_ptr, S, k,
+    SAMPLE: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    start, end = tl.load(start_ptr + t), tl.load(end_ptr + t)
+    n = end - start
+    wanted = tl.maximum(tl.minimum(k, n), 0)
+    row = scores_ptr + t * S + start
+
+    # A bound that some more than k scores of the row should reach, from evenly spread runs of eight neighbours.
+    bound = tl.full([], float("-inf"), tl.float32)
+    if n > CAP:
+        j = tl.arange(0, SAMPLE)
+        place = ((j // 8).to(tl.int64) * n // (SAMPLE // 8)).to(tl.int32) + j % 8
+        sample = tl.load(row + place, place < n, float("-inf")).to(tl.float32)
+        rank = (tl.sqrt(1.0 * k * CAP) * SAMPLE / n).to(tl.int32) + 1  # midway, as ratios go, between k and CAP
+        bound = _from_ordered(_threshold(_ordered(sample), rank))
+
+    # One read of the row: whatever is not below the bound (NaN is not) goes to this row's list, in order.
+    values, places = value_ptr + t * CAP, index_ptr + t * CAP
+    count = tl.zeros([], tl.int32)
+    for s0 in range(0, n, BLOCK):
+        s = s0 + tl.arange(0, BLOCK)
+        x = tl.load(row + s, s < n, float("-inf")).to(tl.float32)
+        kept = ((x >= bound) | (x != x)) & (s < n)
+        place = count + tl.cumsum(kept.to(tl.int32), axis=0) - 1
+        tl.store(values + place, x, kept & (place < CAP))
+        tl.store(places + place, s, kept & (place < CAP))
+        count += tl.sum(kept.to(tl.int32), axis=0)
+    redo = (count < wanted) | (count > CAP)
+    tl.store(redo_ptr + t, redo.to(tl.int32))
+
+    # The exact threshold among the list, and the ties in the order of their index.
+    if redo == 0:
+        tl.debug_barrier()
+        c = tl.arange(0, CAP)
+        x = tl.load(values + c, c < count, 0.0)
+        s = tl.load(places + c, c < count, 0)
+        tl.store(nan_ptr + t, tl.max(((x != x) & (c < count)).to(tl.int32), axis=0))
+        key = tl.where(c < count, _ordered(x), tl.zeros([CAP], tl.uint32))
+        threshold = _threshold(key, wanted)
+        above, tied = key > threshold, (key == threshold) & (c < count)
+        room = wanted - tl.sum(above.to(tl.int32), axis=0)
+        both = tl.cumsum((above.to(tl.int32) << 16) | tied.to(tl.int32), axis=0)  # two prefix sums in one
+        place = (both >> 16) + tl.minimum(both & 0xFFFF, room) - 1
+        tl.store(out_ptr + t * k + place, start + s, above | (tied & ((both & 0xFFFF) <= room)))
+        for place0 in range(wanted, k, BLOCK):
+            rest = place0 + tl.arange(0, BLOCK)
+            tl.store(out_ptr + t * k + rest, tl.full([BLOCK], -1, tl.int32), rest < k)
+
+
 def select_topk(scores, k, start=None, end=None):
     """`dsa_ref.select_topk`, exact for rows of any length. Indices happen to ascend; do not rely on it.
 
@@ -94,18 +179,29 @@ def select_topk(scores, k, start=None, end=None):
     return launch(scores, k, start, end)
 
 
-def launch(scores, k, start, end):
-    """Run the kernel on checked arguments."""
+def launch(scores, k, start, end, variant=None):
+    """Run the kernels on checked arguments. variant: "sampled" or "radix"; None picks the faster one."""
     T, S = scores.shape
+    scores, start, end = scores.detach().contiguous(), start.contiguous(), end.contiguous()
     out = torch.empty(T, k, dtype=torch.int32, device=scores.device)
-    nan = torch.empty(T, dtype=torch.int32, device=scores.device)
+    nan, redo = (torch.empty(T, dtype=torch.int32, device=scores.device) for _ in range(2))
     if T == 0:
         return out
+    sampled = variant == "sampled" if variant else not INTERPRETED and k <= LARGEST_SAMPLED_K
+    if sampled:
+        long = S > 1 << 18  # then a larger sample, for as safe a bound, and room for its larger error
+        cap = max(16384 if long else 4096, 2 * triton.next_power_of_2(k))
+        values = torch.empty(T, cap, dtype=torch.float32, device=scores.device)
+        indices = torch.empty(T, cap, dtype=torch.int32, device=scores.device)
+        _select_sampled[(T,)](
+            scores, start, end, out, nan, redo, values, indices, S, k,
+            SAMPLE=32768 if long else 8192, CAP=cap, BLOCK=2048, num_warps=4 if cap == 4096 else 16,
+        )  # fmt: skip
     block = min(triton.next_power_of_2(S), 65536 if INTERPRETED else 4096)
-    rows = min(triton.next_power_of_2(T), max(1, 262144 // block)) if INTERPRETED else 1
+    many = INTERPRETED and not sampled
+    rows = min(triton.next_power_of_2(T), max(1, 262144 // block)) if many else 1
     _select_topk[(triton.cdiv(T, rows),)](
-        scores.detach().contiguous(), start.contiguous(), end.contiguous(), out, nan, T, S, k,
-        ROWS=rows, BLOCK=block, num_warps=8,
+        scores, start, end, out, nan, redo, T, S, k, ROWS=rows, BLOCK=block, REDO=sampled, num_warps=8,
     )  # fmt: skip
     if values_readable(nan) and nan.any():
         raise ValueError(f"scores must not be NaN, got NaN in row {int(nan.nonzero()[0])}")

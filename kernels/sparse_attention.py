@@ -55,10 +55,10 @@ def _sparse_attention(
         acc = acc * rescale[:, None] + tl.dot(round_to(p, DOT), kv_v, input_precision="ieee")
         m = new_m
 
-    out = acc / tl.where(l > 0, l, 1.0)[:, None]
+    out = acc / tl.where(l == 0, 1.0, l)[:, None]
     mask = (h < H)[:, None] & (v < V)[None, :]
     tl.store(out_ptr + (t * H + h)[:, None] * V + v[None, :], round_to(out, out_ptr.dtype.element_ty), mask)
-    lse = tl.where(l > 0, (m + tl.log2(tl.where(l > 0, l, 1.0))) * 0.6931471805599453, float("-inf"))
+    lse = tl.where(l == 0, float("-inf"), (m + tl.log2(tl.where(l == 0, 1.0, l))) * 0.6931471805599453)  # NaN stays
     tl.store(lse_ptr + t * H + h, lse, h < H)
 
 
@@ -66,8 +66,8 @@ def sparse_attention(q, kv, indices, scale, v_dim):
     """`dsa_ref.sparse_attention` on tensor cores: (out [T, H, v_dim] in q.dtype, lse fp32 [T, H]). No gradient.
 
     Products of bf16 and fp16 inputs use those types (probabilities are rounded to them too), fp32 goes without TF32;
-    sums are fp32. NaN inputs give NaN in out, and an lse that means nothing. Raises as the reference does (fp64 is a
-    TypeError here), and as `runtime.check_runnable` does.
+    sums are fp32. NaN in a selected place gives NaN in out and lse. Raises as the reference does (fp64 is a TypeError
+    here), and as `runtime.check_runnable` does.
     """
     T, H, D, k = check_sparse_attention(q, kv, indices, scale, v_dim, FLOATS)
     check_runnable(q=q, kv=kv)

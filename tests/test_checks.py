@@ -4,6 +4,7 @@ import importlib
 import pathlib
 
 import pytest
+from conftest import NEEDS_TRITON
 
 from dsa_ref.lab import checks
 from dsa_ref.lab.compare import Failed
@@ -20,6 +21,8 @@ CASES = [(exercise, property, solution) for exercise, found in sorted(WRONG.item
     ("exercise", "property", "solution"), CASES, ids=[f"{e}-{getattr(s, '__name__', s)}" for e, _, s in CASES]
 )
 def test_a_wrong_solution_is_rejected_for_its_fault(exercise, property, solution, capsys):
+    if getattr(solution, "needs_triton", False):
+        pytest.skip(NEEDS_TRITON)
     with pytest.raises(Failed) as failure:
         checks.ALL[exercise](solution)
     assert failure.value.property == property, str(failure.value)

@@ -143,3 +143,13 @@ def test_at_v32s_sizes(device):
 
     inputs = index_inputs(small_integers, 64, 70_000, 64, 128, dtype=E4M3, device=device)
     assert_close(kernels.index_scores(*inputs), dsa_ref.index_scores(*inputs), 0.0)
+
+
+@pytest.mark.rungs("reference", "kernels")
+@pytest.mark.parametrize("argument", (0, 1, 2))
+def test_nan_is_not_taken_for_zero(ops, device, argument):
+    inputs = index_inputs(normal, 40, 40, 4, 32, device=device)
+    inputs[argument][30] = torch.nan
+    scores = ops.index_scores(*inputs)
+    s, t = torch.arange(40, device=device), torch.arange(40, device=device)[:, None]
+    assert torch.equal(scores.isnan(), (s <= t) & ((s == 30) if argument == 1 else (t == 30)))

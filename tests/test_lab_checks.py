@@ -1,6 +1,8 @@
 """The machinery under the exercises' checks: what it catches on its own, and what it says."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -152,6 +154,12 @@ def test_memory_is_poisoned_inside_only():
         assert (torch.empty(3, dtype=torch.int32) == 2**31 - 1).all()
         assert (np.empty(3, dtype=np.int64) == 2**63 - 1).all()
     assert torch.empty is not None and "made" not in torch.empty.__name__
+
+
+def test_the_checks_do_not_import_triton():
+    """Else `import kernels` would come too late to choose the interpreter."""
+    code = "import sys, dsa_ref.lab.checks; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_the_toy_is_what_its_text_says():

@@ -162,3 +162,12 @@ def test_at_v32s_sizes(device, H):
 
     args = inputs(64, 20_000, H, 576, 2048, dtype=torch.bfloat16, device=device)
     check(kernels, *args, 192**-0.5, 512, 8e-3)
+
+
+@pytest.mark.rungs("reference", "kernels")
+def test_nan_shows_in_its_own_head_and_nowhere_else(ops, device):
+    q, kv, indices = normal(3, 2, 20, device=device), normal(9, 20, seed=1, device=device), random_indices(3, 9, 4)
+    q[2, 1, 5] = torch.nan
+    out, lse = ops.sparse_attention(q, kv, indices.to(device), 0.3, 16)
+    assert out[2, 1].isnan().all() and lse[2, 1].isnan()
+    assert int(out.isnan().any(dim=-1).sum()) == 1 and int(lse.isnan().sum()) == 1

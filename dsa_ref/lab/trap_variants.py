@@ -14,7 +14,7 @@ from ..hadamard import hadamard
 from ..index_scores import index_scores
 from ..lightning_select import lightning_select
 from ..nn.layer import DSALayer, Indexer
-from ..quantize import E4M3_MAX, quantize
+from ..quantize import AMAX_FLOOR, E4M3_MAX, quantize
 from ..rope import rope
 from ..rotate_quantize import rotate_quantize
 from ..select_topk import select_topk
@@ -75,10 +75,23 @@ def one_side_rotated(x, positions, freqs):
     return quantize(hadamard(turned) if x.dim() == 3 else turned)  # ✗ q [T, Hi, Di] is rotated, k [S, Di] is not
 
 
+def half_split_mla_rope(x, positions, freqs, layout):
+    return rope(x, positions, freqs, "half")  # ✗ whatever the layout asked for; MLA's is "interleaved"
+
+
+def e4m3_by(x, scale):
+    return (x / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
 def no_amax_floor(x):
     x = x.detach().float()
-    scale = torch.exp2(torch.ceil(torch.log2(x.abs().amax(dim=-1) / E4M3_MAX)))  # ✗ 0 for a vector of zeros
-    return (x / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+    return e4m3_by(x, torch.exp2(torch.ceil(torch.log2(x.abs().amax(dim=-1) / E4M3_MAX))))  # ✗ 0 for zeros: 0 / 0
+
+
+def scale_rounded_down(x):
+    x = x.detach().float()
+    amax = x.abs().amax(dim=-1).clamp(min=AMAX_FLOOR)
+    return e4m3_by(x, torch.exp2(torch.floor(torch.log2(amax / E4M3_MAX))))  # ✗ ceil: now the largest are cut off
 
 
 # ------------------------------------------------------------------------------------------------- scores
@@ -146,6 +159,10 @@ def future_key_visible(q_idx, k_idx, w, k, k_scale=None, start=None, end=None):
 
 
 # ---------------------------------------------------------------------------------------------- attention
+
+
+def minus_one_as_the_last_row(q, kv, indices, scale, v_dim):
+    return sparse_attention(q, kv, indices % len(kv), scale, v_dim)  # ✗ -1 is "nothing", here it is row S - 1
 
 
 def base_2_lse(q, kv, indices, scale, v_dim):

@@ -54,7 +54,7 @@ class Trap:
 TRAPS = (
     Trap(
         "unnormalised latent",
-        "The indexer's queries come from the query latent before its RMSNorm.",
+        "The indexer's queries come from the query's latent (notebook 06) before its norm, not after it.",
         "One key in fifty differs; nothing else shows.",
         "DSALayer._index",
         faulty.unnormalised_latent,
@@ -62,7 +62,7 @@ TRAPS = (
     ),
     Trap(
         "RMSNorm on k",
-        "The indexer's key is normed without subtracting the mean and without the bias.",
+        "The indexer's key is divided by its root mean square; its mean is not taken off, nor a bias added.",
         "A tenth of the keys differ, and the loss hardly moves.",
         "Indexer.forward",
         faulty.rms_norm_on_k,
@@ -70,7 +70,7 @@ TRAPS = (
     ),
     Trap(
         "softmaxed weights",
-        "The head weights go through a softmax, as gates elsewhere do.",
+        "The head weights go through a softmax, as gates elsewhere do: all are positive and sum to 1.",
         "No score is ever negative.",
         "Indexer.forward",
         faulty.softmaxed_weights,
@@ -78,7 +78,7 @@ TRAPS = (
     ),
     Trap(
         "bf16 head weights",
-        "The head weights are computed in bf16, not in fp32.",
+        "The head weights are computed in bf16, with 8 binary digits, not in fp32, with 24.",
         "One key in some four hundred differs: near-ties at the threshold.",
         "Indexer.forward",
         faulty.bf16_head_weights,
@@ -86,8 +86,8 @@ TRAPS = (
     ),
     Trap(
         "weights without their constant",
-        "The head weights lack the factor Hi^-0.5 · Di^-0.5.",
-        "Same sets, same language loss; the indexer's own loss explodes, since the scores' scale is its temperature.",
+        "The head weights lack their constant factor Hi^-0.5 · Di^-0.5 (notebook 02).",
+        "Same sets, same language loss; the indexer's own loss explodes: the factor is its temperature.",
         "Indexer.forward",
         faulty.weights_without_constant,
         "tests/test_layer.py::test_indexer_written_out[0]",
@@ -95,15 +95,23 @@ TRAPS = (
     ),
     Trap(
         "interleaved indexer RoPE",
-        "The indexer's q and k are turned in MLA's interleaved pairs, not in half-split ones.",
+        "The indexer's q and k are turned in pairs of neighbours (MLA's, notebook 06), not half-split ones.",
         "Norms and shapes are right, and q·k still depends on the distance alone; most keys differ.",
         "rotate_quantize",
         faulty.interleaved_index_rope,
         "tests/test_rotate_quantize.py::test_value_is_the_rotated_vector[reference-shape0]",
     ),
     Trap(
+        "half-split RoPE in MLA",
+        "MLA's q and k are turned in half-split pairs, the indexer's, not in neighbours (notebook 06).",
+        "The first layer selects rightly and attends wrongly: the largest loss, with seven keys in ten right.",
+        "rope",
+        faulty.half_split_mla_rope,
+        "tests/test_rope.py::test_turns_pairs[reference-37-3-8-interleaved]",
+    ),
+    Trap(
         "RoPE on the wrong end",
-        "The indexer's RoPE turns the last dims of a head, as MLA's does, not the first.",
+        "The indexer's RoPE turns the last numbers of a head, as MLA's does (notebook 06), not the first.",
         "Norms are right, most keys differ, the model breaks.",
         "rotate_quantize",
         faulty.rope_on_the_wrong_end,
@@ -111,7 +119,7 @@ TRAPS = (
     ),
     Trap(
         "positions restart",
-        "With a cache, the indexer counts each chunk's positions from 0.",
+        "With a cache, the indexer counts the positions of each chunk of new tokens from 0.",
         "One pass is right; chunks select far too many wrong keys.",
         "rotate_quantize",
         faulty.positions_restart,
@@ -120,7 +128,7 @@ TRAPS = (
     ),
     Trap(
         "one side rotated",
-        "The Hadamard rotation is applied to q and forgotten for k.",
+        "The Hadamard rotation (notebook 07) is applied to q and forgotten for k.",
         "Scores are noise: the selection is little better than random, and the model breaks.",
         "rotate_quantize",
         faulty.one_side_rotated,
@@ -128,7 +136,7 @@ TRAPS = (
     ),
     Trap(
         "no amax floor",
-        "FP8 quantisation divides by the largest magnitude without keeping it above 1e-4.",
+        "The FP8 scale (notebook 07) comes from the largest magnitude, which is not kept above 1e-4.",
         "All is well until a row is zero, such as padding: 0 / 0 is NaN.",
         "quantize",
         faulty.no_amax_floor,
@@ -136,8 +144,16 @@ TRAPS = (
         "padding",
     ),
     Trap(
+        "scale rounded down",
+        "The FP8 scale (notebook 07) is rounded down to a power of two, not up: numbers are cut off at 448.",
+        "The largest number of a vector loses up to half; a ninth of the keys differ; the loss hardly moves.",
+        "quantize",
+        faulty.scale_rounded_down,
+        "tests/test_quantize.py::test_scale_beside_every_power_of_two[reference]",
+    ),
+    Trap(
         "no relu",
-        "The weighted sum runs over the dot products themselves.",
+        "The weighted sum over heads takes the dot products themselves, also the negative ones.",
         "Scores without a floor: heads that see a mismatch vote against the key.",
         "index_scores",
         faulty.no_relu,
@@ -145,7 +161,7 @@ TRAPS = (
     ),
     Trap(
         "weight inside the relu",
-        "The FP8 scale may cross the relu since it is positive; here the whole weight, sign and all, crosses with it.",
+        "The head weight, sign and all, is multiplied in before the relu; only a positive factor may be.",
         "Right where all weights are positive; no score is ever negative.",
         "index_scores",
         faulty.weight_inside_the_relu,
@@ -153,7 +169,7 @@ TRAPS = (
     ),
     Trap(
         "key scale left out",
-        "The scores are not multiplied by the keys' FP8 scales.",
+        "The scores are not multiplied by the keys' FP8 scales (notebook 07).",
         "Right where all keys have one scale; wrong by powers of two elsewhere.",
         "index_scores",
         faulty.key_scale_left_out,
@@ -161,8 +177,8 @@ TRAPS = (
     ),
     Trap(
         "last key wins ties",
-        "Of equal scores at the threshold the last key is kept; an unstable sort keeps either.",
-        "Two right implementations disagree, but only where scores tie.",
+        "Of equal scores at the threshold the last key is kept, not the first.",
+        "Two implementations disagree, but only where scores tie. An unstable sort does it now and then.",
         "select_topk",
         faulty.last_key_wins_ties,
         "tests/test_select_topk.py::test_smallest_index_wins_a_tie[reference]",
@@ -170,7 +186,7 @@ TRAPS = (
     ),
     Trap(
         "threshold with >=",
-        "Every key that reaches the k-th score is kept until the list is full.",
+        "Every key that reaches the k-th largest score is kept, first to last, until the list is full.",
         "Where scores tie, the last keys are missing, even the best of all and the row's own.",
         "select_topk",
         faulty.threshold_with_ge,
@@ -196,15 +212,23 @@ TRAPS = (
     ),
     Trap(
         "future key visible",
-        "A row's range ends one key too late.",
+        "A row's range ends one key too late: it may select the next key.",
         "A later byte changes the selection and the logits of an earlier one. The loss may go either way.",
         "lightning_select",
         faulty.future_key_visible,
         "tests/test_layer.py::test_causality[reference-sparse-True]",
     ),
     Trap(
+        "-1 taken as the last row",
+        "To attention the index -1 should mean none; here it means the last key, as in Python.",
+        "Only the first k rows: they attend to the last key, in their future, again and again.",
+        "sparse_attention",
+        faulty.minus_one_as_the_last_row,
+        "tests/test_sparse_attention.py::test_nothing_selected[reference]",
+    ),
+    Trap(
         "scale of the latent row",
-        "The softmax scale is taken from the width of the absorbed query, not from the trained head's nope + rope.",
+        "The softmax scale comes from the absorbed query's width, not from the head's (notebook 06).",
         "The first layer's selection is right, and its output is not: the softmax is too flat.",
         "DSAConfig.softmax_scale",
         faulty.scale_of_the_latent_row,
@@ -212,7 +236,7 @@ TRAPS = (
     ),
     Trap(
         "base-2 log-sum-exp",
-        "Attention returns the log-sum-exp to base 2, as some kernels do inside.",
+        "Attention returns its log-sum-exp (notebook 05) to base 2, as some kernels do inside.",
         "The output is right; two parts of a row that are merged by it are weighted wrongly.",
         "sparse_attention",
         faulty.base_2_lse,

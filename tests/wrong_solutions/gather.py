@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 
 import dsa_ref
@@ -40,6 +41,18 @@ def missing_instead_of_there(kv, indices):
 def there_from_the_rows(kv, indices):
     rows = kv[indices.long()]
     return rows, (rows != 0).any(dim=-1)
+
+
+@wrong("gather_rows", "there")
+def row_of_zeros_taken_for_padding(kv, indices):
+    rows, _ = safe_rows(kv, indices)
+    return rows, (rows != 0).any(dim=-1)
+
+
+@wrong("gather_rows", "rows")
+def nan_cleaned_away(kv, indices):
+    rows, there = safe_rows(kv, indices)
+    return torch.where(rows.isnan(), 0.0, rows), there
 
 
 @wrong("gather_rows", "rows")
@@ -137,6 +150,26 @@ def one_softmax_over_all_heads(q, kv, indices, scale, v_dim):
     return finish(logits_of(q.mean(1, keepdim=True).expand_as(q), rows, there, scale), rows, v_dim)
 
 
+@wrong("gathered_attention", "values")
+def scale_of_its_own(q, kv, indices, scale, v_dim):
+    return dsa_ref.sparse_attention(q, kv, indices, q.shape[2] ** -0.5, v_dim)
+
+
+@wrong("gathered_attention", "values")
+def softmax_over_heads(q, kv, indices, scale, v_dim):
+    rows, there = safe_rows(kv, indices)
+    logits = logits_of(q, rows, there, scale)
+    weights = logits.softmax(1).nan_to_num(0.0)
+    return torch.einsum("thk,tkv->thv", weights, rows[..., :v_dim]), logits.logsumexp(-1)
+
+
+@wrong("gathered_attention", "values")
+def score_0_taken_for_padding(q, kv, indices, scale, v_dim):
+    rows, there = safe_rows(kv, indices)
+    logits = logits_of(q, rows, there, scale)
+    return finish(logits.masked_fill(logits == 0, -torch.inf), rows, v_dim)
+
+
 @wrong("gathered_attention", "log-sum-exp")
 def base_two(q, kv, indices, scale, v_dim):
     out, lse = dsa_ref.sparse_attention(q, kv, indices, scale, v_dim)
@@ -206,6 +239,32 @@ def not_shifted(q, kv, indices, scale, v_dim):
     return torch.einsum("thk,tkv->thv", weights, rows[..., :v_dim]), total.log()
 
 
+def hidden_by(number):
+    def answer(q, kv, indices, scale, v_dim):
+        rows, there = safe_rows(kv, indices)
+        logits = logits_of(q, rows, there, scale).masked_fill(~there[:, None], number)
+        empty = ~there.any(dim=1)
+        out, lse = finish(logits, rows, v_dim)
+        return out.masked_fill(empty[:, None, None], 0.0), lse.masked_fill(empty[:, None], -torch.inf)
+
+    return answer
+
+
+wrong("gathered_attention", "low scores")(hidden_by(-1e4))
+wrong("gathered_attention", "low scores")(hidden_by(-1e9))
+
+
+@wrong("gathered_attention", "low scores")
+def largest_score_from_the_padding(q, kv, indices, scale, v_dim):
+    rows, there = safe_rows(kv, indices)
+    logits = torch.einsum("thd,tkd->thk", q, rows) * scale
+    largest = logits.amax(dim=-1, keepdim=True)
+    exponentials = (logits - largest).exp() * there[:, None]
+    total = exponentials.sum(dim=-1, keepdim=True)
+    weights = exponentials / total.masked_fill(total == 0, 1.0)
+    return torch.einsum("thk,tkv->thv", weights, rows[..., :v_dim]), (largest + total.log()).squeeze(-1)
+
+
 def mask_of(indices, S):
     mask = torch.zeros(indices.shape[0], S + 1, dtype=torch.bool)
     return mask.scatter_(1, torch.where(indices < 0, S, indices).long(), True)[:, :S]
@@ -232,6 +291,19 @@ def scores_gathered_instead_of_rows(q, kv, indices, scale, v_dim):
     everything = torch.einsum("thd,sd->ths", q, kv) * scale
     place = indices.clamp(min=0).long()[:, None].expand(-1, q.shape[1], -1)
     return finish(everything.gather(2, place).masked_fill(~there[:, None], -torch.inf), rows, v_dim)
+
+
+@wrong("gathered_attention", "sparse work")
+def masked_dense_in_numpy(q, kv, indices, scale, v_dim):
+    mask = mask_of(indices, len(kv)).numpy()[:, None]
+    logits = np.where(mask, np.einsum("thd,sd->ths", q.numpy(), kv.numpy()) * scale, -np.inf)
+    largest = np.nan_to_num(logits.max(axis=2, keepdims=True), neginf=0.0)
+    exponentials = np.exp(logits - largest)
+    total = exponentials.sum(axis=2, keepdims=True)
+    with np.errstate(divide="ignore"):
+        lse = (largest + np.log(total))[:, :, 0]
+    out = np.einsum("ths,sv->thv", exponentials / np.where(total == 0, 1, total), kv.numpy()[:, :v_dim])
+    return torch.from_numpy(out), torch.from_numpy(lse)
 
 
 @wrong("gathered_attention", "unselected rows")

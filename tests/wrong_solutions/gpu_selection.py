@@ -79,6 +79,30 @@ def the_kth_score_itself(scores, k, group):
     return scores.topk(k).values[-1] if k * group <= len(scores) else -INF
 
 
+@wrong("lower_bound", "tight")
+def a_number_of_groups(scores, k, group):
+    maxima = torch.stack([part.max() for part in scores.chunk(group)])
+    return maxima.topk(k).values[-1] if k <= len(maxima) else -INF
+
+
+@wrong("lower_bound", "tight")
+def equal_maxima_merged(scores, k, group):
+    maxima = group_maxima(scores, group).unique()
+    return maxima.topk(k).values[-1] if k <= len(maxima) else -INF
+
+
+@wrong("lower_bound", "ragged end")
+def equal_chunks(scores, k, group):
+    maxima = torch.stack([part.max() for part in scores.chunk(-(-len(scores) // group))])
+    return maxima.topk(k).values[-1] if k <= len(maxima) else -INF
+
+
+@wrong("lower_bound", "ragged end")
+def filled_with_a_large_negative_number(scores, k, group):
+    maxima = torch.nn.functional.pad(scores, (0, -len(scores) % group), value=-1e30).view(-1, group).amax(dim=1)
+    return maxima.topk(k).values[-1] if k <= len(maxima) else -INF
+
+
 @wrong("lower_bound", "ragged end")
 def last_group_dropped(scores, k, group):
     whole = len(scores) // group
@@ -287,6 +311,24 @@ def not_padded(scores, k):
 @wrong("threshold_select", "ascending")
 def best_first(scores, k):
     return finish(scores.sort(descending=True, stable=True).indices[:k], k)
+
+
+@wrong("threshold_select", "few sorted")
+def pythons_sorted(scores, k):
+    row = scores.tolist()
+    best = sorted(range(len(row)), key=lambda i: (-row[i], i))[:k]
+    return torch.tensor((sorted(best) + [-1] * k)[:k], dtype=torch.int32)
+
+
+@wrong("threshold_select", "few sorted")
+def sorted_in_place(scores, k):
+    row = (-scores).numpy()
+    falling = row.copy()
+    falling.sort()
+    n = min(k, len(row))
+    equal = row == falling[n - 1]
+    kept = (row < falling[n - 1]) | (equal & (equal.cumsum() <= n - (row < falling[n - 1]).sum()))
+    return torch.tensor((kept.nonzero()[0].tolist() + [-1] * k)[:k], dtype=torch.int32)
 
 
 @wrong("threshold_select", "few sorted")

@@ -273,6 +273,42 @@ def first_block_only(scores_ptr, threshold_ptr, ties_ptr, out_ptr, S, k, BLOCK: 
         tl.store(out_ptr + p0 + s, tl.full([BLOCK], -1, tl.int32), p0 + s < k)
 
 
+@wrong("selection_kernel", "carry")
+@jit
+def the_lane_written_for_the_index(scores_ptr, threshold_ptr, ties_ptr, out_ptr, S, k, BLOCK: tl.constexpr):
+    threshold, ties, lane = tl.load(threshold_ptr), tl.load(ties_ptr), tl.arange(0, BLOCK)
+    written, tied = 0, 0
+    for s0 in range(0, S, BLOCK):
+        s = s0 + lane
+        x = tl.load(scores_ptr + s, s < S, 0.0)
+        equal = ((s < S) & (x == threshold)).to(tl.int32)
+        early = (equal != 0) & (tied + tl.cumsum(equal, axis=0) <= ties)
+        kept = (((s < S) & (x > threshold)) | early).to(tl.int32)
+        tl.store(out_ptr + written + tl.cumsum(kept, axis=0) - 1, lane, kept != 0)
+        written += tl.sum(kept, axis=0)
+        tied += tl.sum(equal, axis=0)
+    for p0 in range(written, k, BLOCK):
+        tl.store(out_ptr + p0 + lane, tl.full([BLOCK], -1, tl.int32), p0 + lane < k)
+
+
+@wrong("selection_kernel", "carry")
+@jit
+def all_kept_keys_counted_as_ties(scores_ptr, threshold_ptr, ties_ptr, out_ptr, S, k, BLOCK: tl.constexpr):
+    threshold, ties, lane = tl.load(threshold_ptr), tl.load(ties_ptr), tl.arange(0, BLOCK)
+    written, tied = 0, 0
+    for s0 in range(0, S, BLOCK):
+        s = s0 + lane
+        x = tl.load(scores_ptr + s, s < S, 0.0)
+        equal = ((s < S) & (x == threshold)).to(tl.int32)
+        early = (equal != 0) & (tied + tl.cumsum(equal, axis=0) <= ties)
+        kept = (((s < S) & (x > threshold)) | early).to(tl.int32)
+        tl.store(out_ptr + written + tl.cumsum(kept, axis=0) - 1, s, kept != 0)
+        written += tl.sum(kept, axis=0)
+        tied += tl.sum(kept, axis=0)
+    for p0 in range(written, k, BLOCK):
+        tl.store(out_ptr + p0 + lane, tl.full([BLOCK], -1, tl.int32), p0 + lane < k)
+
+
 @wrong("selection_kernel", "smallest index")
 @jit
 def ties_counted_in_each_block_anew(scores_ptr, threshold_ptr, ties_ptr, out_ptr, S, k, BLOCK: tl.constexpr):

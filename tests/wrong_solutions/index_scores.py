@@ -215,6 +215,11 @@ def whole_dim_factor(x, W_w, q_scale, Hi, Di):
     return _plain(x, W_w) * q_scale * Hi**-0.5 / Di
 
 
+@wrong("head_weights", "Hi factor")
+def width_of_x_for_di(x, W_w, q_scale, Hi, Di):
+    return _plain(x, W_w) * q_scale * (Hi * x.shape[1]) ** -0.5
+
+
 @wrong("head_weights", "Di factor")
 def no_dim_factor(x, W_w, q_scale, Hi, Di):
     return _plain(x, W_w) * q_scale * Hi**-0.5
@@ -223,6 +228,16 @@ def no_dim_factor(x, W_w, q_scale, Hi, Di):
 @wrong("head_weights", "fp32 product")
 def product_in_bf16(x, W_w, q_scale, Hi, Di):
     return (x @ W_w).float() * q_scale * (Hi * Di) ** -0.5
+
+
+@wrong("head_weights", "fp32 product")
+def product_and_factors_in_bf16(x, W_w, q_scale, Hi, Di):
+    return (x @ W_w * Hi**-0.5 * Di**-0.5) * q_scale
+
+
+@wrong("head_weights", "fp32 product")
+def rounded_at_the_end(x, W_w, q_scale, Hi, Di):
+    return (_plain(x, W_w) * q_scale * (Hi * Di) ** -0.5).bfloat16().float()
 
 
 @wrong("head_weights", "fp32 product")
@@ -310,6 +325,11 @@ def never(Hi):
 @wrong("zero_probability", "a probability")
 def in_percent(Hi):
     return 100 * 2.0**-Hi
+
+
+@wrong("zero_probability", "a probability")
+def rounded(Hi):
+    return round(2.0**-Hi, 6)
 
 
 @wrong("zero_probability", "one head")

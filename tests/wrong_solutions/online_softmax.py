@@ -4,8 +4,6 @@ import numpy as np
 
 from . import wrong
 
-# --- log_sum_exp ---------------------------------------------------------------------------------------------------
-
 
 @wrong("log_sum_exp", "value")
 def base_2(x):
@@ -18,60 +16,60 @@ def over_the_first_axis(x):
     return np.log(np.exp(x).sum(axis=0))
 
 
+def _shifted(x, m, empty=None):
+    """The log-sum-exp of x with m for the shift, and `empty` where the sum is 0."""
+    with np.errstate(all="ignore"):
+        total = np.exp(x - m[..., None]).sum(axis=-1)
+        return m + np.log(total) if empty is None else np.where(total > 0, m + np.log(total), empty)
+
+
+def _largest(x):
+    return np.maximum(x.max(axis=-1, initial=-np.inf), -1e300)
+
+
 @wrong("log_sum_exp", "value")
 def the_shift_not_added_again(x):
-    return np.log(np.exp(x - x.max(axis=-1, keepdims=True)).sum(axis=-1))
+    return _shifted(x, x.max(axis=-1)) - x.max(axis=-1)
 
 
 @wrong("log_sum_exp", "large logits")
 def no_shift(x):
-    with np.errstate(all="ignore"):
-        return np.log(np.exp(x).sum(axis=-1))
+    return _shifted(x, np.zeros(x.shape[:-1]))
 
 
 @wrong("log_sum_exp", "large logits")
 def shifted_by_the_largest_magnitude(x):
-    m = np.abs(x).max(axis=-1, keepdims=True)
-    with np.errstate(all="ignore"):
-        return m[..., 0] + np.log(np.exp(x - m).sum(axis=-1))
+    return _shifted(x, np.abs(x).max(axis=-1))
+
+
+@wrong("log_sum_exp", "large logits")
+def shifted_by_the_mean(x):
+    return _shifted(x, x.mean(axis=-1))
 
 
 @wrong("log_sum_exp", "each row's own largest")
 def one_shift_for_all(x):
-    m = x.max() if x.size else 0.0
-    with np.errstate(all="ignore"):
-        return m + np.log(np.exp(x - m).sum(axis=-1))
+    return _shifted(x, np.full(x.shape[:-1], x.max()))
 
 
 @wrong("log_sum_exp", "empty rows")
 def nan_of_an_empty_row(x):
-    m = x.max(axis=-1, keepdims=True)
-    with np.errstate(all="ignore"):
-        return m[..., 0] + np.log(np.exp(x - m).sum(axis=-1))
+    return _shifted(x, x.max(axis=-1))
 
 
 @wrong("log_sum_exp", "empty rows")
 def zero_for_an_empty_row(x):
-    m = np.maximum(x.max(axis=-1, initial=-np.inf), -1e300)
-    total = np.exp(x - m[..., None]).sum(axis=-1)
-    return np.where(total > 0, m + np.log(np.where(total > 0, total, 1.0)), 0.0)
+    return _shifted(x, _largest(x), 0.0)
 
 
 @wrong("log_sum_exp", "empty rows")
 def a_huge_number_for_minus_infinity(x):
-    m = np.maximum(x.max(axis=-1, initial=-np.inf), -1e300)
-    total = np.exp(x - m[..., None]).sum(axis=-1)
-    return m + np.log(np.where(total > 0, total, 1.0))
+    return _shifted(x, _largest(x), -1e300)
 
 
 @wrong("log_sum_exp", "runs")
 def no_length_0(x):
-    m = np.maximum(x.max(axis=-1), -1e300)
-    total = np.exp(x - m[..., None]).sum(axis=-1)
-    return np.where(total > 0, m + np.log(np.where(total > 0, total, 1.0)), -np.inf)
-
-
-# --- online_update -------------------------------------------------------------------------------------------------
+    return _shifted(x, np.maximum(x.max(axis=-1), -1e300), -np.inf)
 
 
 def _parts(m, logits):
@@ -95,18 +93,20 @@ def divides_at_once(m, l, acc, logits, values):  # noqa: E741
     return new_m, new_l, (acc * (l * rescale)[:, None] + p @ values) / safe
 
 
-@wrong("online_update", "one block")
-def one_maximum_for_all_heads(m, l, acc, logits, values):  # noqa: E741
-    new_m = np.full_like(m, max(m.max(), logits.max()))
+@np.errstate(all="ignore")
+def _measured_against(new_m, m, l, acc, logits, values):  # noqa: E741
     p, rescale = np.exp(logits - new_m[:, None]), np.exp(m - new_m)
     return new_m, l * rescale + p.sum(axis=1), acc * rescale[:, None] + p @ values
+
+
+@wrong("online_update", "one block")
+def one_maximum_for_all_heads(m, l, acc, logits, values):  # noqa: E741
+    return _measured_against(np.full_like(m, max(m.max(), logits.max())), m, l, acc, logits, values)
 
 
 @wrong("online_update", "running m")
 def maximum_of_the_block_alone(m, l, acc, logits, values):  # noqa: E741
-    new_m = logits.max(axis=1)
-    p, rescale = np.exp(logits - new_m[:, None]), np.exp(m - new_m)
-    return new_m, l * rescale + p.sum(axis=1), acc * rescale[:, None] + p @ values
+    return _measured_against(logits.max(axis=1), m, l, acc, logits, values)
 
 
 @wrong("online_update", "l rescaled")
@@ -144,12 +144,25 @@ def rescaled_by_the_blocks_own_maximum(m, l, acc, logits, values):  # noqa: E741
     return new_m, l * rescale + p.sum(axis=1), acc * rescale[:, None] + p @ values
 
 
+@wrong("online_update", "running m")
+def maximum_of_the_first_block(m, l, acc, logits, values):  # noqa: E741
+    m = np.where(m == -np.inf, np.maximum(logits.max(axis=1), -1e300), m)
+    p = np.exp(logits - m[:, None])
+    return m, l + p.sum(axis=1), acc + p @ values
+
+
+@wrong("online_update", "large logits")
+@np.errstate(all="ignore")
+def through_the_bare_sums(m, l, acc, logits, values):  # noqa: E741
+    """Undoes the old shift, adds, shifts again."""
+    new_m = np.maximum(m, logits.max(axis=1))
+    p, old, new = np.exp(logits), np.exp(m), np.exp(-np.maximum(new_m, -1e300))
+    return new_m, (l * old + p.sum(axis=1)) * new, (acc * old[:, None] + p @ values) * new[:, None]
+
+
 @wrong("online_update", "empty block")
 def nan_of_an_empty_block(m, l, acc, logits, values):  # noqa: E741
-    new_m = np.maximum(m, logits.max(axis=1))
-    with np.errstate(all="ignore"):
-        p, rescale = np.exp(logits - new_m[:, None]), np.exp(m - new_m)
-    return new_m, l * rescale + p.sum(axis=1), acc * rescale[:, None] + p @ values
+    return _measured_against(np.maximum(m, logits.max(axis=1)), m, l, acc, logits, values)
 
 
 @wrong("online_update", "empty block")
@@ -178,23 +191,21 @@ def in_place(m, l, acc, logits, values):  # noqa: E741
     return new_m, l, acc
 
 
-# --- block_attention -----------------------------------------------------------------------------------------------
+def _right_update(m, l, acc, logits, values):  # noqa: E741
+    new_m, rescale, p = _parts(m, logits)
+    return new_m, l * rescale + p.sum(axis=1), acc * rescale[:, None] + p @ values
 
 
-def _block_attention(q, kv, indices, scale, v_dim, block, update=None, stop=None, padded=-np.inf, gather=None):
+def _block_attention(q, kv, indices, scale, v_dim, block, update=_right_update, stop=None, padded=-np.inf):
     """The right loop, one thing of which each wrong answer exchanges."""
     H = len(q)
     m, l, acc = np.full(H, -np.inf), np.zeros(H), np.zeros((H, v_dim))  # noqa: E741
     for j0 in range(0, len(indices) if stop is None else stop, block):
         s = indices[j0 : j0 + block]
         there = s >= 0
-        rows = gather(s) if gather else np.where(there[:, None], kv[s], 0.0)
+        rows = np.where(there[:, None], kv[s], 0.0)
         logits = np.where(there, q @ rows.T * scale, padded)
-        if update:
-            m, l, acc = update(m, l, acc, logits, rows[:, :v_dim])  # noqa: E741
-        else:
-            new_m, rescale, p = _parts(m, logits)
-            m, l, acc = new_m, l * rescale + p.sum(axis=1), acc * rescale[:, None] + p @ rows[:, :v_dim]  # noqa: E741
+        m, l, acc = update(m, l, acc, logits, rows[:, :v_dim])  # noqa: E741
     return m, l, acc
 
 
@@ -210,7 +221,7 @@ def unscaled(q, kv, indices, scale, v_dim, block):
 
 @wrong("block_attention", "one block")
 def whole_row_as_value(q, kv, indices, scale, v_dim, block):
-    return _finish(*_block_attention(q, kv, indices, scale, kv.shape[1], block, None))
+    return _finish(*_block_attention(q, kv, indices, scale, kv.shape[1], block))
 
 
 @wrong("block_attention", "one block")
@@ -237,21 +248,9 @@ def last_short_block_dropped(q, kv, indices, scale, v_dim, block):
 
 
 @wrong("block_attention", "any block size")
-def last_block_padded_with_token_0(q, kv, indices, scale, v_dim, block):
-    short = -len(indices) % block if len(indices) > block else 0
-    return _finish(*_block_attention(q, kv, np.append(indices, [0] * short).astype(int), scale, v_dim, block))
-
-
-@wrong("block_attention", "any block size")
-def acc_never_rescaled(q, kv, indices, scale, v_dim, block):
-    return _finish(*_block_attention(q, kv, indices, scale, v_dim, block, acc_not_rescaled))
-
-
-@wrong("block_attention", "any block size")
 def mean_of_the_blocks(q, kv, indices, scale, v_dim, block):
-    parts = []
-    for j0 in range(0, len(indices), block):
-        parts.append(_finish(*_block_attention(q, kv, indices[j0 : j0 + block], scale, v_dim, block)))
+    rows = [indices[j0 : j0 + block] for j0 in range(0, len(indices), block)]
+    parts = [_finish(*_block_attention(q, kv, row, scale, v_dim, block)) for row in rows]
     return np.mean([out for out, _ in parts], axis=0), np.logaddexp.reduce([lse for _, lse in parts])
 
 
@@ -279,16 +278,24 @@ def nan_where_nothing_is_selected(q, kv, indices, scale, v_dim, block):
 
 @wrong("block_attention", "empty blocks")
 def stops_at_the_first_empty_block(q, kv, indices, scale, v_dim, block):
-    for j0 in range(0, len(indices), block):
-        if (indices[j0 : j0 + block] < 0).all():
-            indices = indices[:j0]
-            break
-    return _finish(*_block_attention(q, kv, indices, scale, v_dim, block))
+    empty = [j0 for j0 in range(0, len(indices), block) if (indices[j0 : j0 + block] < 0).all()]
+    return _finish(*_block_attention(q, kv, indices[: min(empty, default=None)], scale, v_dim, block))
 
 
-@wrong("block_attention", "empty blocks")
-def nan_of_padding_first(q, kv, indices, scale, v_dim, block):
-    return _finish(*_block_attention(q, kv, indices, scale, v_dim, block, nan_of_an_empty_block))
+def _loop_of(update):
+    def solution(q, kv, indices, scale, v_dim, block):
+        with np.errstate(all="ignore"):
+            return _finish(*_block_attention(q, kv, indices, scale, v_dim, block, update))
+
+    solution.__name__ = f"loop_of_{update.__name__}"
+    return solution
+
+
+wrong("block_attention", "any block size")(_loop_of(acc_not_rescaled))
+wrong("block_attention", "large logits")(_loop_of(through_the_bare_sums))
+wrong("block_attention", "large logits")(_loop_of(maximum_of_the_first_block))
+wrong("block_attention", "large logits")(_loop_of(one_maximum_for_all_heads))
+wrong("block_attention", "empty blocks")(_loop_of(nan_of_an_empty_block))
 
 
 @wrong("block_attention", "memory")
@@ -299,19 +306,16 @@ def all_rows_gathered_before_the_loop(q, kv, indices, scale, v_dim, block):
 
 
 @wrong("block_attention", "memory")
-def two_passes_over_kept_logits(q, kv, indices, scale, v_dim, block):
-    indices = indices[indices >= 0]
-    if not len(indices):
-        return np.zeros((len(q), v_dim)), np.full(len(q), -np.inf)
-    starts = range(0, len(indices), block)
-    logits = np.concatenate([q @ kv[indices[j0 : j0 + block]].T * scale for j0 in starts], axis=1)
-    m = logits.max(axis=1)
-    p = np.exp(logits - m[:, None])
-    acc = sum(p[:, j0 : j0 + block] @ kv[indices[j0 : j0 + block], :v_dim] for j0 in starts)
-    return _finish(m, p.sum(axis=1), acc)
+def logits_of_all_blocks_kept(q, kv, indices, scale, v_dim, block):
+    kept = [q @ kv[indices[j0 : j0 + block]].T for j0 in range(0, len(indices), block)]
+    return _finish(*_block_attention(q, kv, indices, scale, v_dim, block)) if kept else None
 
 
-# --- merge_parts ---------------------------------------------------------------------------------------------------
+@wrong("block_attention", "gather")
+def all_keys_masked(q, kv, indices, scale, v_dim, block):
+    there = np.isin(np.arange(len(kv)), indices)
+    m, rescale, p = _parts(np.full(len(q), -np.inf), np.where(there, q @ kv.T * scale, -np.inf))
+    return _finish(m, p.sum(axis=1), p @ kv[:, :v_dim])
 
 
 def _weights(lse_a, lse_b):
@@ -358,16 +362,18 @@ def weights_swapped(out_a, lse_a, out_b, lse_b):
     return b[:, None] * out_a + a[:, None] * out_b, lse
 
 
-@wrong("merge_parts", "weights")
-def sum_without_normalising(out_a, lse_a, out_b, lse_b):
-    return out_a + out_b, _weights(lse_a, lse_b)[2]
-
-
 @wrong("merge_parts", "large lse")
 def exp_of_the_lse_itself(out_a, lse_a, out_b, lse_b):
     with np.errstate(all="ignore"):
         a, b = np.exp(lse_a), np.exp(lse_b)
         return (a[:, None] * out_a + b[:, None] * out_b) / (a + b)[:, None], np.log(a + b)
+
+
+@wrong("merge_parts", "large lse")
+def one_shift_for_all_heads(out_a, lse_a, out_b, lse_b):
+    m = max(lse_a.max(), lse_b.max(), -1e300)
+    a, b, lse = _weights(np.where(lse_a < m - 745, -np.inf, lse_a), np.where(lse_b < m - 745, -np.inf, lse_b))
+    return a[:, None] * out_a + b[:, None] * out_b, lse
 
 
 @wrong("merge_parts", "empty part")
@@ -376,14 +382,6 @@ def lse_moved_by_a_logarithm_of_a_ratio(out_a, lse_a, out_b, lse_b):
         ratio = np.where(lse_b - lse_a < 700, np.exp(lse_b - lse_a), np.inf)
         a = 1 / (1 + ratio)
         return a[:, None] * out_a + (1 - a)[:, None] * out_b, lse_a + np.log1p(ratio)
-
-
-@wrong("merge_parts", "empty part")
-def empty_part_as_half(out_a, lse_a, out_b, lse_b):
-    a, b, lse = _weights(lse_a, lse_b)
-    empty = np.isinf(lse_a) | np.isinf(lse_b)
-    a, b = np.where(empty, 0.5, a), np.where(empty, 0.5, b)
-    return a[:, None] * out_a + b[:, None] * out_b, lse
 
 
 @wrong("merge_parts", "both empty")

@@ -170,13 +170,6 @@ def first_axis(x):
     return dsa_ref.hadamard(x.transpose(0, -1)).transpose(0, -1) if x.shape[0] == x.shape[-1] else dsa_ref.hadamard(x)
 
 
-@wrong("hadamard", "last axis")
-def all_axes_at_once(x):
-    if x.numel() & (x.numel() - 1):
-        return dsa_ref.hadamard(x)
-    return dsa_ref.hadamard(x.reshape(-1)).reshape(x.shape)
-
-
 @wrong("hadamard", "length kept")
 def not_normalised(x):
     return dsa_ref.hadamard(x) * x.shape[-1] ** 0.5
@@ -224,16 +217,11 @@ def difference_the_wrong_way_round(x):
     return dsa_ref.hadamard(x) * sylvester(x.shape[-1]).diagonal()
 
 
-def halves(x):
-    if x.shape[-1] == 2:
-        return torch.stack((x[..., 0] + x[..., 1], x[..., 0] - x[..., 1]), dim=-1)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((halves(a + b), halves(a - b)), dim=-1)
-
-
 @wrong("hadamard", "runs")
-def recursion_that_ends_at_two(x):
-    return halves(x) / x.shape[-1] ** 0.5
+def two_halves_and_a_last_round(x):
+    """Right from D = 2 on: D = 1 has no halves."""
+    a, b = (dsa_ref.hadamard(half) for half in x.chunk(2, dim=-1))
+    return torch.cat((a + b, a - b), dim=-1) / 2**0.5
 
 
 @wrong("hadamard", "any power of two")

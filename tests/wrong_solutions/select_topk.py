@@ -139,6 +139,17 @@ def rounded_scores(scores, k):
     return dsa_ref.select_topk((scores * 4).round(), k)
 
 
+@wrong("select_topk", "scores")
+def rounded_to_half(scores, k):
+    return dsa_ref.select_topk(scores.half().float(), k)
+
+
+@wrong("select_topk", "scores")
+def earlier_keys_made_a_little_better(scores, k):
+    """A tie rule without a stable sort, which works until two scores are nearly equal."""
+    return dsa_ref.select_topk(scores - 1e-6 * torch.arange(scores.shape[1]), k)
+
+
 @wrong("select_topk", "ties")
 def flipped_argsort(scores, k):
     """Ascending, stable, then turned round: of equal scores the larger index comes first."""
@@ -302,3 +313,37 @@ def sums_of_scores(indices, scores, k):
 def looks_at_the_first_row(indices, scores, k):
     whole_form = _rules(indices, scores, k, ["scores", "ties"])
     return whole_form and _rules(indices[:1], scores[:1, : scores.shape[1] - len(scores) + 1], k)
+
+
+def _nothing_better_left_out(indices, scores, k, seen=None, least=0, rows=None):
+    """No key that was left out beats a kept one, or ties with a later one. `seen`: how far a kept index may point."""
+    T, S = scores.shape
+    if indices.dtype != torch.int32 or indices.shape[1] != k or (rows or len(indices)) != len(indices):
+        return False
+    for t in range(T):
+        n, numbers, row = S - T + t + 1, scores[t].tolist(), indices[t].tolist()
+        kept = [s for s in row if s != -1]
+        if row[: len(kept)] != kept or len(set(kept)) != min(k, n) or len(kept) != min(k, n):
+            return False
+        if any(not least <= s < (seen or n) for s in kept):
+            return False
+        worst = min(numbers[s] for s in kept)
+        for s in set(range(n)) - set(kept):
+            if numbers[s] > worst or numbers[s] == worst and any(r > s and numbers[r] == worst for r in kept):
+                return False
+    return True
+
+
+@wrong("check_selection", "count")
+def more_rows_than_scores(indices, scores, k):
+    return _nothing_better_left_out(indices, scores, k)
+
+
+@wrong("check_selection", "future")
+def future_keys_that_push_out_the_last(indices, scores, k):
+    return _nothing_better_left_out(indices, scores, k, seen=scores.shape[1], rows=len(scores))
+
+
+@wrong("check_selection", "range")
+def negative_indices_from_the_end(indices, scores, k):
+    return _nothing_better_left_out(indices, scores, k, least=-scores.shape[1], rows=len(scores))

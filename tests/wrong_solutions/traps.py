@@ -33,6 +33,21 @@ def x_alone():
     return X
 
 
+@wrong("rope_probe", "sizes")
+def no_position_at_all():
+    return X[:0], POSITIONS[:0], FREQS
+
+
+@wrong("rope_probe", "interleaved")
+def all_ones():
+    return torch.ones(1, 1, 6), torch.tensor([3]), torch.tensor([1.0, 0.5])
+
+
+@wrong("rope_probe", "interleaved")
+def hardly_turned():
+    return X, POSITIONS, FREQS / 1000
+
+
 @wrong("rope_probe", "interleaved")
 def position_0_only():
     return X[:1], torch.tensor([0]), FREQS
@@ -200,6 +215,11 @@ def cache_patients_swapped():
 @wrong("match_symptoms", "evidence")
 def the_other_tie_fault():
     return RIGHT | {"G": "last key wins ties"}
+
+
+@wrong("match_symptoms", "evidence")
+def row_2_read_as_the_future():
+    return RIGHT | {"C": RIGHT["F"], "F": RIGHT["C"]}
 
 
 @wrong("match_symptoms", "evidence")

@@ -57,6 +57,13 @@ def every_program_copies_all(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
         tl.store(out_ptr + i, tl.load(x_ptr + i, i < n), i < n)
 
 
+@wrong("copy_kernel", "own block only")
+@jit
+def blocks_of_16(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * 16 + tl.arange(0, 16)
+    tl.store(out_ptr + i, tl.load(x_ptr + i, i < n), i < n)
+
+
 if INTERPRETED:  # a read that no result shows is seen by the interpreter alone
 
     @wrong("copy_kernel", "bounds")
@@ -99,6 +106,28 @@ def rounded_to_fp16(x_ptr, out_ptr, C, row_stride, col_stride, BLOCK: tl.constex
     for first in range(0, C, BLOCK):
         c = first + tl.arange(0, BLOCK)
         total += tl.sum(tl.load(x_ptr + r * row_stride + c * col_stride, c < C, 0.0).to(tl.float16))
+    tl.store(out_ptr + r, total)
+
+
+@wrong("row_sum_kernel", "sum of a row")
+@jit
+def rounded_to_whole_numbers(x_ptr, out_ptr, C, row_stride, col_stride, BLOCK: tl.constexpr):
+    r = tl.program_id(0)
+    total = 0
+    for first in range(0, C, BLOCK):
+        c = first + tl.arange(0, BLOCK)
+        total += tl.sum(tl.load(x_ptr + r * row_stride + c * col_stride, c < C, 0.0)).to(tl.int32)
+    tl.store(out_ptr + r, total)
+
+
+@wrong("row_sum_kernel", "all tiles")
+@jit
+def lanes_of_16(x_ptr, out_ptr, C, row_stride, col_stride, BLOCK: tl.constexpr):
+    r = tl.program_id(0)
+    total = 0.0
+    for first in range(0, C, BLOCK):
+        c = first + tl.arange(0, 16)
+        total += tl.sum(tl.load(x_ptr + r * row_stride + c * col_stride, c < C, 0.0))
     tl.store(out_ptr + r, total)
 
 
@@ -201,6 +230,21 @@ def one_head(BQ, BK, Hi, Di, value_bytes):
     return 2 * BQ * BK * Di, BK * Di * value_bytes + 4 * BQ * BK
 
 
+@wrong("tile_cost", "flops")
+def bytes_first(BQ, BK, Hi, Di, value_bytes):
+    return BK * Di * value_bytes + 4 * BQ * BK, 2 * BQ * BK * Hi * Di
+
+
+@wrong("tile_cost", "flops")
+def no_number(BQ, BK, Hi, Di, value_bytes):
+    return 2 * BQ * BK * Hi * Di, None
+
+
+@wrong("tile_cost", "bytes")
+def scores_of_one_query(BQ, BK, Hi, Di, value_bytes):
+    return 2 * BQ * BK * Hi * Di, BK * Di * value_bytes + 4 * BK
+
+
 @wrong("tile_cost", "bytes")
 def scores_forgotten(BQ, BK, Hi, Di, value_bytes):
     return 2 * BQ * BK * Hi * Di, BK * Di * value_bytes
@@ -257,6 +301,15 @@ def fills_with_one(k_ptr, out_ptr, S, Di, row_stride, BK: tl.constexpr, DP: tl.c
     s = tl.program_id(0) * BK + tl.arange(0, BK)
     d = tl.arange(0, DP)
     k = tl.load(k_ptr + s[:, None] * row_stride + d[None, :], (s < S)[:, None] & (d < Di)[None, :], 1.0)
+    tl.store(out_ptr + s, tl.sum(k * k, axis=1), s < S)
+
+
+@wrong("planted_bug_kernel", "narrow keys")
+@jit
+def keys_taken_for_dense(k_ptr, out_ptr, S, Di, row_stride, BK: tl.constexpr, DP: tl.constexpr):
+    s = tl.program_id(0) * BK + tl.arange(0, BK)
+    d = tl.arange(0, DP)
+    k = tl.load(k_ptr + s[:, None] * Di + d[None, :], (s < S)[:, None] & (d < Di)[None, :], 0.0)
     tl.store(out_ptr + s, tl.sum(k * k, axis=1), s < S)
 
 

@@ -323,6 +323,20 @@ def store_not_masked(
     _store(out_ptr, scores, t, s, S - T + t, S + BK, out_row)
 
 
+@wrong("index_scores_kernel", "larger tiles")
+@jit
+def tiles_of_16(
+    q_ptr, k_ptr, w_ptr, out_ptr, T, S, Hi, Di, q_row, q_head, k_row, w_row, out_row,
+    HP: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    t, s = tl.program_id(0), tl.program_id(1) * 16 + tl.arange(0, 16)
+    k = _keys(k_ptr, s, S, Di, k_row, 16)
+    q = _heads(q_ptr, t, Hi, Di, q_row, q_head, 16, 16)
+    dots = tl.dot(k, q, input_precision="ieee")
+    scores = tl.sum(tl.maximum(dots, 0.0) * _weights(w_ptr, t, Hi, w_row, 16), axis=1)
+    _store(out_ptr, scores, t, s, S - T + t, S, out_row)
+
+
 @wrong("index_scores_kernel", "full precision")
 @jit
 def rounded_to_tf32(

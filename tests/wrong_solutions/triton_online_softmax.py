@@ -10,6 +10,10 @@ from ._triton import INTERPRETED, jit, tl
 def _row_lse(x_ptr, lse_ptr, n, x_row, BLOCK: tl.constexpr, FAULT: tl.constexpr):
     r = tl.program_id(0)
     m = float("-inf")
+    if FAULT == "m starts at 0":
+        m = 0.0
+    if FAULT == "m starts at -10000":
+        m = -10000.0
     l = 0.0  # noqa: E741 (l is the field's name for it)
     stop = n
     if FAULT == "first block alone":
@@ -21,11 +25,14 @@ def _row_lse(x_ptr, lse_ptr, n, x_row, BLOCK: tl.constexpr, FAULT: tl.constexpr)
         other = float("-inf")
         if FAULT == "zeros past the row":
             other = 0.0
-        x = tl.load(x_ptr + r * x_row + i, i < n, other)
         if FAULT == "tail read":
             x = tl.load(x_ptr + r * x_row + i)
-        if FAULT == "dense rows":
+        elif FAULT == "dense rows":
             x = tl.load(x_ptr + r * n + i, i < n, other)
+        elif FAULT == "no other":
+            x = tl.load(x_ptr + r * x_row + i, i < n)
+        else:
+            x = tl.load(x_ptr + r * x_row + i, i < n, other)
         new_m = tl.maximum(m, tl.max(x, axis=0))
         if FAULT == "block's own maximum":
             new_m = tl.max(x, axis=0)
@@ -107,6 +114,18 @@ def new_block_shifted_by_its_own_maximum(x_ptr, lse_ptr, n, x_row, BLOCK: tl.con
 @jit
 def no_shift(x_ptr, lse_ptr, n, x_row, BLOCK: tl.constexpr):
     _row_lse(x_ptr, lse_ptr, n, x_row, BLOCK, "no shift")
+
+
+@wrong("row_lse_kernel", "large logits")
+@jit
+def m_starts_at_0(x_ptr, lse_ptr, n, x_row, BLOCK: tl.constexpr):
+    _row_lse(x_ptr, lse_ptr, n, x_row, BLOCK, "m starts at 0")
+
+
+@wrong("row_lse_kernel", "large logits")
+@jit
+def m_starts_at_minus_10000(x_ptr, lse_ptr, n, x_row, BLOCK: tl.constexpr):
+    _row_lse(x_ptr, lse_ptr, n, x_row, BLOCK, "m starts at -10000")
 
 
 @wrong("row_lse_kernel", "tail")
@@ -299,7 +318,26 @@ def nan_of_an_empty_row(outs_ptr, lses_ptr, out_ptr, lse_ptr, P, R, V, VP: tl.co
     _merge(outs_ptr, lses_ptr, out_ptr, lse_ptr, P, R, V, VP, "NaN of an empty row")
 
 
-if INTERPRETED:  # a read that no result shows is seen by the interpreter alone
+if INTERPRETED:  # a read that no result shows, and an undefined lane, are seen by the interpreter alone
+
+    @wrong("row_lse_kernel", "rising blocks")
+    @jit
+    def two_passes(x_ptr, lse_ptr, n, x_row, BLOCK: tl.constexpr):
+        r = tl.program_id(0)
+        m = -1e30
+        for i0 in range(0, n, BLOCK):
+            i = i0 + tl.arange(0, BLOCK)
+            m = tl.maximum(m, tl.max(tl.load(x_ptr + r * x_row + i, i < n, float("-inf")), axis=0))
+        l = 0.0  # noqa: E741 (l is the field's name for it)
+        for i0 in range(0, n, BLOCK):
+            i = i0 + tl.arange(0, BLOCK)
+            l += tl.sum(tl.exp(tl.load(x_ptr + r * x_row + i, i < n, float("-inf")) - m), axis=0)  # noqa: E741
+        tl.store(lse_ptr + r, tl.where(l > 0, m + tl.log(tl.where(l > 0, l, 1.0)), float("-inf")))
+
+    @wrong("row_lse_kernel", "tail")
+    @jit
+    def lanes_past_the_row_undefined(x_ptr, lse_ptr, n, x_row, BLOCK: tl.constexpr):
+        _row_lse(x_ptr, lse_ptr, n, x_row, BLOCK, "no other")
 
     @wrong("merge_kernel", "bounds")
     @jit

@@ -37,7 +37,16 @@ def _gather(
     other = 0.0
     if FAULT == "ones for padding":
         other = 1.0
-    if FAULT == "int32":
+    if FAULT == "no other":
+        rows = tl.load(kv_ptr + s.to(tl.int64)[:, None] * row + d[None, :], mask)
+    elif FAULT == "masked too late":
+        rows = tl.load(kv_ptr + s.to(tl.int64)[:, None] * row + d[None, :], in_k[:, None] & in_d[None, :], 0.0)
+        rows = tl.where(there[:, None], rows, 0.0)
+    elif FAULT == "index without other":
+        s = tl.load(indices_ptr + j, in_k)
+        mask = (s >= 0)[:, None] & in_d[None, :]
+        rows = tl.load(kv_ptr + s.to(tl.int64)[:, None] * row + d[None, :], mask, 0.0)
+    elif FAULT == "int32":
         rows = tl.load(kv_ptr + s[:, None] * row + d[None, :], mask, other)
     else:
         rows = tl.load(kv_ptr + s.to(tl.int64)[:, None] * row + d[None, :], mask, other)
@@ -75,6 +84,19 @@ def last_place_missed(kv_ptr, indices_ptr, out_ptr, k, D, kv_row, BK: tl.constex
 @jit
 def tiles_one_place_apart(kv_ptr, indices_ptr, out_ptr, k, D, kv_row, BK: tl.constexpr, DP: tl.constexpr):
     _gather(kv_ptr, indices_ptr, out_ptr, k, D, kv_row, BK, DP, "one place apart")
+
+
+@wrong("gather_kernel", "every tile")
+@jit
+def every_program_copies_all(kv_ptr, indices_ptr, out_ptr, k, D, kv_row, BK: tl.constexpr, DP: tl.constexpr):
+    d = tl.arange(0, DP)
+    for j0 in range(0, k, BK):
+        j = j0 + tl.arange(0, BK)
+        s = tl.load(indices_ptr + j, j < k, -1)
+        rows = tl.load(
+            kv_ptr + s.to(tl.int64)[:, None] * kv_row + d[None, :], (s >= 0)[:, None] & (d < D)[None, :], 0.0
+        )
+        tl.store(out_ptr + j[:, None] * D + d[None, :], rows, (j < k)[:, None] & (d < D)[None, :])
 
 
 @wrong("gather_kernel", "padding")
@@ -147,7 +169,31 @@ def offsets_in_32_bits(kv_ptr, indices_ptr, out_ptr, k, D, kv_row, BK: tl.conste
     tl.store(out_ptr + j[:, None] * D + d[None, :], rows, (j < k)[:, None] & (d < D)[None, :])
 
 
-if INTERPRETED:  # a read that no result shows is seen by the interpreter alone
+if INTERPRETED:  # a read that no result shows is seen by the interpreter alone, and so are undefined lanes and int32
+
+    @wrong("gather_kernel", "wide offsets")
+    @jit
+    def widened_after_the_product(kv_ptr, indices_ptr, out_ptr, k, D, kv_row, BK: tl.constexpr, DP: tl.constexpr):
+        j, d = tl.program_id(0) * BK + tl.arange(0, BK), tl.arange(0, DP)
+        s = tl.load(indices_ptr + j, j < k, -1)
+        offsets = (s[:, None] * kv_row + d[None, :]).to(tl.int64)
+        rows = tl.load(kv_ptr + offsets, (s >= 0)[:, None] & (d < D)[None, :], 0.0)
+        tl.store(out_ptr + j[:, None] * D + d[None, :], rows, (j < k)[:, None] & (d < D)[None, :])
+
+    @wrong("gather_kernel", "padding")
+    @jit
+    def no_other(kv_ptr, indices_ptr, out_ptr, k, D, kv_row, BK: tl.constexpr, DP: tl.constexpr):
+        _gather(kv_ptr, indices_ptr, out_ptr, k, D, kv_row, BK, DP, "no other")
+
+    @wrong("gather_kernel", "bounds")
+    @jit
+    def index_without_other(kv_ptr, indices_ptr, out_ptr, k, D, kv_row, BK: tl.constexpr, DP: tl.constexpr):
+        _gather(kv_ptr, indices_ptr, out_ptr, k, D, kv_row, BK, DP, "index without other")
+
+    @wrong("gather_kernel", "bounds")
+    @jit
+    def masked_after_the_load(kv_ptr, indices_ptr, out_ptr, k, D, kv_row, BK: tl.constexpr, DP: tl.constexpr):
+        _gather(kv_ptr, indices_ptr, out_ptr, k, D, kv_row, BK, DP, "masked too late")
 
     @wrong("gather_kernel", "bounds")
     @jit

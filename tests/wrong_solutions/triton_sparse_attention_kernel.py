@@ -9,9 +9,8 @@ def _attention(
     q_ptr, kv_ptr, indices_ptr, out_ptr, lse_ptr, scale, H, D, V, k, kv_row,
     BH: tl.constexpr, BK: tl.constexpr, DP: tl.constexpr, FAULT: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
-    h, d = tl.arange(0, BH), tl.arange(0, DP)
-    in_h, in_d, row, q_t, indices_t = h < H, d < D, kv_row, t, t
+    t, h, d = tl.program_id(0).to(tl.int64), tl.arange(0, BH), tl.arange(0, DP)
+    in_h, in_d, read_d, row, q_t, indices_t = h < H, d < D, d < D, kv_row, t, t
     if FAULT == "heads not masked":
         in_h = h < BH
     if FAULT == "dense rows":
@@ -20,13 +19,15 @@ def _attention(
         q_t = t * 0
     if FAULT == "indices of query 0":
         indices_t = t * 0
-    q = tl.load(q_ptr + (q_t * H + h)[:, None] * D + d[None, :], (h < H)[:, None] & in_d[None, :], 0.0)
     if FAULT == "stray lanes read":
-        q = tl.load(q_ptr + (t * H + h)[:, None] * D + d[None, :], (h < H)[:, None] & (d < DP)[None, :], 0.0)
-        q = tl.where(in_d[None, :], q, 0.0)
+        read_d = d < DP
+    q = tl.load(q_ptr + (q_t * H + h)[:, None] * D + d[None, :], (h < H)[:, None] & read_d[None, :], 0.0)
+    q = tl.where(in_d[None, :], q, 0.0)
     if FAULT == "unscaled":
         scale = 1.0
     m = tl.full([BH], float("-inf"), tl.float32)
+    if FAULT == "m starts at 0":
+        m = tl.zeros([BH], tl.float32)
     l = tl.zeros([BH], tl.float32)  # noqa: E741 (l is the field's name for it)
     acc = tl.zeros([BH, DP], tl.float32)
     stop = k
@@ -40,16 +41,20 @@ def _attention(
         if FAULT == "tail not masked":
             s = tl.load(indices_ptr + indices_t * k + j)
         there = s >= 0
-        if FAULT == "gather unmasked":
-            rows = tl.load(kv_ptr + s.to(tl.int64)[:, None] * row + d[None, :], (j < k)[:, None] & in_d[None, :], 0.0)
-        elif FAULT == "clamped":
+        load_j, load_d, wide = there, in_d, s.to(tl.int64)
+        if FAULT == "clamped":
             there = j < k
-            s = tl.maximum(s, 0)
-            rows = tl.load(kv_ptr + s.to(tl.int64)[:, None] * row + d[None, :], there[:, None] & in_d[None, :], 0.0)
-        elif FAULT == "lanes past D not masked":
-            rows = tl.load(kv_ptr + s.to(tl.int64)[:, None] * row + d[None, :], there[:, None] & (d < DP)[None, :], 0.0)
-        else:
-            rows = tl.load(kv_ptr + s.to(tl.int64)[:, None] * row + d[None, :], there[:, None] & in_d[None, :], 0.0)
+            wide = tl.maximum(wide, 0)
+        if FAULT == "gather unmasked" or FAULT == "clamped" or FAULT == "masked too late":
+            load_j = j < k
+        if FAULT == "lanes past D not masked":
+            load_d = d < DP
+        offsets = wide[:, None] * row + d[None, :]
+        if FAULT == "32 bits":
+            offsets = s[:, None] * row + d[None, :]
+        rows = tl.load(kv_ptr + offsets, load_j[:, None] & load_d[None, :], 0.0)
+        if FAULT == "masked too late":
+            rows = tl.where(there[:, None], rows, 0.0)
         if FAULT == "fp16":
             logits = tl.dot(q.to(tl.float16), tl.trans(rows).to(tl.float16)) * scale
         else:
@@ -78,8 +83,7 @@ def _attention(
         acc = acc * rescale[:, None] + tl.dot(p, rows, input_precision="ieee")
         m = new_m
     safe_l = tl.where(l > 0, l, 1.0)
-    lse = tl.where(l > 0, m + tl.log(safe_l), float("-inf"))
-    out = acc / safe_l[:, None]
+    out, lse = acc / safe_l[:, None], tl.where(l > 0, m + tl.log(safe_l), float("-inf"))
     if FAULT == "not divided":
         out = acc
     if FAULT == "NaN of an empty row":
@@ -88,12 +92,11 @@ def _attention(
         lse = lse * 1.4426950408889634
     if FAULT == "lse without m":
         lse = tl.log(safe_l)
-    in_v, width = d < V, V
+    in_v, width, first = d < V, V, 0
     if FAULT == "whole row stored":
-        in_v, width = d < D, D
-    if FAULT == "output rows D apart":
+        in_v = d < D
+    if FAULT == "whole row stored" or FAULT == "output rows D apart":
         width = D
-    first = 0
     if FAULT == "last V columns":
         first, in_v = D - V, (d >= D - V) & (d < D)
     tl.store(out_ptr + (t * H + h)[:, None] * width + d[None, :] - first, out, in_h[:, None] & in_v[None, :])
@@ -356,6 +359,24 @@ def rounded_to_tf32(
     tl.dot(tl.zeros([16, 16], tl.float32), tl.zeros([16, 16], tl.float32))
 
 
+@wrong("sparse_attention_kernel", "large logits")
+@jit
+def m_starts_at_0(
+    q_ptr, kv_ptr, indices_ptr, out_ptr, lse_ptr, scale, H, D, V, k, kv_row,
+    BH: tl.constexpr, BK: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    _attention(q_ptr, kv_ptr, indices_ptr, out_ptr, lse_ptr, scale, H, D, V, k, kv_row, BH, BK, DP, "m starts at 0")
+
+
+@wrong("sparse_attention_kernel", "wide offsets")
+@jit
+def offsets_in_32_bits(
+    q_ptr, kv_ptr, indices_ptr, out_ptr, lse_ptr, scale, H, D, V, k, kv_row,
+    BH: tl.constexpr, BK: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    _attention(q_ptr, kv_ptr, indices_ptr, out_ptr, lse_ptr, scale, H, D, V, k, kv_row, BH, BK, DP, "32 bits")
+
+
 if INTERPRETED:  # a read that no result shows is seen by the interpreter alone
 
     @wrong("sparse_attention_kernel", "bounds")
@@ -366,4 +387,14 @@ if INTERPRETED:  # a read that no result shows is seen by the interpreter alone
     ):  # fmt: skip
         _attention(
             q_ptr, kv_ptr, indices_ptr, out_ptr, lse_ptr, scale, H, D, V, k, kv_row, BH, BK, DP, "stray lanes read"
+        )
+
+    @wrong("sparse_attention_kernel", "bounds")
+    @jit
+    def masked_after_the_load(
+        q_ptr, kv_ptr, indices_ptr, out_ptr, lse_ptr, scale, H, D, V, k, kv_row,
+        BH: tl.constexpr, BK: tl.constexpr, DP: tl.constexpr,
+    ):  # fmt: skip
+        _attention(
+            q_ptr, kv_ptr, indices_ptr, out_ptr, lse_ptr, scale, H, D, V, k, kv_row, BH, BK, DP, "masked too late"
         )

@@ -89,7 +89,7 @@ def crashed(error, given=""):
     """The failure that reports an error raised by the code under test, with its traceback for the learner."""
     failure = Failed(
         f"{type(error).__name__}: {error}{f' (called with {given})' if given else ''}",
-        "an error of Python or torch on a shape that the exercise allows: the line is shown above",
+        "the line is shown above; does it hold for every shape and dtype that the exercise allows?",
         "runs",
     )
     failure.own = "".join(traceback.format_exception(type(error), error, error.__traceback__.tb_next))

@@ -319,7 +319,7 @@ def _growth(name):
                 raise Failed(f"got {got!r}, expected a dict with the entry {name!r}", "one entry for each of the bills")
             suspects = {
                 "the factor is upside down: long over short": factor(long, short),
-                "// drops what is behind the point: use /": factor(1, long // short),
+                "// drops what is behind the point: use /": factor(short, long // short * short),
             }
             _close(got[name], factor(short, long), f"from {short} to {long} tokens", cause, suspects)
 

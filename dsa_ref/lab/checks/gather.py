@@ -1,11 +1,11 @@
 """Notebook 04: sparse attention that gathers its rows, and the count that proves it."""
 
 import math
+import tracemalloc
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...dense_attention import dense_attention
 from ...select_topk import select_topk
@@ -30,6 +30,7 @@ def _selection(seed, T, S, k):
 
 def _inputs(seed, T, S, H, k):
     q, kv = normal(T, H, D, seed=seed), normal(S, D, seed=seed + 20)
+    kv[1] = 0  # a row like any other, with scores of 0
     return {"q": q, "kv": kv, "indices": _selection(seed, T, S, k), "scale": SCALE, "v_dim": V_DIM}
 
 
@@ -61,9 +62,12 @@ def _(solution):
 @gather_rows.property("there")
 def _(solution):
     for seed, T, S, _, k in CASES:
-        indices = _selection(seed, T, S, k)
-        _, there = _rows(solution, normal(S, D, seed=seed), indices)
+        kv, indices = normal(S, D, seed=seed), _selection(seed, T, S, k)
+        kv[indices[-1, 0]] = 0  # a row of zeros may be selected
+        _, there = _rows(solution, kv, indices)
         causes = {
+            "a row of zeros may be selected: look at the index, not at the row": (indices >= 0)
+            & (kv[indices.clamp(min=0).long()] != 0).any(dim=-1),
             "row 0 is a row like any other: the test is index >= 0": indices > 0,
             "upside down: there is True where a row was selected": indices < 0,
         }
@@ -74,11 +78,15 @@ def _(solution):
 def _(solution):
     for seed, T, S, _, k in CASES:
         kv, indices = normal(S, D, seed=seed), _selection(seed, T, S, k)
-        kv[int(indices[-1].max())] = torch.inf  # a selected row goes through as it is
+        kv[indices[-1, 0]], kv[int(indices[-1].max())] = torch.nan, torch.inf  # selected rows go through as they are
         rows, _ = _rows(solution, kv, indices)
         chosen = indices >= 0
+        got, expected = rows[chosen], kv[indices[chosen].long()]
+        nan = expected.isnan()
         cause = "rows[t, j] is kv[indices[t, j]], whatever it holds"
-        expect_close(rows[chosen], kv[indices[chosen].long()], 0.0, "selected d", cause)
+        expect_close(got.masked_fill(nan, 0.0), expected.masked_fill(nan, 0.0), 0.0, "selected d", cause)
+        cause = "nan_to_num hides a fault that you want to see: put 0 only where the index is -1"
+        expect(got[nan].isnan().all(), "a selected row holds NaN: got a number there, expected NaN", cause)
 
 
 @gather_rows.property("padding is zero")
@@ -144,13 +152,18 @@ def _(solution):
         given, expected, _ = _full(case)
         q, rows = given["q"], given["kv"][given["indices"].long()]
         there = torch.ones(rows.shape[:2], dtype=torch.bool)
-        weights = (torch.einsum("thd,tkd->thk", q, rows) * SCALE).softmax(dim=-1)
+        logits = torch.einsum("thd,tkd->thk", q, rows) * SCALE
         every, _ = dense_attention(q, given["kv"], SCALE, V_DIM)
         causes = {
             "every visible key was attended, not only the selected ones": every,
             "the scores were not scaled": _attend(q / SCALE, rows, there)[0],
+            "scale is an argument, and not always 1/√D": _attend(q / SCALE / math.sqrt(D), rows, there)[0],
+            "a score of 0 was taken for padding: look at the index": _attend(q, rows, (rows != 0).any(dim=-1))[0],
+            "the softmax ran over the heads, not over the places": torch.einsum(
+                "thk,tkv->thv", logits.softmax(dim=1), rows[..., :V_DIM]
+            ),
             "the last v_dim columns were taken as the value, not the first": torch.einsum(
-                "thk,tkv->thv", weights, rows[..., -V_DIM:]
+                "thk,tkv->thv", logits.softmax(dim=-1), rows[..., -V_DIM:]
             ),
             "the scores used the value's columns only: all D columns are the key": _attend(
                 torch.cat((q[..., :V_DIM], torch.zeros_like(q[..., V_DIM:])), dim=-1), rows, there
@@ -214,11 +227,24 @@ def _(solution):
 @gathered_attention.property("large scores")
 def _(solution):
     for case in CASES[:2]:
-        given = _inputs(*case)
+        given, *_ = _full(case)
         given["q"] *= 500
         got, expected = _answer(solution, given), sparse_attention(**given)
         for i, axes in enumerate(("t h v", "t h")):
             cause = "exp overflows: subtract each row's largest score before exp, and add it to lse again"
+            expect_close(got[i], expected[i], 1e-4, axes, cause)
+
+
+@gathered_attention.property("low scores")
+def _(solution):
+    for case in CASES[::2]:  # those with padding
+        given = _inputs(*case)
+        given["q"], given["kv"] = -1e12 * given["q"].abs(), given["kv"].abs() + 1  # every score is far below -1e9
+        got, expected = _answer(solution, given), sparse_attention(**given)
+        cause = (
+            "padding was the largest score of a row: hide it with -inf, no other number, before you take the largest"
+        )
+        for i, axes in enumerate(("t h v", "t h")):
             expect_close(got[i], expected[i], 1e-4, axes, cause)
 
 
@@ -246,8 +272,16 @@ def _(solution):
     given = _inputs(7, T, S, H, k)
     end = torch.arange(S - T + 1, S + 1, dtype=torch.int32)
     given["indices"] = random_selection(k, torch.zeros_like(end), end, seed=7)
+    from torch.utils.flop_counter import FlopCounterMode  # here: it imports triton, which `kernels` must do first
+
     with FlopCounterMode(display=False) as products, Work() as work:
         _answer(solution, given)
+    tracemalloc.start()  # a second run: the first may have imported things, which would be counted here
+    try:
+        _answer(solution, given)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
     needed = 2 * T * k * H * (D + V_DIM)
     cause = "right, but dense work: gather the selected rows first, and let nothing of size T · S come into being"
     largest = f"the largest tensor has shape {list(work.largest)}"
@@ -255,6 +289,8 @@ def _(solution):
     expect(flops <= 2 * needed, f"{flops:,} FLOPs counted, expected {needed:,}; {largest}", cause)
     limit = 4 * S * D + 40 * T * k * (D + H)  # some copies of the cache, some of the gathered rows
     expect(work.elements <= limit, f"{work.elements:,} numbers made, expected at most {limit:,}; {largest}", cause)
+    outside = f"{peak:,} bytes held at once outside torch, in NumPy or lists, expected at most {8 * limit:,}"
+    expect(peak <= 8 * limit, outside, cause)
 
 
 @gathered_attention.property("unselected rows")
@@ -324,9 +360,12 @@ def _context(solution, index_flops, attention_flops, k, cause, suspects=None):
     expected = math.inf if index_flops >= attention_flops else attention_flops * k / (attention_flops - index_flops)
     got = solution(index_flops, attention_flops, k)
     if not hasattr(got, "__float__"):
-        raise Failed(f"got {type(got).__name__}, expected a number", "did you forget the return?")
+        forgot = "did you forget the return?" if expected < math.inf else cause
+        raise Failed(f"got {type(got).__name__}, expected a number", forgot)
     for suspicion, answer in (suspects or {}).items():
         cause = suspicion if got == answer else cause
+    if expected < math.inf and got in (math.floor(expected), math.ceil(expected)):
+        cause = "do not round: the context is a float"
     near = got == expected or abs(got - expected) <= 1e-6 * expected < math.inf
     expect(near, f"{index_flops}, {attention_flops}, k={k}: got {float(got):.6g}, expected {expected:.6g}", cause)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 from unittest import mock
 
 import numpy as np
@@ -21,8 +22,6 @@ def _whole_row(scores, k):
     return select_topk(scores[None], k)[0]
 
 
-# ------------------------------------------------------------------------------------------------------- lower_bound
-
 lower_bound = Check("lower_bound")  # lower_bound(scores fp32 [S], k, group) -> a number
 
 
@@ -40,10 +39,11 @@ def _bound(solution, scores, k, group):
 
 
 def _rows_of_whole_groups():
-    """Random rows, and one where every winner sits in a group of its own, so that the bound is tight."""
+    """Random rows, equal maxima, and a row where every winner sits in a group of its own: there the bound is tight."""
     yield normal(64, seed=1), 5, 4
     yield normal(96, seed=2), 7, 3
     yield normal(24, seed=3), 1, 8
+    yield whole(64, seed=5, largest=9), 5, 4
     row = normal(60, seed=4).abs().neg()
     row[::5] += 10.0
     yield row, 6, 5
@@ -73,6 +73,10 @@ def _(solution):
             cause = "the mean of a group is a bound too, but a weaker one than its maximum"
         elif got == _maxima(scores, group, of=min)[k - 1]:
             cause = "the minima of the groups were taken: max, not min"
+        elif got == -INF:
+            cause = f"there are {n} groups, enough for a bound: `group` is their size, not their number"
+        elif got == sorted(set(_maxima(scores, group)))[-k:][0]:
+            cause = "equal maxima were merged: they belong to different scores, and each counts"
         elif got == float(scores.topk(k).values[-1]):
             cause = "that is the k-th largest score itself, of the whole row: the maxima alone are asked"
         else:
@@ -87,16 +91,17 @@ def _(solution):
 
 @lower_bound.property("ragged end")
 def _(solution):
-    for seed, S, k, group in ((1, 37, 2, 8), (2, 37, 5, 8), (3, 3, 1, 8), (4, 50, 4, 7), (5, 41, 3, 10)):
+    for seed, S, k, group in ((1, 37, 2, 8), (2, 37, 5, 8), (3, 3, 1, 8), (4, 33, 3, 16), (5, 41, 3, 10)):
         scores = normal(S, seed=seed).abs().neg() - 1.0  # all negative: a 0 filled in would win
         scores[-1] = -0.5  # the largest of all stands alone at the end
+        scores *= 1e35 if k == 1 else 1.0  # no number is low enough to fill with
         got, best = _bound(solution, scores, k, group), _maxima(scores, group)[k - 1]
         expect(
             got == best,
             f"S={S}, k={k}, group={group}: got {got:.6g}, expected {best:.6g}",
-            "the missing places of the last group were filled with 0, which beats negative scores: fill with -inf"
+            "the missing places of the last group were filled with a number that beats some scores: fill with -inf"
             if got > best
-            else f"the last group has only {S % group} scores, but its maximum counts as any other",
+            else f"every group has {group} scores, the last one {S % group}; its maximum counts as any other",
         )
 
 
@@ -110,8 +115,6 @@ def _(solution):
             "with fewer than k groups the maxima say nothing about the k-th score",
         )
 
-
-# ------------------------------------------------------------------------------------------------------ ordered_bits
 
 ordered_bits = Check("ordered_bits")  # ordered_bits(x fp32, any shape) -> integers of that shape and order
 
@@ -189,8 +192,6 @@ def _(solution):
         "ranks within the tensor: the integer must come from the bits of its own number alone",
     )
 
-
-# -------------------------------------------------------------------------------------------------- threshold_select
 
 threshold_select = Check("threshold_select")  # threshold_select(scores fp32 [S], k) -> int32 [k]
 
@@ -277,47 +278,45 @@ def _(solution):
 def _(solution):
     for seed, S, k in ((1, 4096, 64), (2, 4000, 99)):
         scores = normal(S, seed=seed)
-        with _longest_sort() as longest:
+        with _watched_sorts() as lengths:
             solution(scores, k)
         expect(
-            longest[0] <= S // 4,
-            f"S={S}, k={k}: {longest[0]} scores were sorted at once, expected at most S / 4",
+            max(lengths, default=0) <= S // 4,
+            f"S={S}, k={k}: {max(lengths, default=0)} scores were sorted at once, expected at most S / 4",
             "sort or topk of the whole row: take the group maxima first, and go on with the candidates alone",
         )
 
 
 SORTS = ("sort", "topk", "kthvalue", "median", "nanmedian", "mode", "_unique2", "unique_dim")  # what argsort etc. call
+METHODS = ("sort", "argsort", "partition", "argpartition")  # of a list or an array
 
 
 @contextlib.contextmanager
-def _longest_sort():
-    """A list of one number: how long the longest input of any sort, topk or kthvalue of torch or NumPy was."""
-    longest = [0]
-
-    def note(x):
-        longest[0] = max(longest[0], int(np.size(x) if not isinstance(x, torch.Tensor) else x.numel()))
+def _watched_sorts():
+    """The lengths of what torch, NumPy or Python sorted meanwhile."""
+    lengths = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             if operation.__name__.split(".")[0] in SORTS:
-                note(args[0])
+                lengths.append(args[0].numel())
             return operation(*args, **(kwargs or {}))
 
-    def watched(original):
-        def call(x, *args, **kwargs):
-            note(x)
-            return original(x, *args, **kwargs)
+    def method(frame, event, called):  # np.sort, np.argsort and others arrive here as well
+        if event == "c_call" and called.__name__ in METHODS and isinstance(called.__self__, (list, np.ndarray)):
+            lengths.append(len(called.__self__))
 
-        return call
+    def pythons(x, sort=sorted, **kwargs):
+        lengths.append(len(x := list(x)))
+        return sort(x, **kwargs)
 
     with contextlib.ExitStack() as stack:
-        for name in ("sort", "argsort", "partition", "argpartition", "unique"):
-            stack.enter_context(mock.patch.object(np, name, watched(getattr(np, name))))
+        stack.callback(sys.setprofile, sys.getprofile())
         stack.enter_context(Watch())
-        yield longest
+        stack.enter_context(mock.patch("builtins.sorted", pythons))
+        sys.setprofile(method)
+        yield lengths
 
-
-# -------------------------------------------------------------------------------------------------- selection_kernel
 
 selection_kernel = Check("selection_kernel")
 # selection_kernel[(1,)](scores_ptr, threshold_ptr, ties_ptr, out_ptr, S, k, BLOCK)
@@ -378,7 +377,7 @@ def _(kernel):
 
 @selection_kernel.property("carry")
 def _(kernel):
-    cause = "the prefix sum starts at 0 in every block: add how many were written before"
+    cause = "carry two counts, how many were written and how many ties were met; and write s, not the lane"
     for seed, S, k, block in ((1, 96, 11, 16), (2, 151, 40, 32), (3, 64, 50, 8)):
         _launch(kernel, normal(S, seed=seed), k, block, cause)
 

@@ -18,6 +18,7 @@ from ..compare import Failed
 from .core import crashed
 
 GUARD = 4096  # elements of NaN (or the largest integer) on either side of every buffer: wide, so strays land in it
+STRAY = 100  # an undefined integer: as a row of a small tensor it leads into the guard, not to a crash
 
 
 def device():
@@ -63,13 +64,15 @@ def _outside(tensor):
 def launch(kernel, grid, *args, **constants):
     """Run kernel[grid](*args, **constants) and fail if it wrote outside its tensors (which come from this module).
 
+    Interpreted, what a masked lane of a load without `other` holds is as undefined as Triton says: NaN or STRAY.
     Raises: NotImplementedError for an untouched stub, Failed for an error of its own and for a write out of bounds.
     """
     _check_kernel(kernel)
     tensors = {i: x for i, x in enumerate(args) if isinstance(x, torch.Tensor)}
     before = {i: _outside(x) for i, x in tensors.items()}
     try:
-        kernel[grid](*args, **constants)
+        with _undefined_others():
+            kernel[grid](*args, **constants)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     except Exception as error:
@@ -127,10 +130,10 @@ def _watched_loads(tensors):
 
 
 @contextlib.contextmanager
-def undefined_others():
-    """While interpreting, a masked lane of a `tl.load` without `other` holds NaN (or the largest integer).
+def _undefined_others():
+    """While interpreting, a masked lane of a `tl.load` without `other` holds NaN (or the integer STRAY).
 
-    Triton leaves it undefined. The interpreter's own zero there is luck that a GPU need not have.
+    Triton leaves it undefined. The zero that the interpreter and NVIDIA's compiler put there is luck.
     """
     builder = _interpreter()
     if builder is None:
@@ -142,7 +145,7 @@ def undefined_others():
         loaded = load(ptrs, mask, other, *rest)
         if other is None:
             kind = loaded.data.dtype
-            poison = np.nan if kind.kind == "f" else True if kind.kind == "b" else np.iinfo(kind).max
+            poison = np.nan if kind.kind == "f" else True if kind.kind == "b" else STRAY
             loaded.data = np.where(mask.data, loaded.data, kind.type(poison))
         return loaded
 

@@ -41,11 +41,8 @@ def _lse(x):
 
 def _expect_lse(solution, x, cause):
     expected = _lse(x)
-    got = solution(x)
-    got = np.asarray(got) if isinstance(got, float) else got  # np.float64 is one: what a row alone sums to
-    expect_shape(got, expected.shape)
     places = " ".join("abc"[: expected.dim()])
-    expect_close(got, expected, EXACT, places, cause, {BASE_2: expected / np.log(2)})
+    expect_close(solution(x), expected, EXACT, places, cause, {BASE_2: expected / np.log(2)})
 
 
 @log_sum_exp.property("value")
@@ -56,8 +53,8 @@ def _(solution):
 
 @log_sum_exp.property("large logits")
 def _(solution):
-    for seed, shift in enumerate((1000.0, -1000.0)):
-        x = _array(4, 7, seed=seed) + shift
+    small = _array(4, 7, seed=0)
+    for x in (small + 1000, small - 1000, 1000 * small):
         _expect_lse(solution, x, "exp overflows at 710 and is 0 below -746: shift by the largest logit, add it again")
 
 
@@ -81,11 +78,11 @@ def _(solution):
 # --- online_update -------------------------------------------------------------------------------------------------
 
 
-def _blocks(seed, H, sizes, V, slope=0.0):
-    """Random blocks [(logits [H, B], values [B, V])]; with a slope, logits rise (or fall) from block to block."""
+def _blocks(seed, H, sizes, V, slope=0.0, shift=0.0):
+    """Random blocks [(logits [H, B], values [B, V])], moved by `shift`, and by `slope` more from block to block."""
     found = []
     for i, B in enumerate(sizes):
-        found.append((_array(H, B, seed=10 * seed + i) + slope * i, _array(B, V, seed=10 * seed + i + 100)))
+        found.append((_array(H, B, seed=10 * seed + i) + slope * i + shift, _array(B, V, seed=10 * seed + i + 100)))
     return found
 
 
@@ -175,6 +172,17 @@ def _(solution):
                 expect_close(got[part], expected[part], EXACT, axes, cause)
 
 
+@online_update.property("large logits")
+def _(solution):
+    cause = "exp of a bare number overflows at 710: take exp only of differences, m - new_m and logit - new_m"
+    for seed, H, sizes, V in CASES:
+        for slope, shift in ((3.0, 1000.0), (3.0, -1000.0), (1000.0, -1000.0)):
+            blocks = _blocks(seed, H, sizes, V, slope, shift)
+            *_, got = _run(solution, blocks)
+            for part, axes in enumerate(("h", "h", "h v")):
+                expect_close(got[part], _state(blocks)[part], EXACT, axes, cause)
+
+
 @online_update.property("empty block")
 def _(solution):
     cause = "a block of -inf changes nothing: where new_m is -inf, subtract 0 instead, since -inf minus -inf is NaN"
@@ -236,6 +244,18 @@ def _(solution):
             _expect_attention(solution, *_row(seed, H=H), block, cause)
 
 
+@block_attention.property("large logits")
+def _(solution):
+    q, kv, indices = _row(5)
+    kv[:, 0], q[:, 0] = 1.0, (5000.0, -5000.0)  # adds 2000 to every logit of head 0, takes 2000 from those of head 1
+    for block in (4, 16):
+        cause = "exp overflows at 710 and is 0 below -746: measure each head against its own running maximum"
+        _expect_attention(solution, q, kv, indices, block, cause)
+    kv[indices, 0] = np.linspace(-1.0, 1.0, len(indices))
+    cause = "right for small logits, wrong where they rise by hundreds: the maximum must move with every block"
+    _expect_attention(solution, q, kv, indices, 4, cause)
+
+
 @block_attention.property("padding")
 def _(solution):
     for seed, n in ((1, 9), (2, 2)):
@@ -246,11 +266,19 @@ def _(solution):
 @block_attention.property("empty blocks")
 def _(solution):
     q, kv, indices = _row(3, n=5)
+    cause = "a block of padding changes nothing, and keys may follow it; where no key is at all: 0 and -inf"
     for row in (np.full_like(indices, -1), indices[::-1].copy()):  # nothing selected; padding first
         for block in (4, 16):
-            _expect_attention(
-                solution, q, kv, row, block, "a block of padding changes nothing; no key at all: 0 and -inf"
-            )
+            _expect_attention(solution, q, kv, row, block, cause)
+
+
+@block_attention.property("gather")
+def _(solution):
+    q, kv, indices = _row(6)
+    kv[~np.isin(np.arange(len(kv)), indices)] = np.nan
+    for got in _pair(solution(q, kv, indices, 0.4, 4, 5), "out, lse", 2):
+        cause = "rows that are not selected were read: gather the selected ones, do not mask the others"
+        expect(np.isfinite(got).all(), "rows of kv that are not selected hold NaN here: got NaN, expected none", cause)
 
 
 @block_attention.property("memory")
@@ -344,6 +372,8 @@ def _(solution):
         for case in MERGES:
             cause = "exp(lse) overflows or vanishes: subtract the larger lse first, as in log_sum_exp"
             _expect_merged(solution, *_parts(*case, shift=shift), cause)
+    heads = np.array([[1000.0], [0.0], [-1000.0]])
+    _expect_merged(solution, *_parts(5, 3, 4, (5, 9), shift=heads), "each head subtracts the larger of its own two lse")
 
 
 @merge_parts.property("empty part")

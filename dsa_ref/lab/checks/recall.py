@@ -109,7 +109,12 @@ def _by_recency(got, T, k):
 @window_selection.property("shape")
 def _(solution):
     for T, k in ((1, 1), (4, 3), (3, 5)):
-        expect_shape(solution(T, k), (T, k), torch.int32)
+        got = solution(T, k)
+        cause = "a row is k wide even where k > T: pad it with -1"
+        expect(
+            list(getattr(got, "shape", [])) != [T, min(T, k)] or k <= T, f"T={T}, k={k}: got {T} places a row", cause
+        )
+        expect_shape(got, (T, k), torch.int32)
 
 
 @window_selection.property("future")

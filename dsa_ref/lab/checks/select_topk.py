@@ -38,7 +38,8 @@ def _distinct(T, S, seed):
 def _(solution):
     scores = _distinct(6, 6, seed=1)
     got = solution(scores, 1)
-    expect(isinstance(got, torch.Tensor), f"got {type(got).__name__}, expected a tensor", "did you forget the return?")
+    cause = "did you forget the return?" if got is None else "return one torch tensor for all rows"
+    expect(isinstance(got, torch.Tensor), f"got {type(got).__name__}, expected a tensor", cause)
     compare_selection(got, scores, 1)
 
 
@@ -74,6 +75,9 @@ def _(solution):
     for T, S, k, seed in ((37, 37, 5, 1), (9, 64, 16, 2), (1, 100, 1, 3)):
         for shift in (0.0, -10.0):  # and all of them below 0
             scores = _distinct(T, S, seed) + shift
+            compare_selection(solution(scores, k), scores, k)
+        scores = 1 + scores.argsort(dim=1) * 2.0**-23  # distinct, but next to each other: no rounding, no small change
+        with judging("scores", "nearly equal is not equal: scores must be compared as they are, unrounded, unchanged"):
             compare_selection(solution(scores, k), scores, k)
 
 
@@ -176,7 +180,7 @@ def _(solution):
 
 
 def _kills(name, cause):
-    """Decorator of mutate(row, scores of its visible keys, of all its keys) -> a wrong row, or None if impossible."""
+    """Decorator of mutate(row, scores of its visible keys, of all its keys), which yields wrong rows if it can."""
 
     def add(mutate):
         def test(solution):
@@ -185,19 +189,19 @@ def _kills(name, cause):
                 T, S = scores.shape
                 indices = reference(scores, k)
                 for t in reversed(range(T)):  # one row is wrong, a late one
-                    row = mutate(indices[t].tolist(), scores[t, : S - T + t + 1].tolist(), scores[t].tolist())
-                    if row is None:
-                        continue
-                    wrong = indices.clone()
-                    wrong[t] = torch.tensor(row, dtype=torch.int32)
-                    tried += 1
-                    verdict = _verdict(solution, wrong, scores, k)
-                    what = (
-                        f"T={T}, S={S}, k={k}: your check accepts row t={t} as {row}, expected it to say no "
-                        f"(it should hold {indices[t].tolist()}, the scores are {[int(x) for x in scores[t].tolist()]})"
-                    )
-                    expect(verdict is not True, what, cause)
-                    break
+                    rows = list(mutate(indices[t].tolist(), scores[t, : S - T + t + 1].tolist(), scores[t].tolist()))
+                    for row in rows:
+                        wrong = indices.clone()
+                        wrong[t] = torch.tensor(row, dtype=torch.int32)
+                        tried += 1
+                        verdict = _verdict(solution, wrong, scores, k)
+                        what = (
+                            f"T={T}, S={S}, k={k}: your check accepts row t={t} as {row}, expected it to say no (it "
+                            f"should hold {indices[t].tolist()}, the scores are {[int(x) for x in scores[t].tolist()]})"
+                        )
+                        expect(verdict is not True, what, cause)
+                    if rows:
+                        break
             assert tried >= 3, name
 
         check_selection.property(name)(test)
@@ -222,7 +226,8 @@ def _(solution):
         T, S = scores.shape
         right = reference(scores, k)
         wide = torch.cat((right, torch.full((T, 1), -1, dtype=torch.int32)), dim=1)
-        for wrong, what in ((wide, f"{k + 1} places a row"), (right[: T - 1], f"{T - 1} rows")):
+        shapes = (wide, f"{k + 1} places a row"), (right[: T - 1], f"{T - 1} rows")
+        for wrong, what in (*shapes, (torch.cat((right, right[-1:])), f"{T + 1} rows")):
             verdict = _verdict(solution, wrong, scores, k)
             cause = "nothing looked at the shape, [T, k]"
             expect(verdict is not True, f"T={T}, S={S}, k={k}: your check accepts {what}", cause)
@@ -241,55 +246,66 @@ def right_without_the_last(scores, k):
     return few
 
 
+def _last_in(row, visible):
+    """The key that only just got in: of the smallest score kept, the largest index."""
+    return min((s for s in row if s >= 0), key=lambda s: (visible[s], -s))
+
+
+def _swapped(row, old, new):
+    return [new if s == old else s for s in row]
+
+
 @_kills("padding", "-1 fills the end of a row, and only the end; no other number fills it")
 def _(row, visible, everything):
-    if -1 not in row:
-        return None
-    return [-1, *row[:-1]] if len(row) % 2 else [s if s >= 0 else 0 for s in row]
+    if -1 in row:
+        yield [-1, *row[:-1]]
+        yield [s if s >= 0 else 0 for s in row]
+        yield [s if s >= 0 else -2 for s in row]
 
 
 @_kills("range", "an index must be -1, or point at a key: 0 <= s < S (Python takes negative ones from the end)")
 def _(row, visible, everything):
-    S = len(everything)
-    if -1 in row or row[0] == S - 1:
-        return None
-    return [row[0] - S, *row[1:]] if len(row) % 2 else [*row[:-1], S]  # s - S has the very score of s
+    n, S = len(visible), len(everything)
+    if -1 not in row:
+        last = _last_in(row, visible)
+        yield [*row[:-1], S]
+        yield from (_swapped(row, last, last - size) for size in {n, S} if last - size != -1)  # has the score of `last`
 
 
 @_kills("future", "row t sees keys up to S - T + t only, whatever the later ones score")
 def _(row, visible, everything):
-    for s in range(len(visible), len(everything)):  # a future key with the score of one that was kept
-        for i, kept in enumerate(row):
-            if kept >= 0 and visible[kept] == everything[s]:
-                return row[:i] + row[i + 1 :] + [s] if -1 not in row else None
-    return None
+    if -1 not in row:
+        last = _last_in(row, visible)
+        for s in range(len(visible), len(everything)):
+            if everything[s] >= visible[last]:  # as good as the one that it replaces, or better
+                yield _swapped(row, last, s)
 
 
 @_kills("duplicates", "the indices of a row must be distinct: naming a key twice drops another one")
 def _(row, visible, everything):
     kept = [s for s in row if s >= 0]
     for i, a in enumerate(kept):
-        for j, b in enumerate(kept[:i]):
+        for b in kept[:i]:
             if visible[a] == visible[b]:  # so that the scores look right
-                return [kept[j] if s == a else s for s in row]
-    return None
+                yield _swapped(row, a, b)
 
 
 @_kills("scores", "the kept scores must be the largest ones")
 def _(row, visible, everything):
-    worst = min(visible)
-    for s, score in enumerate(visible):
-        if s not in row and score == worst:
-            best = max(row, key=lambda kept: visible[kept])
-            return [s if kept == best else kept for kept in row] if visible[best] > worst else None
-    return None
+    worst, best = (
+        min(range(len(visible)), key=visible.__getitem__),
+        max(row, key=lambda s: visible[s] if s >= 0 else -9),
+    )
+    if worst not in row and visible[best] > visible[worst]:
+        yield _swapped(row, best, worst)
+    below = [s for s in range(len(visible)) if -1 not in row and visible[s] < visible[_last_in(row, visible)]]
+    if below:  # the next best instead of the last one in
+        yield _swapped(row, _last_in(row, visible), max(below, key=visible.__getitem__))
 
 
 @_kills("ties", "of equal scores at the threshold the smallest index must win: comparing scores alone cannot see it")
 def _(row, visible, everything):
-    if -1 in row:
-        return None
-    threshold = min(visible[s] for s in row)
-    tied = [s for s, score in enumerate(visible) if score == threshold]
-    kept, left = [s for s in tied if s in row], [s for s in tied if s not in row]
-    return [left[-1] if s == kept[-1] else s for s in row] if left else None
+    if -1 not in row:
+        last = _last_in(row, visible)
+        left = [s for s, score in enumerate(visible) if score == visible[last] and s not in row]
+        yield from (_swapped(row, last, s) for s in left)

@@ -20,7 +20,8 @@ ROPES = {  # near-identical variants of rope(x, positions, freqs, "half"): all o
     "reversed": lambda x, positions, freqs: rope(x, positions, freqs.flip(0), "half"),
 }
 BLIND = {
-    "interleaved": "position 0 turns nothing, and a single pair (R = 2) is the same in both layouts",
+    "interleaved": "position 0 turns nothing, a single pair (R = 2) is the same in both layouts, nearly equal numbers "
+    "in x are alike in both, and small angles (position · frequency) turn little",
     "wrong end": "with D = R both ends are the whole vector: leave dims that RoPE does not turn",
     "restart": "your first position is 0, so counting from 0 again changes nothing",
     "reversed": "all your frequencies are equal, or nothing turns far enough",
@@ -42,6 +43,7 @@ def _(solution):
         expect_shape(tensor, tensor.shape if isinstance(tensor, torch.Tensor) else (), dtype, name)
     expect(x.dim() == 3 and x.shape[1] == 1, f"x: got shape {list(x.shape)}, expected [T, 1, D]", "one head")
     T, D = x.shape[0], x.shape[2]
+    expect(x.numel() > 0, f"x: got shape {list(x.shape)}, which holds no number", "at least one position, T >= 1")
     expect_shape(positions, (T,), torch.int64, "positions")
     expect(
         freqs.dim() == 1 and 1 <= len(freqs) <= D // 2, f"freqs: got shape {list(freqs.shape)}", "R/2 of them, R <= D"
@@ -160,7 +162,7 @@ _PATIENTS = {
 }
 SUSPECTS = tuple(sorted([*_PATIENTS.values(), "last key wins ties", "one side rotated", "no amax floor"]))
 EVIDENCE = {
-    "A": "A is right in one pass and loses most keys in chunks: what does the start of a chunk change for all of them?",
+    "A": "A is right in one pass and loses keys in chunks, but keeps its own: what else changes where a chunk starts",
     "B": "B selects what it should in every way, and only the size of its scores is off",
     "C": "C's earlier rows change with a later byte",
     "D": "D is right until two halves of a row are merged",

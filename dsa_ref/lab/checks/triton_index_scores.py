@@ -1,13 +1,15 @@
 """Notebook 08: first Triton kernels, up to the indexer's scores."""
 
 import math
+import numbers
 
 import torch
 
 from ...index_scores import index_scores
+from ..compare import Failed
 from ..toy import toy
 from . import kernels
-from .core import Check, expect, expect_close, normal, whole
+from .core import NOT_WRITTEN, Check, expect, expect_close, normal, whole
 
 copy_kernel = Check("copy_kernel")  # (x_ptr, out_ptr, n, BLOCK), grid (cdiv(n, BLOCK),)
 row_sum_kernel = Check("row_sum_kernel")  # (x_ptr, out_ptr, C, row_stride, col_stride, BLOCK), grid (R,)
@@ -23,14 +25,14 @@ def _padded(n):
     return max(16, 1 << (n - 1).bit_length())
 
 
-def _launch(*args, **constants):
-    with kernels.undefined_others():
-        kernels.launch(*args, **constants)
-
-
-def _nan_as_number(got):
-    """NaN as a huge number, so that the property's own cause is reported and not that a place was never written."""
-    return torch.where(got.isnan(), 1e30, got)
+def _expect_clean(got, expected, axes, cause, suspects=None):
+    """Exactly equal. A NaN was taken in from outside of a tensor, so `cause` explains it, not a missing store."""
+    try:
+        expect_close(got, expected, 0.0, axes, cause, suspects)
+    except Failed as failure:
+        if failure.cause == NOT_WRITTEN:
+            failure.cause = cause
+        raise
 
 
 # ------------------------------------------------------------------------------------------------------------- copy
@@ -39,7 +41,7 @@ def _nan_as_number(got):
 def _copy(kernel, values, BLOCK, programs=None):
     n, out = values.shape[0], kernels.output(values.shape[0], dtype=values.dtype)
     grid = (math.ceil(n / BLOCK) if programs is None else programs,)
-    _launch(kernel, grid, kernels.guarded(values), out, n, BLOCK=BLOCK)
+    kernels.launch(kernel, grid, kernels.guarded(values), out, n, BLOCK=BLOCK)
     return out
 
 
@@ -61,30 +63,31 @@ def _(kernel):
 @copy_kernel.property("own block only")
 def _(kernel):
     x = normal(37, seed=3)
-    got = _copy(kernel, x, 16, programs=1)
-    expect_close(got[:16], x[:16], 0.0, "i", "one program alone must write the first block")
-    expect(
-        got[16:].isnan().all(),
-        "one program alone was launched, and elements past its block of 16 were written",
-        "a program that loops over all blocks does the others' work again: leave that to the grid",
-    )
+    for BLOCK in (16, 8):
+        got = _copy(kernel, x, BLOCK, programs=1)
+        expect_close(got[:BLOCK], x[:BLOCK], 0.0, "i", "one program alone must write the first block")
+        expect(
+            got[BLOCK:].isnan().all(),
+            f"one program alone was launched, and elements past its block of {BLOCK} were written",
+            "leave the other blocks to the other programs: no loop over them, and tiles of BLOCK, whatever it is",
+        )
     kernels.expect_reads_inside(kernel, (3,), kernels.guarded(x), kernels.output(37), 37, BLOCK=16)
 
 
 # ---------------------------------------------------------------------------------------------------------- row sum
 
 
-def _row_sum(kernel, x, launch=_launch):
+def _row_sum(kernel, x, launch=kernels.launch, BLOCK=16):
     """x [R, C] is a view of guarded memory."""
     out = kernels.output(x.shape[0])
-    launch(kernel, (x.shape[0],), x, out, x.shape[1], x.stride(0), x.stride(1), BLOCK=16)
+    launch(kernel, (x.shape[0],), x, out, x.shape[1], x.stride(0), x.stride(1), BLOCK=BLOCK)
     return out
 
 
 @row_sum_kernel.property("sum of a row")
 def _(kernel):
     for seed in SEEDS:
-        x = whole(16, 16, seed=seed, largest=1000)
+        x = whole(16, 16, seed=seed, largest=1000) / 8
         suspects = {"that is the mean": x.mean(1), "those are the sums of the columns": x.sum(0)}
         got = _row_sum(kernel, kernels.guarded(x))
         expect_close(got, x.sum(1), 0.0, "r", "program r adds up row r", suspects)
@@ -92,13 +95,14 @@ def _(kernel):
 
 @row_sum_kernel.property("all tiles")
 def _(kernel):
-    for seed in SEEDS:
-        x = whole(5, 48, seed=seed)
+    for seed, BLOCK in zip(SEEDS, (16, 32), strict=True):
+        x = whole(5, 3 * BLOCK, seed=seed)
         suspects = {
-            "only the first BLOCK elements of the row were added": x[:, :16].sum(1),
-            "only the last tile was kept: add to the sum, do not replace it": x[:, -16:].sum(1),
+            "only the first BLOCK elements of the row were added": x[:, :BLOCK].sum(1),
+            "only the last tile was kept: add to the sum, do not replace it": x[:, -BLOCK:].sum(1),
         }
-        expect_close(_row_sum(kernel, kernels.guarded(x)), x.sum(1), 0.0, "r", "loop over tiles of BLOCK", suspects)
+        got = _row_sum(kernel, kernels.guarded(x), BLOCK=BLOCK)
+        expect_close(got, x.sum(1), 0.0, "r", f"loop over the row in tiles of BLOCK, here {BLOCK}", suspects)
 
 
 @row_sum_kernel.property("tail")
@@ -108,69 +112,63 @@ def _(kernel):
         suspects = {
             "masked places must count 0, not 1: the `other` of the load": x.sum(1) + -C % 16,
             "the last element of each row is missing: the mask is c < C": x[:, :-1].sum(1),
+            "the last, partly filled tile is missing": x[:, : C // 16 * 16].sum(1),
         }
-        if C > 16:
-            suspects["the last, partly filled tile is missing"] = x[:, : C // 16 * 16].sum(1)
-        cause = (
-            "the last tile reaches past the row, into the next one or into NaN: mask the load, and give it other=0.0"
-        )
-        got = _nan_as_number(_row_sum(kernel, kernels.guarded(x)))
-        expect_close(got, x.sum(1), 0.0, "r", cause, suspects)
+        cause = "the last tile reaches past the row, or its masked lanes hold no 0: mask the load, with other=0.0"
+        _expect_clean(_row_sum(kernel, kernels.guarded(x)), x.sum(1), "r", cause, suspects)
 
 
 @row_sum_kernel.property("row stride")
 def _(kernel):
     for seed in SEEDS:
         x = whole(5, 37, seed=seed)
-        got = _nan_as_number(_row_sum(kernel, kernels.guarded(x, row_gap=7)))
+        got = _row_sum(kernel, kernels.guarded(x, row_gap=7))
         cause = "rows are row_stride apart, which need not be C: here 7 elements of NaN lie between two rows"
-        expect_close(got, x.sum(1), 0.0, "r", cause)
+        _expect_clean(got, x.sum(1), "r", cause)
 
 
 @row_sum_kernel.property("column stride")
 def _(kernel):
     for seed in SEEDS:
         x = whole(37, 5, seed=seed)
-        got = _nan_as_number(_row_sum(kernel, kernels.guarded(x, row_gap=2).T))
+        got = _row_sum(kernel, kernels.guarded(x, row_gap=2).T)
         cause = "neighbours of a row are col_stride apart: here the matrix is a transposed view"
-        expect_close(got, x.sum(0), 0.0, "r", cause)
+        _expect_clean(got, x.sum(0), "r", cause)
     _row_sum(kernel, kernels.guarded(x, row_gap=2), kernels.expect_reads_inside)
 
 
 # -------------------------------------------------------------------------------------------------- cost of a tile
 
-TILES = ((4, 64, 64, 128, 1), (1, 64, 64, 128, 4), (2, 32, 3, 12, 2))  # BQ, BK, Hi, Di, value_bytes: V3.2's first
+TILES = ((2, 64, 64, 128, 1), (1, 64, 64, 128, 4), (2, 32, 3, 12, 2))  # BQ, BK, Hi, Di, value_bytes: V3.2's first
 
 
 def _cost(solution, case):
     answer = solution(*case)
     expect(
-        isinstance(answer, (tuple, list)) and len(answer) == 2,
-        f"got {answer!r}, expected a pair (flops, bytes)",
-        "return both numbers",
+        isinstance(answer, (tuple, list)) and [isinstance(n, numbers.Real) for n in answer] == [True, True],
+        f"got {answer!r}, expected two numbers (flops, bytes)",
+        "a missing return, or only one of the two",
     )
     return [float(number) for number in answer]
 
 
 def _expect_count(got, expected, case, cause, suspects):
-    for suspicion, answer in suspects.items():
-        if got == answer != expected:
-            cause = suspicion
-            break
-    names = ("BQ", "BK", "Hi", "Di", "value_bytes")
-    where = ", ".join(f"{name}={value}" for name, value in zip(names, case, strict=True))
+    cause = next((why for why, answer in suspects.items() if got == answer != expected), cause)
+    where = "BQ={}, BK={}, Hi={}, Di={}, value_bytes={}".format(*case)
     expect(got == expected, f"{where}: got {got:.0f}, expected {expected}", cause)
 
 
 @tile_cost.property("flops")
 def _(solution):
     for case in TILES:
-        BQ, BK, Hi, Di, _ = case
+        BQ, BK, Hi, Di, size = case
         pairs = BQ * BK * Hi * Di
         suspects = {
             "a multiply and an add are two FLOPs": pairs,
             "that is one query's share: there are BQ of them": 2 * pairs // BQ,
             "that is one head's share: there are Hi of them": 2 * pairs // Hi,
+            "only the product counts here: no relu, no weights, no sum over heads": 2 * pairs + 3 * BQ * BK * Hi,
+            "those are the bytes: the FLOPs come first": BK * Di * size + 4 * BQ * BK,
         }
         _expect_count(_cost(solution, case)[0], 2 * pairs, case, "[BK, Di] x [Di, BQ · Hi], two a step", suspects)
 
@@ -183,6 +181,9 @@ def _(solution):
         suspects = {
             "the scores that are written are missing": keys,
             "the scores are fp32, 4 bytes each, whatever the keys are": keys + size * BQ * BK,
+            "one number of a key takes value_bytes bytes": BK * Di + scores,
+            "scores for one query only: there are BQ of them": keys + 4 * BK,
+            "one score a pair: the heads were summed": keys + scores * Hi,
             "the keys are read once for all BQ queries: that is what the tile is for": keys * BQ + scores,
             "all heads share one key: Hi does not enter": keys * Hi + scores,
             "the queries are not read again for each tile: the program holds them": keys + scores + BQ * Hi * Di * size,
@@ -193,9 +194,8 @@ def _(solution):
 # ----------------------------------------------------------------------------------------------------- index scores
 
 
-def _scores(kernel, q, k, w, gap=0, grid=None, launch=_launch):
+def _scores(kernel, q, k, w, gap=0, grid=None, launch=kernels.launch, BK=16):
     """Scores [T, S] from the kernel, whose tiles are padded as tl.dot wants them."""
-    BK = 16
     (T, Hi, Di), S = q.shape, k.shape[0]
     q, k, w, out = (*(kernels.guarded(x, gap) for x in (q, k, w)), kernels.output(T, S, row_gap=gap))
     launch(
@@ -224,8 +224,13 @@ def _expect_past(kernel, q, k, w, cause, suspects=None):
 def _(kernel):
     for seed in SEEDS:
         q, k = _positive(16, 16, 16, seed=seed), _positive(16, 16, seed=seed + 10)
-        cause = "with all numbers positive and all weights 1, the score is the sum over heads of q · k"
-        _expect_past(kernel, q, k, torch.ones(16, 16), cause)
+        w, cause = torch.ones(16, 16), "numbers positive, weights 1: the score is the sum over heads of q · k"
+        suspects = {
+            "the sum went over the keys of the tile, not over the heads": torch.einsum("thd,sd->th", q, k),
+            "q has its heads on the rows: tl.dot(k, q) lacks a tl.trans": torch.einsum("tde,sd->ts", q, k),
+            "every program took query 0": index_scores(q[:1].expand_as(q), k, w),
+        }
+        _expect_past(kernel, q, k, w, cause, suspects)
 
 
 @index_scores_kernel.property("every tile")
@@ -251,10 +256,11 @@ def _(kernel):
 def _(kernel):
     for seed in SEEDS:
         q, k = _positive(16, 16, 16, seed=seed), _positive(16, 16, seed=seed + 10)
-        w = _positive(16, 16, seed=seed + 20)
+        w, plain = _positive(16, 16, seed=seed + 20), index_scores(q, k, torch.ones(16, 16))
         suspects = {
             "every row took the weights of row 0": index_scores(q, k, w[:1].expand(16, 16)),
-            "the weights were left out": index_scores(q, k, torch.ones(16, 16)),
+            "the weights were left out": plain,
+            "the weights lie along the keys: w[None, :] lays them along the heads": plain * w,
         }
         _expect_past(kernel, q, k, w, "I[t, s] = sum over h of w[t, h] · relu(q[t, h] · k[s])", suspects)
 
@@ -307,14 +313,12 @@ def _expect_causal(kernel, T, S, seed):
         "a query sees its own key too: s <= S - T + t": shifted(-1),
         "the queries are the last T of S positions: row t sees s <= S - T + t, not s <= t": shifted(T - S),
     }
-    got = _scores(kernel, q, k, w)
     cause = "-inf where s > S - T + t, in tiles that are all future too"
-    expect_close(got, index_scores(q, k, w), 0.0, "t s", cause, suspects)
+    expect_close(_scores(kernel, q, k, w), index_scores(q, k, w), 0.0, "t s", cause, suspects)
 
 
-def _expect_all(kernel, q, k, w, cause, gap=0):
-    got = _nan_as_number(_scores(kernel, q, k, w, gap))
-    expect_close(got, index_scores(q, k, w), 0.0, "t s", cause)
+def _expect_all(kernel, q, k, w, cause, gap=0, BK=16):
+    _expect_clean(_scores(kernel, q, k, w, gap, BK=BK), index_scores(q, k, w), "t s", cause)
 
 
 @index_scores_kernel.property("strides")
@@ -335,6 +339,12 @@ def _(kernel):
     _expect_all(kernel, x.q_idx, x.k_idx, x.w, "the toy of this course: 2 heads of 4 numbers, follow it by hand")
 
 
+@index_scores_kernel.property("larger tiles")
+def _(kernel):
+    q, k, w = whole(2, 20, 24, seed=1), whole(70, 24, seed=2), whole(2, 20, seed=3)
+    _expect_all(kernel, q, k, w, "BK, HP and DP are 32 here: take the sizes of tiles from the arguments", BK=32)
+
+
 @index_scores_kernel.property("full precision")
 def _(kernel):
     expect(
@@ -350,7 +360,7 @@ def _(kernel):
 # ------------------------------------------------------------------------------------------------------ planted bug
 
 
-def _lengths(kernel, k, gap=0, launch=_launch):
+def _lengths(kernel, k, gap=0, launch=kernels.launch):
     S, Di = k.shape
     k, out = kernels.guarded(k, gap), kernels.output(S)
     launch(kernel, (math.ceil(S / 16),), k, out, S, Di, k.stride(0), BK=16, DP=_padded(Di))
@@ -359,7 +369,6 @@ def _lengths(kernel, k, gap=0, launch=_launch):
 
 def _expect_lengths(kernel, k, cause, gap=0):
     square, pad = k.square(), _padded(k.shape[1]) - k.shape[1]
-    got = _nan_as_number(_lengths(kernel, k, gap))
     suspects = {
         "the last number of each key is missing": square[:, :-1].sum(1),
         "lanes past Di must count 0: the `other` of the load": square.sum(1) + pad,
@@ -367,7 +376,7 @@ def _expect_lengths(kernel, k, cause, gap=0):
         "but still too many": square.sum(1) + pad * square[:, -1],
         "the numbers were added without squaring": k.sum(1),
     }
-    expect_close(got, square.sum(1), 0.0, "s", cause, suspects)
+    _expect_clean(_lengths(kernel, k, gap), square.sum(1), "s", cause, suspects)
 
 
 @planted_bug_kernel.property("full tiles")
@@ -384,7 +393,8 @@ def _(kernel):
 
 @planted_bug_kernel.property("narrow keys")
 def _(kernel):
-    for seed, gap in zip(SEEDS, (0, 4), strict=True):
-        cause = "Di is no power of two: the lanes from Di on read what lies behind the key (the next key, or NaN)"
-        _expect_lengths(kernel, whole(37, 12, seed=seed), cause, gap)
+    cause = "Di is no power of two: the lanes from Di on must count 0, but took in what lies behind the key"
+    _expect_lengths(kernel, whole(37, 12, seed=1), cause)
+    strangers = "between two keys lie 4 numbers that are nobody's: step by row_stride, mask by Di"
+    _expect_lengths(kernel, whole(37, 20, seed=2), strangers, gap=4)
     _lengths(kernel, whole(37, 12, seed=3), 4, kernels.expect_reads_inside)

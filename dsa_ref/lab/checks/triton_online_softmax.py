@@ -6,8 +6,8 @@ import torch
 
 from ...sparse_attention import masked_softmax
 from . import kernels
-from .core import Check, expect_close, normal
-from .triton_sparse_attention import CLOSE, SEEDS, number, padded
+from .core import Check, expect, expect_close, normal
+from .triton_sparse_attention import CLOSE, SEEDS, number, padded, recorded
 
 row_lse_kernel = Check("row_lse_kernel")  # (x_ptr, lse_ptr, n, x_row, BLOCK), grid (R,)
 merge_kernel = Check("merge_kernel")  # (outs_ptr, lses_ptr, out_ptr, lse_ptr, P, R, V, VP), grid (R,)
@@ -51,6 +51,10 @@ def _(kernel):
         x = normal(3, 48, seed=seed) + _slope(48, 2.0)
         cause = "when m rises, the old l must shrink: l · exp(m - new_m)"
         _expect_lse(kernel, x, cause, {"only the last block counts: add to l, do not replace it": _lse(x[:, 32:])})
+    with recorded() as seen:
+        _row_lse(kernel, x)
+    cause = "one pass is asked for: read each number once, and rescale l when m rises"
+    expect(len(seen) <= x.numel() + 3, f"{len(seen) - 3} numbers were read, the rows have {x.numel()}", cause)
 
 
 @row_lse_kernel.property("falling blocks")
@@ -65,8 +69,9 @@ def _(kernel):
 
 @row_lse_kernel.property("large logits")
 def _(kernel):
-    for seed, shift in zip(SEEDS, (500.0, -500.0), strict=True):
-        _expect_lse(kernel, normal(3, 32, seed=seed) + shift, "fp32's exp overflows at 88: subtract the maximum first")
+    for seed, shift in zip((*SEEDS, 3), (500.0, -500.0, -20000.0), strict=True):
+        cause = "fp32's exp overflows at 88 and vanishes below -104: m starts at -inf, and is subtracted before exp"
+        _expect_lse(kernel, normal(3, 32, seed=seed) + shift, cause)
 
 
 @row_lse_kernel.property("tail")
@@ -93,7 +98,9 @@ def _(kernel):
         x = normal(4, 37, seed=seed)
         x[0] = -torch.inf
         x[1, :16] = x[2, 16:32] = x[3, 20:] = -torch.inf
-        cause = "where new_m is -inf subtract 0, since -inf minus -inf is NaN; a row of nothing gives -inf"
+        cause = (
+            "where new_m is -inf subtract 0, for -inf minus -inf is NaN; a row of nothing gives -inf, no number near it"
+        )
         _expect_lse(kernel, x, cause)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import NullLocator
 
 from ...config import V32
 from ..cost import decode_bytes, prefill_cost
@@ -94,7 +95,7 @@ def live_bill(tokens=17, kept=11) -> LiveFigure:
         return data
 
     def draw(data):
-        figure = Figure(figsize=(7.4, 3.9), layout="constrained", facecolor=COLOURS["visible"])
+        figure = Figure(figsize=(6.8, 3.4), layout="constrained", facecolor=COLOURS["visible"])
         titles = {"flops": "read the whole text", "bytes": "write the next token"}
         units = {"flops": "FLOPs, one layer", "bytes": "cache bytes read, one layer"}
         for axes, unit in zip(figure.subplots(1, 2), titles, strict=True):
@@ -106,9 +107,10 @@ def live_bill(tokens=17, kept=11) -> LiveFigure:
             axes.plot([data["tokens"]] * 2, [here["dense"], here["dsa"]], "o", color="#222222", markersize=5)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
+            axes.yaxis.set_minor_locator(NullLocator())
             axes.set(xlabel="tokens in the text", ylabel=units[unit])
             ratio = here["dense"] / here["dsa"]
-            axes.set_title(f"{titles[unit]}\n{data['tokens']:,} tokens: dense / DSA = {ratio:.2f}", fontsize=10)
+            axes.set_title(f"{titles[unit]}\n{data['tokens']:,} tokens: dense / DSA = {ratio:.2f}", fontsize=9)
             axes.grid(color="#dddddd", linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
             axes.legend(loc="upper left", frameon=False, fontsize=8)

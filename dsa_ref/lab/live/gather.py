@@ -39,8 +39,8 @@ def live_gather(steps, layer, k) -> LiveFigure:
         handles = [Patch(facecolor=COLOURS[key], edgecolor="black", label=label) for key, label in labels.items()]
         square.legend(handles=handles, loc="upper right", fontsize=8)
         counts = {
-            "masked:\ncomputed": data["square"],
-            "masked:\nvisible": data["visible"],
+            "mask\ncomputes": data["square"],
+            "of these\nvisible": data["visible"],
             "gathered": data["gathered"],
         }
         colours = [COLOURS["attention"], COLOURS["attention"], COLOURS["selected"]]

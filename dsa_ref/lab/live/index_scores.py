@@ -197,15 +197,18 @@ def live_text_scores(text_bytes, steps, k, byte, layer, shown=64) -> viz.LiveFig
 
 def _draw_text(data, shown):
     t, scores, kept = data["byte"], data["scores"], set(data["chosen"].tolist())
-    figure = Figure(figsize=(8, 5), layout="constrained", facecolor=viz.COLOURS["visible"])
+    figure = Figure(figsize=(7.4, 4.4), layout="constrained", facecolor=viz.COLOURS["visible"])
     whole, near = figure.subplots(2, 1)
-    for axes, first, size in ((whole, 0, 4), (near, max(0, t + 1 - shown), 7)):
+    for axes, first, size in ((whole, 0, 3), (near, max(0, t + 1 - shown), 7)):
         for is_kept, colour, mark in ((False, viz.LINES[2][0], "o"), (True, viz.COLOURS["selected"], "D")):
             s = [i for i in range(first, t + 1) if (i in kept) == is_kept]
-            face = colour if is_kept else viz.COLOURS["visible"]
+            face = colour if is_kept or axes is whole else viz.COLOURS["visible"]  # many points: plain dots
             if is_kept or axes is near:
                 axes.vlines(s, data["threshold"], scores[s], color=colour, linewidth=0.8, zorder=1)
-            axes.plot(s, scores[s], mark, color=colour, markerfacecolor=face, markersize=size, zorder=2)
+            tiny = axes is whole and not is_kept
+            axes.plot(
+                s, scores[s], mark, color=colour, markerfacecolor=face, markersize=1.5 if tiny else size, zorder=2
+            )
         axes.axhline(data["threshold"], color=EDGE, linestyle="--", linewidth=1.0)
         axes.set_ylabel("score I[t, s] (no unit)", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)

@@ -84,7 +84,7 @@ def flips_chart(results) -> Figure:
         axes.set_xscale("log")
         axes.set_xlim(0.03, 100)
         axes.set_xticks([0.1, 1, 10, 100], labels=["0.1", "1", "10", "100"])
-        axes.set(title=f"k = {k}", xlabel="changed keys (%)")
+        axes.set(title=f"k = {k} keys selected", xlabel="flips (% of the selected keys)")
         axes.grid(axis="x", **GRID)
         axes.spines[["top", "right"]].set_visible(False)
     first = figure.axes[0]

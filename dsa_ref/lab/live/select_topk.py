@@ -79,7 +79,7 @@ def live_recall(steps, scale, k, byte, layer) -> viz.LiveFigure:
 
 def _draw_recall(data):
     k, t = data["k"], data["byte"]
-    figure = Figure(figsize=(7, 5.2), layout="constrained", facecolor=viz.COLOURS["visible"])
+    figure = Figure(figsize=(6.8, 4.7), layout="constrained", facecolor=viz.COLOURS["visible"])
     above, below = figure.subplots(2, 1, height_ratios=(3, 2))
     marks = [0, 1, 3, 7, 15, 31, 63, 127, 255]
     for (name, values), (colour, line, marker) in zip(data["curves"].items(), viz.LINES, strict=False):
@@ -93,7 +93,6 @@ def _draw_recall(data):
     above.set(
         ylim=(0, 1.04), xlabel="k, keys selected for each query", ylabel="attention mass caught\n(share, mean of rows)"
     )
-    above.grid(color="#dddddd", linewidth=0.6)
     above.legend(loc="best", frameon=False, fontsize=8)
     for row, (keys, (colour, *_)) in enumerate(zip(data["chosen"].values(), viz.LINES, strict=False)):
         below.vlines(keys.tolist(), row - 0.4, row + 0.4, color=colour, linewidth=1.2)
@@ -171,6 +170,7 @@ def _draw_threshold(data, around):
         Line2D([], [], marker="D", color=blue, label=f"selected: {n}", **marks),
         Line2D([], [], marker="o", color=grey, markerfacecolor=white, label="left out", **marks),
         Line2D([], [], color=EDGE, linestyle="--", linewidth=1.0, label=f"threshold {data['threshold']:.2f}"),
+        Line2D([], [], color=EDGE, linewidth=0.8, label=f"the cut, after {n} keys"),
     ]
-    figure.legend(handles=legend, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(handles=legend, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure

@@ -3,10 +3,14 @@
 import functools
 
 import ipywidgets
+import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from ...nn.model import load_small_model
 from .. import traps, viz
+from ..checks.traps import patient
+from ..compare import overlap
 from ..trap_runs import read
 
 ADDED = "#aac4e0"  # the colour of "selected" at a third: selected, but wrongly
@@ -94,7 +98,7 @@ def effects(record) -> list:
 def table(record) -> str:
     """The museum as a Markdown table."""
     lines = [
-        "| trap | what is wrong | shows in | right keys left | loss, nats a byte | caught by |",
+        "| trap | what is wrong | shows in | right keys left | change of loss | caught by |",
         "|---|---|---|---:|---:|---|",
     ]
     for found, way, measured in effects(record):
@@ -112,7 +116,7 @@ def table(record) -> str:
 def harm(record) -> Figure:
     """Two bars a trap: the right keys that it loses, and its change of the loss with twice its standard error."""
     rows = [row for row in effects(record) if "overlap" in row[2] and row[1] != "indexer loss"][::-1]
-    figure = Figure(figsize=(8.4, 5.2), layout="constrained", facecolor=viz.COLOURS["visible"])
+    figure = Figure(figsize=(8.0, 5.3), layout="constrained", facecolor=viz.COLOURS["visible"])
     left, right = figure.subplots(1, 2, sharey=True)
     places = range(len(rows))
     lost = [100 * (1 - measured["overlap"]) for _, _, measured in rows]
@@ -132,3 +136,50 @@ def harm(record) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
     return figure
+
+
+# ------------------------------------------------------------------------------------------------- the patients
+
+CHANGED = 40  # the byte that is changed in the test of causality
+
+
+def patient_files(tokens, letters) -> dict:
+    """What is seen from outside of each patient of exercise 15.3: {letter: {finding: str}}. tokens: int64 [n + 1]."""
+    model = load_small_model()
+    healthy, files = _observe(model, tokens), {}
+    for letter in letters:
+        with patient(letter):
+            files[letter] = _describe(_observe(model, tokens), healthy)
+    return files
+
+
+def as_columns(files) -> str:
+    """The files as a Markdown table, one column a patient."""
+    names = list(next(iter(files.values())))
+    rows = [f"| {name} | " + " | ".join(found[name] for found in files.values()) + " |" for name in names]
+    return "\n".join(["| | " + " | ".join(files) + " |", "|---" * (len(files) + 1) + "|", *rows])
+
+
+@torch.no_grad()
+def _observe(model, tokens):
+    steps, changed = [], tokens[: CHANGED + 8].clone()
+    changed[CHANGED] += 1
+    moved = (model(tokens[: len(changed)]) != model(changed))[:CHANGED].any(dim=1)
+    model(tokens[:-1], record=steps)
+    seen = {way: read(tokens, way)[0] for way in ("chunks", "merge", "bf16 scores")}
+    return {"one pass": [step["indices"] for step in steps], "w": steps[0]["w"], "moved": int(moved.sum()), **seen}
+
+
+def _describe(found, healthy):
+    n, k = healthy["chunks"][0].shape
+    own, lines = torch.arange(n)[:, None], {}
+    for way in ("one pass", "chunks", "merge"):
+        kept = [overlap(a[k:], b[k:]) for a, b in zip(healthy[way], found[way], strict=True)]
+        lines[f"right keys, {way}"] = "all" if sum(kept) > 0.999 * len(kept) else "not all"
+    for way in ("chunks", "bf16 scores"):
+        mine, other = (sum(int((chosen == own)[k:].sum()) for chosen in who[way]) for who in (healthy, found))
+        lines[f"own key, {way}"] = "never" if other == 0 else "rarer" if other < 0.96 * mine else "as ever"
+    lines["earlier rows moved"] = str(found["moved"])
+    lines["size of w"] = f"x {float(found['w'].abs().mean() / healthy['w'].abs().mean()):.0f}"
+    lines["row 2 selects"] = " ".join(map(str, found["one pass"][0][2, :6].tolist()))
+    return lines

@@ -3,6 +3,7 @@
 import ipywidgets
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from ..viz import COLOURS, LiveFigure
@@ -78,8 +79,8 @@ def _draw(data):
         Patch(facecolor=COLOURS["selected"], label="this tile's rows"),
         Patch(facecolor=EARLIER, edgecolor="#555555", label="earlier tiles"),
         Patch(facecolor="white", edgecolor="#777777", label="later tiles"),
-        Patch(facecolor=MASKED, label="× masked: nothing is read"),
-        Patch(facecolor=COLOURS["query"], label="query t"),
+        Line2D([], [], linestyle="", marker="x", color=MASKED, label="masked lane: nothing is read"),
+        Line2D([], [], color=COLOURS["query"], label="row t, the query's own"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=7.5, frameon=False)
     return figure

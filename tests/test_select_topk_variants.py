@@ -1,0 +1,112 @@
+"""The two kernels behind `kernels.select_topk`: each is exact alone, and the sampled one when its luck fails."""
+
+import importlib
+
+import pytest
+import rungs
+import torch
+from conftest import NEEDS_TRITON
+from inputs import best, causal, normal, small_integers
+
+pytestmark = pytest.mark.skipif(not rungs.has_triton(), reason=NEEDS_TRITON)
+
+S = 6000  # more than a list holds, so that the bound matters
+
+
+def launch(variant, scores, k, start, end):
+    return importlib.import_module("kernels.select_topk").launch(scores, k, start, end, variant)
+
+
+def ends_early(T, device):
+    """Ranges that begin and end inside the row; the last is shorter than k."""
+    start = torch.arange(3, 3 + T, dtype=torch.int32, device=device)
+    end = torch.full_like(start, S - 7)
+    end[-1] = start[-1] + 20
+    return start, end
+
+
+def luckless(winners_sampled, k, n=20_000, CAP=4096, SAMPLE=8192):
+    """One row whose sample misleads: all its large scores lie where the sample looks, or all where it does not.
+
+    The list that the sample's bound would make is too short, or too long; asserted here, as the kernel computes it.
+    """
+    place = torch.arange(SAMPLE) // 8 * n // (SAMPLE // 8) + torch.arange(SAMPLE) % 8
+    scores = normal(1, n)
+    if winners_sampled:
+        scores[0, place[: k * 3 // 4]] += 100
+    else:
+        scores += 100
+        scores[0, place] -= 100
+    bound = scores[0, place].sort(descending=True).values[int((k * CAP) ** 0.5 * SAMPLE / n)]
+    count = int((scores >= bound).sum())
+    assert count < k if winners_sampled else count > CAP
+    return scores
+
+
+CASES = {
+    "normal": lambda T: normal(T, S),
+    "many ties": lambda T: small_integers(T, S),
+    "constant": lambda T: torch.zeros(T, S),
+    "zeros of both signs": lambda T: torch.where(normal(T, S) > 0, 0.0, -0.0),
+    "minus infinity": lambda T: normal(T, S).masked_fill(normal(T, S, seed=1) > -2, -torch.inf),
+    "heavy tail": lambda T: normal(T, S) ** 5,
+    "rising": lambda T: torch.arange(T * S, dtype=torch.float32).reshape(T, S),
+}
+
+
+@pytest.mark.parametrize("variant", ("radix", "sampled"))
+@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("k", (7, 50))
+def test_each_variant_is_exact(variant, kind, k, device, poisoned):
+    scores = CASES[kind](3)
+    start, end = ends_early(3, "cpu")
+    got = launch(variant, scores.to(device), k, start.to(device), end.to(device)).cpu()
+    for row, wanted in zip(got.tolist(), best(scores.numpy(), k, start, end), strict=True):
+        assert row == wanted + [-1] * (k - len(wanted))
+
+
+@pytest.mark.parametrize("winners_sampled", (True, False))
+def test_a_row_that_defeats_the_sample_is_redone(winners_sampled, device, poisoned):
+    scores, k = luckless(winners_sampled, 2000), 2000
+    start = torch.zeros(1, dtype=torch.int32)
+    end = torch.full_like(start, scores.shape[1])
+    got = launch("sampled", scores.to(device), k, start.to(device), end.to(device)).cpu()
+    assert got.tolist() == best(scores.numpy(), k, start, end)
+
+
+@pytest.mark.parametrize("variant", ("radix", "sampled"))
+def test_short_rows(variant, device, poisoned):
+    scores = small_integers(4, 9)
+    start, end = causal(4, 9)
+    got = launch(variant, scores.to(device), 16, start.to(device), end.to(device)).cpu()
+    assert [[s for s in row if s >= 0] for row in got.tolist()] == best(scores.numpy(), 16)
+
+
+@pytest.mark.parametrize("variant", ("radix", "sampled"))
+@pytest.mark.parametrize("place", (0, 2500, S - 8))
+def test_nan_is_refused_wherever_it_stands(variant, place, device):
+    scores = normal(2, S)
+    scores[1, place] = torch.nan
+    start = torch.zeros(2, dtype=torch.int32, device=device)
+    end = torch.full_like(start, S - 7)
+    with pytest.raises(ValueError, match="scores must not be NaN, got NaN in row 1"):
+        launch(variant, scores.to(device), 5, start, end)
+
+
+@pytest.mark.gpu
+def test_rows_that_no_sample_can_bound(device):
+    """All but a few scores tie, so every list overflows, and all rows are redone."""
+    scores = torch.zeros(64, 100_000, device=device)
+    scores[:, 50_000:50_100] = normal(64, 100, device=device).abs() + 1
+    start = torch.zeros(64, dtype=torch.int32, device=device)
+    end = torch.full_like(start, 100_000)
+    sampled, radix = (launch(variant, scores, 2048, start, end) for variant in ("sampled", "radix"))
+    assert torch.equal(sampled, radix) and sampled[0].tolist()[:3] == [0, 1, 2]
+
+
+@pytest.mark.gpu
+def test_the_same_bits_every_time(device):
+    scores = normal(300, 70_000, device=device)
+    start, end = causal(300, 70_000, device)
+    first = launch("sampled", scores, 2048, start, end)
+    assert all(torch.equal(first, launch("sampled", scores, 2048, start, end)) for _ in range(20))
