@@ -6,6 +6,7 @@ Plain pytest leaves these tests out (marker `browser`). SCREENSHOTS=folder keeps
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -76,9 +77,7 @@ def test_the_slider_moves_and_the_picture_changes(lab, chromium, name):
         page.goto(f"{lab}/{name}/tree/{name}.ipynb?reset")
         page.locator(".jp-Notebook").wait_for()
         page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for(state="attached")
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        page.wait_for_function(FINISHED)
+        run_all_cells(page)
         moved = 0
         for picture in page.locator(".jupyter-widgets.widget-box:has(img)").all():
             moved += move(page, picture)
@@ -89,10 +88,25 @@ def test_the_slider_moves_and_the_picture_changes(lab, chromium, name):
         page.close()
 
 
-FINISHED = """() => {
-    const prompts = [...document.querySelectorAll(".jp-CodeCell .jp-InputPrompt")].map(p => p.textContent);
-    return prompts.length > 3 && prompts.every(p => /\\[\\d+\\]/.test(p));
-}"""
+PROMPTS = "() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.textContent.trim())"
+ERRORS = "() => [...document.querySelectorAll('[data-mime-type*=stderr]')].map(output => output.textContent)"
+
+
+def run_all_cells(page):
+    """Run > Run All Cells, and wait until every cell has run; the stubs' NotImplementedError are the only errors."""
+    clicked, deadline = -60.0, time.monotonic() + 120
+    while True:
+        prompts = page.evaluate(PROMPTS)
+        if prompts and all(re.search(r"\d", prompt) for prompt in prompts):
+            return
+        if not re.search(r"[*\d]", "".join(prompts)) and time.monotonic() > clicked + 15:  # not yet, or it was missed
+            page.get_by_role("menuitem", name="Run", exact=True).click()
+            page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+            clicked = time.monotonic()
+        errors = [error for error in page.evaluate(ERRORS) if "NotImplementedError" not in error]
+        assert not errors, errors[0]
+        assert time.monotonic() < deadline, f"cells that have not run: {prompts}"
+        page.wait_for_timeout(200)
 
 
 def move(page, figure):
