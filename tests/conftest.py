@@ -11,6 +11,8 @@ import pytest
 import rungs
 import torch
 
+from dsa_ref.lab.checks import core
+
 torch.set_num_threads(1)  # pytest -n runs one process a core
 
 NEEDS_GPU = "needs a CUDA GPU"
@@ -61,18 +63,10 @@ def device():
 
 
 @pytest.fixture
-def poisoned(monkeypatch):
+def poisoned():
     """Memory asked for without a value holds NaN or the largest integer, never lucky zeros."""
-
-    def poison(make):
-        def made(*args, **kwargs):
-            tensor = make(*args, **kwargs)
-            return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
-
-        return made
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+    with core.poisoned():
+        yield
 
 
 @pytest.fixture

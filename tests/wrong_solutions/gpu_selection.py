@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 import dsa_ref
-from dsa_ref.lab.live.gpu_selection import group_maxima, kth_by_digits, ordered_bits
-from dsa_ref.lab.live.gpu_selection import lower_bound as bound
+from dsa_ref.lab.thresholds import group_maxima, kth_by_digits, ordered_bits
+from dsa_ref.lab.thresholds import lower_bound as bound
 
 from . import wrong
 
