@@ -1,4 +1,4 @@
-"""Notebook 10: selection without sorting, in torch. A bound by group maxima, the k-th largest byte by byte, ties by index.
+"""Notebook 10: selection without sorting, in torch. A bound by group maxima, the k-th largest by bytes, ties by index.
 
 It explains the kernels of `kernels/select_topk.py`; the reference of selection is `dsa_ref.select_topk`.
 """
