@@ -8,13 +8,14 @@ PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 LAB_ARGS ?=
+BENCH_ARGS ?=
 
 # This folder's own code, even after the folder was moved or copied, and nobody else's.
 export PYTHONPATH := $(CURDIR)
 # Jupyter's kernel is the one in .venv, also where the user has a `python3` kernel of their own.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help lab test test-grading test-browser course learner lint
+.PHONY: help lab test test-grading test-browser course learner bench lint
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +46,9 @@ course: $(INSTALLED)  ## execute every notebook, then make the learner edition a
 
 learner: $(INSTALLED)  ## make the learner edition, notebooks/*.ipynb, from notebooks/solutions/
 	$(VENV_PYTHON) -m notebooks.maintain.learner
+
+bench: $(INSTALLED)  ## measure every step on a GPU, beside the peers that are installed (BENCH_ARGS=...)
+	$(VENV_PYTHON) -m kernels.bench --peers $(BENCH_ARGS)
 
 lint: $(INSTALLED)  ## check style and formatting
 	$(VENV_PYTHON) -m ruff check .

@@ -5,8 +5,11 @@ columns) and the rest, so that a gathered row is loaded once and serves as key a
 k selected rows in tiles of BK: two products for the logits, the running (m, l, acc), one product for the values.
 
 Cost at V3.2's sizes: 2 · 128 · (576 + 512) FLOPs a selected pair against 1152 bytes gathered for it, mostly from L2:
-two programs (64 heads each) share them.
+two programs (64 heads each) share them. `hopper/sparse_attention.py` is the faster variant for V3.2's sizes.
 """
+
+import functools
+import importlib
 
 import torch
 import triton
@@ -62,18 +65,26 @@ def _sparse_attention(
     tl.store(lse_ptr + t * H + h, lse, h < H)
 
 
-def sparse_attention(q, kv, indices, scale, v_dim):
+def sparse_attention(q, kv, indices, scale, v_dim, variant=None):
     """`dsa_ref.sparse_attention` on tensor cores: (out [T, H, v_dim] in q.dtype, lse fp32 [T, H]). No gradient.
 
     Products of bf16 and fp16 inputs use those types (probabilities are rounded to them too), fp32 goes without TF32;
-    sums are fp32. NaN in a selected place gives NaN in out and lse. Raises as the reference does (fp64 is a TypeError
-    here), and as `runtime.check_runnable` does.
+    sums are fp32. NaN in a selected place gives NaN in out and lse.
+
+    variant: "portable", "hopper" (compute capability 9.0, bf16, D = 576, v_dim = 512; `hopper/sparse_attention.py` says
+    what it does with repeated indices and NaN where there are few heads), or None for the best that can serve. Raises
+    as the reference does (fp64 is a TypeError here), as `runtime.check_runnable` does, and ValueError for a variant
+    that is unknown or cannot serve these inputs.
     """
     T, H, D, k = check_sparse_attention(q, kv, indices, scale, v_dim, FLOATS)
     check_runnable(q=q, kv=kv)
+    hopper = _pick(variant, q, v_dim)
     out = torch.empty(T, H, v_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(T, H, dtype=torch.float32, device=q.device)
     if T == 0:
+        return out, lse
+    if hopper:
+        hopper.sparse_attention(q, kv, indices, scale, out, lse)
         return out, lse
     VP = max(16, triton.next_power_of_2(v_dim))
     RP = max(16, triton.next_power_of_2(D - v_dim)) if D > v_dim else 0
@@ -88,3 +99,25 @@ def sparse_attention(q, kv, indices, scale, v_dim):
         num_warps=8 if VP * BH > 16384 else 4,
     )  # fmt: skip
     return out, lse
+
+
+def _pick(variant, q, v_dim):
+    """The module of the Hopper variant, or None for the portable one."""
+    if variant not in (None, "portable", "hopper"):
+        raise ValueError(f'variant must be "portable", "hopper" or None, got {variant!r}')
+    if variant == "portable":
+        return None
+    hopper = _hopper()
+    reason = hopper.cannot_serve(q, v_dim) if hopper else "needs a triton with Gluon, and no interpreter"
+    if variant and reason:
+        raise ValueError(f'variant "hopper" {reason}')
+    return None if reason else hopper
+
+
+@functools.cache
+def _hopper():
+    """The Hopper variant's module, None where this triton has no Gluon that will do, or interprets."""
+    try:
+        return None if INTERPRETED else importlib.import_module(".hopper.sparse_attention", __package__)
+    except (ImportError, AttributeError):
+        return None

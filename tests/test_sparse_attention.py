@@ -1,5 +1,7 @@
 """Attention over selected rows against a softmax written out in float64, and what -1, order and size may not change."""
 
+import importlib
+
 import pytest
 import torch
 from inputs import assert_close, assert_same_bits, normal, random_indices, strided
@@ -162,6 +164,79 @@ def test_at_v32s_sizes(device, H):
 
     args = inputs(64, 20_000, H, 576, 2048, dtype=torch.bfloat16, device=device)
     check(kernels, *args, 192**-0.5, 512, 8e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share", (False, True))
+@pytest.mark.parametrize(
+    "T, H, k", [(37, 128, 100), (37, 96, 1), (70, 64, 2048), (37, 24, 129), (37, 16, 2048), (37, 8, 100), (70, 1, 7)]
+)
+def test_every_count_of_heads_on_hopper(device, poisoned, T, H, k, share):
+    """Tiles of one query and of several, steps not full, the last group short; to the bit the same each time."""
+    hopper = load_hopper()
+    for seed in (0, 1):
+        q, kv, indices = inputs(T, 3000, H, 576, k, seed, dtype=torch.bfloat16, device=device)
+        wanted_out, wanted_lse = written_out(q, kv, indices, 192**-0.5, 512)
+        first = None
+        for _ in range(20):
+            out, lse = q.new_full((T, H, 512), torch.nan), q.new_full((T, H), torch.nan, dtype=torch.float32)
+            hopper.sparse_attention(q, kv, indices, 192**-0.5, out, lse, share=share)
+            first = first or (out, lse)
+            assert_same_bits(out, first[0])
+            assert_same_bits(lse, first[1])
+        assert_close(out, wanted_out, 8e-3)
+        assert_close(lse, wanted_lse, 1e-5)
+
+
+@pytest.mark.gpu
+def test_every_version_on_hopper(device, poisoned):
+    hopper = load_hopper()
+    q, kv, indices = inputs(300, 3000, 128, 576, 300, dtype=torch.bfloat16, device=device)
+    wanted_out, wanted_lse = written_out(q, kv, indices, 192**-0.5, 512)
+    for version in hopper.VERSIONS:
+        out, lse = torch.empty_like(q[..., :512]), q.new_empty(300, 128, dtype=torch.float32)
+        hopper.sparse_attention(q, kv, indices, 192**-0.5, out, lse, version=version)
+        assert_close(out, wanted_out, 8e-3)
+        assert_close(lse, wanted_lse, 1e-5)
+
+
+@pytest.mark.gpu
+def test_nan_and_growing_logits_on_hopper(device):
+    """NaN in a selected row and in a query; logits that grow over the list, so that the maximum keeps moving."""
+    hopper = load_hopper()
+    q, kv, indices = inputs(3, 3000, 128, 576, 700, dtype=torch.bfloat16, device=device)
+    order = (kv.float() @ q[2, 5].float()).argsort()[-700:].to(torch.int32)
+    indices[2] = order
+    kv[order[100]] = torch.nan
+    q[1, 7, 3] = torch.nan
+    indices[1][indices[1] == order[100]] = -1
+    out, lse = q.new_full((3, 128, 512), 7.0), q.new_full((3, 128), 7.0, dtype=torch.float32)
+    hopper.sparse_attention(q, kv, indices, 0.5, out, lse)
+    assert out[2].isnan().all() and lse[2].isnan().all()
+    assert out[1, 7].isnan().all() and lse[1, 7].isnan()
+    assert int(out[1].isnan().any(dim=-1).sum()) == 1 and (out[0] == 0).all() and (lse[0] == -torch.inf).all()
+    kv[order[100]] = 0
+    hopper.sparse_attention(q, kv, indices, 0.5, out, lse)
+    wanted_out, wanted_lse = written_out(q, kv, indices, 0.5, 512)
+    assert_close(out[2], wanted_out[2], 8e-3)
+    assert_close(lse[2], wanted_lse[2], 1e-5)
+
+
+def load_hopper():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    return importlib.import_module("kernels.hopper.sparse_attention")
+
+
+@pytest.mark.rungs("kernels")
+def test_variants(ops, device):
+    q, kv, indices = inputs(5, 30, 3, 40, 9, device=device)
+    wanted = ops.sparse_attention(q, kv, indices, 0.2, 24)
+    for got, value in zip(ops.sparse_attention(q, kv, indices, 0.2, 24, variant="portable"), wanted, strict=True):
+        assert_same_bits(got, value)
+    for variant in ("hopper", "fastest"):  # it wants bf16 and other sizes; there is no such thing
+        with pytest.raises(ValueError, match="variant"):
+            ops.sparse_attention(q, kv, indices, 0.2, 24, variant=variant)
 
 
 @pytest.mark.rungs("reference", "kernels")

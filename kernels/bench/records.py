@@ -1,0 +1,88 @@
+"""What a run leaves behind: a table of at most 120 columns, and JSON that keeps the steps it did not measure."""
+
+import json
+import pathlib
+
+from .run import OURS
+
+FIGURES = pathlib.Path(__file__).parents[2] / "figures"
+CARDS = {"H200": "h200.json", "H100": "h100.json"}
+COLUMNS = (("case", 34), ("who", 28), ("ms", 8), ("10-90 %", 11), ("rate", 13), ("of best", 7), ("ours is", 7))
+
+
+def default_log(gpu):
+    """Where figures of a card with this name go, None for a card that has no file."""
+    return next((FIGURES / file for card, file in CARDS.items() if card in gpu), None)
+
+
+def merge(path, steps, ceilings):
+    """Write `steps`, {step: record with its own provenance}, into the JSON at `path`; other steps there stay.
+
+    ceilings: as `measure.ceilings` gives them, of this run; every step's record names the ceilings of its own run.
+    """
+    found = json.loads(path.read_text()) if path.exists() else {"steps": {}}
+    for step, record in steps.items():
+        found["steps"][step] = record | {"ceilings": ceilings}
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def header() -> str:
+    """The table's first line."""
+    return _line([name for name, _ in COLUMNS])
+
+
+def case_lines(record):
+    """The table's lines of one case: ours and each peer; `ours is` says how many times as fast as that peer.
+
+    What is not right comes with its verdict, and a note is a line of its own.
+    """
+    lines = []
+    for who, result in record["results"].items():
+        if result["verdict"] == "missing" and lines:
+            lines.append(f"    {who}: missing: {result['note']}"[:120])
+            continue
+        cells = ["" if lines else record["case"], who, "", "", "", "", ""]
+        if "ms" in result:
+            cells[2:6] = _timed_cells(result, record["unit"])
+        if "speed" in result:
+            cells[6] = f"{result['speed']:.2f}x"
+        lines.append(_line(cells))
+        if result["verdict"] != "right":
+            lines.append(f"    {who}: {result['verdict']}: {result['note']}"[:120])
+        elif result["note"]:
+            lines.append(f"    {who}: {result['note']}"[:120])
+        if result.get("timed", "graph") != "graph":
+            lines.append(f"    {who}: timed {result['timed']}"[:120])
+    facts = {name: value for name, value in record["facts"].items() if value is not None}
+    if facts:
+        lines.append("    " + ", ".join(f"{name} {value}" for name, value in facts.items()))
+    return lines
+
+
+def _timed_cells(result, unit):
+    ms = result["ms"]
+    low, high = (100 * (result[name] / ms - 1) for name in ("ms_10", "ms_90"))
+    share = result["of_ceiling"]
+    rate = f"{result['rate']:.0f} {unit}" if unit == "TFLOP/s" else f"{result['rate']:.2f} {unit}"
+    return [f"{ms:.3f}", f"{low:+.1f} {high:+.1f}", rate, f"{share:.0%}" if share is not None else ""]
+
+
+def _line(cells):
+    padded = []
+    for i, (cell, (_, width)) in enumerate(zip(cells, COLUMNS, strict=True)):
+        padded.append(f"{cell[:width]:<{width}}" if i < 2 else f"{cell[:width]:>{width}}")
+    return " ".join(padded).rstrip()
+
+
+def ceiling_lines(ceilings):
+    """The measured ceilings as lines of text."""
+    units = {"copy": "TB/s, read and written", "bf16": "TFLOP/s, 8192³", "fp8": "TFLOP/s, 8192³, fast accumulation"}
+    return [
+        f"ceiling {name}: " + (f"{value:.4g} {units[name]}" if value is not None else "not on this card")
+        for name, value in ceilings.items()
+    ]
+
+
+def ours_wrong(record) -> bool:
+    """Whether ours was wrong or failed in this case."""
+    return record["results"].get(OURS, {"verdict": "right"})["verdict"] != "right"
