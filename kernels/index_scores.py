@@ -9,6 +9,9 @@ out of L2; the scores, 4 bytes a pair, are the only real traffic to memory. Tile
 with -inf.
 """
 
+import functools
+import importlib
+
 import torch
 import triton
 import triton.language as tl
@@ -80,24 +83,31 @@ def _index_scores(
     _fill(out_ptr, t, covered, chunk_last, T, S, BQ, BK)
 
 
-def index_scores(q_idx, k_idx, w, k_scale=None, start=None, end=None):
+def index_scores(q_idx, k_idx, w, k_scale=None, start=None, end=None, variant=None):
     """`dsa_ref.index_scores` on tensor cores: fp32 [T, S], -inf where a row may not look. No gradient.
 
     FP8 inputs are multiplied as FP8 where the GPU can (compute capability 8.9), else as bf16, which holds them exactly;
     bf16 and fp16 as they are; fp32 without TF32. Hopper's FP8 tensor cores add with fewer bits than fp32 has: expect
     relative errors of some 1e-4. NaN in q_idx, k_idx or w gives NaN scores, which a selection then refuses.
-    Raises as the reference does (fp64 is a TypeError here), and as `runtime.check_runnable` does.
+
+    variant: "portable", "hopper" (compute capability 9.0, FP8, 64 heads of 128), or None for the best that can serve.
+    Raises as the reference does (fp64 is a TypeError here), as `runtime.check_runnable` does, and ValueError for a
+    variant that is unknown or cannot serve these inputs.
     """
     T, S, start, end = check_index_scores(q_idx, k_idx, w, k_scale, start, end, FLOATS)
     check_runnable(q_idx=q_idx, k_idx=k_idx, w=w, k_scale=k_scale)
-    return launch(q_idx, k_idx, w, k_scale, start, end)
+    return launch(q_idx, k_idx, w, k_scale, start, end, variant)
 
 
-def launch(q_idx, k_idx, w, k_scale, start, end):
+def launch(q_idx, k_idx, w, k_scale, start, end, variant=None):
     """Pick tiles and run the kernel on checked arguments."""
     (T, Hi, Di), S = q_idx.shape, k_idx.shape[0]
+    hopper = _pick(variant, q_idx, k_scale)
     out = torch.empty(T, S, dtype=torch.float32, device=q_idx.device)
     if T == 0:
+        return out
+    if hopper:
+        hopper.index_scores(q_idx, k_idx, w, k_scale, start, end, out)
         return out
     HP, DP = triton.next_power_of_2(Hi), max(32, triton.next_power_of_2(Di))
     wide = q_idx.dtype == torch.float32
@@ -114,6 +124,28 @@ def launch(q_idx, k_idx, w, k_scale, start, end):
         WHOLE=DP == Di, STAGES=3, num_warps=4,
     )  # fmt: skip
     return out
+
+
+def _pick(variant, q_idx, k_scale):
+    """The module of the Hopper variant, or None for the portable one."""
+    if variant not in (None, "portable", "hopper"):
+        raise ValueError(f'variant must be "portable", "hopper" or None, got {variant!r}')
+    if variant == "portable":
+        return None
+    hopper = _hopper()
+    reason = hopper.cannot_serve(q_idx, k_scale) if hopper else "needs a triton with Gluon, and no interpreter"
+    if variant and reason:
+        raise ValueError(f'variant "hopper" {reason}')
+    return None if reason else hopper
+
+
+@functools.cache
+def _hopper():
+    """The Hopper variant's module, None where this triton has no Gluon that will do, or interprets."""
+    try:
+        return None if INTERPRETED else importlib.import_module(".hopper.index_scores", __package__)
+    except (ImportError, AttributeError):
+        return None
 
 
 TRITON_NAMES = {

@@ -145,6 +145,30 @@ def test_at_v32s_sizes(device):
     assert_close(kernels.index_scores(*inputs), dsa_ref.index_scores(*inputs), 0.0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("T, S", [(1, 70), (37, 37), (37, 5000), (300, 129), (9, 70_000)])
+def test_hopper_variant(device, poisoned, T, S):
+    """Ranges of all lengths, tiles that some rows see in part, T and S that are no multiple of a tile."""
+    import kernels
+
+    inputs = index_inputs(small_integers, T, S, 64, 128, dtype=E4M3, device=device)
+    for ranges in (ragged(T, S, device=device), ragged(T, S, seed=1, device=device), causal(T, S, device))[
+        : 2 + (T <= S)
+    ]:
+        for k_scale in (None, inputs[3]):
+            wanted = kernels.index_scores(*inputs[:3], k_scale, *ranges, variant="portable")
+            assert_close(wanted, dsa_ref.index_scores(*inputs[:3], k_scale, *ranges), 0.0)
+            for _ in range(3):
+                assert torch.equal(kernels.index_scores(*inputs[:3], k_scale, *ranges, variant="hopper"), wanted)
+
+
+@pytest.mark.parametrize("variant", ("fast", "hopper"))
+@pytest.mark.rungs("kernels")
+def test_a_variant_that_cannot_serve(ops, device, variant):
+    with pytest.raises(ValueError, match="variant"):
+        ops.index_scores(*index_inputs(normal, 2, 5, 3, 32, device=device), variant=variant)
+
+
 @pytest.mark.rungs("reference", "kernels")
 @pytest.mark.parametrize("argument", (0, 1, 2))
 def test_nan_is_not_taken_for_zero(ops, device, argument):
