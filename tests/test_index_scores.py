@@ -162,6 +162,25 @@ def test_hopper_variant(device, poisoned, T, S):
                 assert torch.equal(kernels.index_scores(*inputs[:3], k_scale, *ranges, variant="hopper"), wanted)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("argument", (0, 1, 2))
+def test_nan_in_fp8(device, argument):
+    import kernels
+
+    inputs = list(index_inputs(small_integers, 40, 90, 64, 128, dtype=E4M3, device=device))
+    where = (30, 5, 7)[: inputs[argument].dim()]
+    inputs[argument] = (
+        inputs[argument]
+        .float()
+        .index_put([torch.tensor(i, device=device) for i in where], torch.tensor(torch.nan, device=device))
+    )
+    inputs[argument] = inputs[argument].to(device=device, dtype=torch.float32 if argument == 2 else E4M3)
+    for scaled in (inputs, inputs[:3]):
+        scores = kernels.index_scores(*scaled, variant="hopper")
+        s, t = torch.arange(90, device=device), torch.arange(40, device=device)[:, None]
+        assert torch.equal(scores.isnan(), (s <= t + 50) & ((s == 30) if argument == 1 else (t == 30)))
+
+
 @pytest.mark.parametrize("variant", ("fast", "hopper"))
 @pytest.mark.rungs("kernels")
 def test_a_variant_that_cannot_serve(ops, device, variant):

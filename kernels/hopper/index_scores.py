@@ -23,26 +23,28 @@ BQ, BK, STAGES = gl.constexpr(4), gl.constexpr(64), gl.constexpr(4)  # queries a
 QUERIES = 2 * BQ.value
 DOTS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BQ.value * HEADS.value, 32]))
 TILE = gl.constexpr(gl.NVMMASharedLayout(128, 8, 2))
+SCALES = gl.constexpr(gl.NVMMASharedLayout(0, 32, 1))
 NAN_STAYS = gl.constexpr(tl.PropagateNan.ALL)
 
 
 @gluon.jit
 def fetch(args):
-    k_desc, k_tiles, q_tiles, full, free, ranges, pointers = args
+    k_desc, scale_desc, k_tiles, scales, q_tiles, full, free, ranges, pointers = args
     first, last = ranges[2], ranges[3]
     for s0 in range(first, last, BK):
         i = (s0 - first) // BK
         stage = i % STAGES
         mbarrier.wait(free.index(stage), ((i // STAGES) & 1) ^ 1)
-        mbarrier.expect(full.index(stage), BK * DIM)
+        mbarrier.expect(full.index(stage), BK * (DIM + 4))
         tma.async_copy_global_to_shared(k_desc, [s0, 0], full.index(stage), k_tiles.index(stage))
+        tma.async_copy_global_to_shared(scale_desc, [s0], full.index(stage), scales.index(stage))
 
 
 @gluon.jit
-def score(group, args, SCALED: gl.constexpr):
-    k_desc, k_tiles, q_tiles, full, free, ranges, pointers = args
+def score(group, args):
+    k_desc, scale_desc, k_tiles, scales, q_tiles, full, free, ranges, pointers = args
     chunk_first, chunk_last, first, last, t0, T, S = ranges
-    w_ptr, k_scale_ptr, start_ptr, end_ptr, out_ptr = pointers
+    w_ptr, start_ptr, end_ptr, out_ptr = pointers
     t0 = t0 + group * BQ
 
     column = gl.arange(0, BQ * HEADS, layout=gl.SliceLayout(0, DOTS))
@@ -53,41 +55,44 @@ def score(group, args, SCALED: gl.constexpr):
     t = t0 + gl.arange(0, BQ, layout=gl.SliceLayout(0, SCORES))
     key = gl.arange(0, BK, layout=gl.SliceLayout(1, SCORES))
     start, end = gl.load(start_ptr + t, t < T, S), gl.load(end_ptr + t, t < T, 0)
-    whole_first = gl.max(gl.where(t < T, start, 0), 0)  # from here to whole_last every row sees every key
-    whole_last = gl.minimum(gl.min(gl.where(t < T, end, S), 0), chunk_last)
+    # Between these two every row sees every key of a tile, and nothing is masked.
+    whole_first = (gl.max(gl.where(t < T, start, 0), 0) + BK - 1) // BK * BK
+    whole_first = gl.minimum(gl.maximum(whole_first, first), last)
+    whole_last = gl.minimum(gl.min(gl.where(t < T, end, S), 0), chunk_last) // BK * BK
+    whole_last = gl.minimum(gl.maximum(whole_last, whole_first), last)
     out = out_ptr + t.to(gl.int64)[None, :] * S + key[:, None]
     nothing = gl.full([BK, BQ], float("-inf"), gl.float32, layout=SCORES)
 
     for s0 in range(chunk_first, first, BK):
         gl.store(out + s0, nothing, (t < T)[None, :] & (s0 + key < first)[:, None])
-    for s0 in range(first, last, BK):
-        i = (s0 - first) // BK
-        stage = i % STAGES
-        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        # i >> 28 is 0, but the compiler does not know: the queries' descriptor is not hoisted into registers
-        q_tile = q_tiles.index(group + (i >> 28)).permute((1, 0))
-        dots = warpgroup_mma(k_tiles.index(stage), q_tile, zeros, use_acc=False, is_async=True)
-        if SCALED:
-            k_scale = gl.load(k_scale_ptr + s0 + key, s0 + key < S, 0.0)
-        dots = warpgroup_mma_wait(0, deps=(dots,))
-        mbarrier.arrive(free.index(stage), count=1)
-        weighted = gl.maximum(dots, 0.0, propagate_nan=NAN_STAYS) * w[None, :]
-        scores = gl.sum(gl.reshape(weighted, [BK, BQ, HEADS]), 2)
-        if SCALED:
-            scores = scores * k_scale[:, None]
-        if (s0 >= whole_first) & (s0 + BK <= whole_last):
-            gl.store(out + s0, scores, (t < T)[None, :])
-        else:
-            s = (s0 + key)[:, None]
-            seen = (s >= start[None, :]) & (s < end[None, :])
-            gl.store(out + s0, gl.where(seen, scores, nothing), (t < T)[None, :] & (s < chunk_last))
+    for part in gl.static_range(3):
+        part_first = first if part == 0 else whole_first if part == 1 else whole_last
+        part_last = whole_first if part == 0 else whole_last if part == 1 else last
+        for s0 in range(part_first, part_last, BK):
+            i = (s0 - first) // BK
+            stage = i % STAGES
+            mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+            # i >> 28 is 0, but the compiler does not know: the queries' descriptor is not hoisted into registers
+            q_tile = q_tiles.index(group + (i >> 28)).permute((1, 0))
+            dots = warpgroup_mma(k_tiles.index(stage), q_tile, zeros, use_acc=False, is_async=True)
+            k_scale = scales.index(stage).load(gl.SliceLayout(1, SCORES))
+            dots = warpgroup_mma_wait(0, deps=(dots,))
+            mbarrier.arrive(free.index(stage), count=1)
+            weighted = gl.maximum(dots, 0.0, propagate_nan=NAN_STAYS) * w[None, :]
+            scores = gl.sum(gl.reshape(weighted, [BK, BQ, HEADS]), 2) * k_scale[:, None]
+            if part == 1:
+                gl.store(out + s0, scores, (t < T)[None, :])
+            else:
+                s = (s0 + key)[:, None]
+                seen = (s >= start[None, :]) & (s < end[None, :])
+                gl.store(out + s0, gl.where(seen, scores, nothing), (t < T)[None, :] & (s < chunk_last))
     for s0 in range(last, chunk_last, BK):
         gl.store(out + s0, nothing, (t < T)[None, :] & (s0 + key < chunk_last)[:, None])
 
 
 @gluon.jit
 def _index_scores(
-    q_desc, k_desc, w_ptr, k_scale_ptr, start_ptr, end_ptr, out_ptr, T, S, chunk, SCALED: gl.constexpr
+    q_desc, k_desc, scale_desc, w_ptr, start_ptr, end_ptr, out_ptr, T, S, chunk
 ):  # fmt: skip
     t0 = gl.program_id(0) * (2 * BQ)
     chunk_first = gl.program_id(1) * chunk
@@ -102,6 +107,7 @@ def _index_scores(
 
     q_tiles = gl.allocate_shared_memory(gl.float8e4nv, [2, BQ * HEADS, DIM], TILE)
     k_tiles = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BK, DIM], TILE)
+    scales = gl.allocate_shared_memory(gl.float32, [STAGES, BK], SCALES)
     come = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -115,10 +121,10 @@ def _index_scores(
     mbarrier.wait(come, 0)
 
     ranges = (chunk_first, chunk_last, first, last, t0, T, S)
-    pointers = (w_ptr, k_scale_ptr, start_ptr, end_ptr, out_ptr)
-    args = (k_desc, k_tiles, q_tiles, full, free, ranges, pointers)
+    pointers = (w_ptr, start_ptr, end_ptr, out_ptr)
+    args = (k_desc, scale_desc, k_tiles, scales, q_tiles, full, free, ranges, pointers)
     gl.warp_specialize(
-        [(score, (0, args, SCALED)), (score, (1, args, SCALED)), (fetch, (args,))], [4, 1], [232, 24]
+        [(score, (0, args)), (score, (1, args)), (fetch, (args,))], [4, 1], [232, 24]
     )  # fmt: skip
 
 
@@ -147,9 +153,11 @@ def index_scores(q_idx, k_idx, w, k_scale, start, end, out):
         aligned(q_idx).view(-1, DIM.value), [BQ.value * HEADS.value, DIM.value], TILE.value
     )  # fmt: skip
     k = TensorDescriptor.from_tensor(aligned(k_idx), [BK.value, DIM.value], TILE.value)
+    k_scale = torch.ones(S, device=out.device) if k_scale is None else aligned(k_scale)
+    scale = TensorDescriptor.from_tensor(k_scale, [BK.value], SCALES.value)
     _index_scores[(blocks, triton.cdiv(S, chunk))](
-        q, k, w.float().contiguous(), w if k_scale is None else k_scale.contiguous(), start.contiguous(),
-        end.contiguous(), out, T, S, chunk, SCALED=k_scale is not None, num_warps=4, maxnreg=168,
+        q, k, scale, w.float().contiguous(), start.contiguous(), end.contiguous(), out, T, S, chunk,
+        num_warps=4, maxnreg=168,
     )  # fmt: skip
 
 
