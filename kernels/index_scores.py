@@ -9,16 +9,13 @@ out of L2; the scores, 4 bytes a pair, are the only real traffic to memory. Tile
 with -inf.
 """
 
-import functools
-import importlib
-
 import torch
 import triton
 import triton.language as tl
 
 from dsa_ref.contracts import check_index_scores
 
-from .runtime import FLOATS, INTERPRETED, check_runnable, dot_dtype, multiprocessors
+from .runtime import FLOATS, INTERPRETED, check_runnable, dot_dtype, hopper_variant, multiprocessors
 
 
 @triton.jit
@@ -90,8 +87,8 @@ def index_scores(q_idx, k_idx, w, k_scale=None, start=None, end=None, variant=No
     bf16 and fp16 as they are; fp32 without TF32. Hopper's FP8 tensor cores add with fewer bits than fp32 has: expect
     relative errors of some 1e-4. NaN in q_idx, k_idx or w gives NaN scores, which a selection then refuses.
 
-    variant: "portable", "hopper" (compute capability 9.0, FP8, 64 heads of 128), or None for "portable", which was the
-    faster one by 1 to 4 % when both were last measured in one run (H100, 4096 queries, 32K and 128K keys).
+    variant: "portable", "hopper" (compute capability 9.0, FP8, 64 heads of 128), or None for "portable", since
+    the other one has not been shown to be faster.
     Raises as the reference does (fp64 is a TypeError here), as `runtime.check_runnable` does, and ValueError for a
     variant that is unknown or cannot serve these inputs.
     """
@@ -103,7 +100,7 @@ def index_scores(q_idx, k_idx, w, k_scale=None, start=None, end=None, variant=No
 def launch(q_idx, k_idx, w, k_scale, start, end, variant=None):
     """Pick tiles and run the kernel on checked arguments."""
     (T, Hi, Di), S = q_idx.shape, k_idx.shape[0]
-    hopper = _pick(variant, q_idx, k_scale)
+    hopper = hopper_variant("index_scores", variant, "portable", q_idx, k_scale)
     out = torch.empty(T, S, dtype=torch.float32, device=q_idx.device)
     if T == 0:
         return out
@@ -125,28 +122,6 @@ def launch(q_idx, k_idx, w, k_scale, start, end, variant=None):
         WHOLE=DP == Di, STAGES=3, num_warps=4,
     )  # fmt: skip
     return out
-
-
-def _pick(variant, q_idx, k_scale):
-    """The module of the Hopper variant, or None for the portable one."""
-    if variant not in (None, "portable", "hopper"):
-        raise ValueError(f'variant must be "portable", "hopper" or None, got {variant!r}')
-    if variant != "hopper":
-        return None
-    hopper = _hopper()
-    reason = hopper.cannot_serve(q_idx, k_scale) if hopper else "needs a triton with Gluon, and no interpreter"
-    if reason:
-        raise ValueError(f'variant "hopper" {reason}')
-    return hopper
-
-
-@functools.cache
-def _hopper():
-    """The Hopper variant's module, None where this triton has no Gluon that will do, or interprets."""
-    try:
-        return None if INTERPRETED else importlib.import_module(".hopper.index_scores", __package__)
-    except (ImportError, AttributeError):
-        return None
 
 
 TRITON_NAMES = {

@@ -5,6 +5,8 @@ usable GPU this module sets it: the package's one import-time side effect. Where
 before, it is too late for that, and the first call of a kernel says so.
 """
 
+import functools
+import importlib
 import os
 import sys
 
@@ -62,3 +64,35 @@ def dot_dtype(tensor: torch.Tensor) -> torch.dtype:
 def multiprocessors(tensor: torch.Tensor) -> int:
     """How many blocks run side by side at least: 1 in the interpreter."""
     return 1 if INTERPRETED else torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def hopper_variant(step, variant, default, *inputs):
+    """The module `kernels.hopper.<step>`, or None for the portable kernel.
+
+    variant: "portable", "hopper", or None for `default`, where "hopper" means: if it can serve these inputs.
+    Raises ValueError for any other variant, and for "hopper" where it cannot serve.
+    """
+    if variant not in (None, "portable", "hopper"):
+        raise ValueError(f'variant must be "portable", "hopper" or None, got {variant!r}')
+    if (variant or default) == "portable":
+        return None
+    module = _hopper_module(step)
+    reason = module.cannot_serve(*inputs) if module else "needs a triton with Gluon, and no interpreter"
+    if variant and reason:
+        raise ValueError(f'variant "hopper" {reason}')
+    return None if reason else module
+
+
+@functools.cache
+def _hopper_module(step):
+    """None where this triton has no Gluon that will do, or interprets."""
+    try:
+        return None if INTERPRETED else importlib.import_module(f".hopper.{step}", __package__)
+    except (ImportError, AttributeError):
+        return None
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """x contiguous from a 16-byte boundary, as TMA and asynchronous copies want it."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()

@@ -8,9 +8,6 @@ Cost at V3.2's sizes: 2 · 128 · (576 + 512) FLOPs a selected pair against 1152
 two programs (64 heads each) share them. `hopper/sparse_attention.py` is the faster variant for V3.2's sizes.
 """
 
-import functools
-import importlib
-
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +16,7 @@ from dsa_ref.contracts import check_sparse_attention
 
 from .index_scores import TRITON_NAMES
 from .rounding import round_to
-from .runtime import FLOATS, INTERPRETED, check_runnable, dot_dtype
+from .runtime import FLOATS, INTERPRETED, check_runnable, dot_dtype, hopper_variant
 
 
 @triton.jit
@@ -78,7 +75,7 @@ def sparse_attention(q, kv, indices, scale, v_dim, variant=None):
     """
     T, H, D, k = check_sparse_attention(q, kv, indices, scale, v_dim, FLOATS)
     check_runnable(q=q, kv=kv)
-    hopper = _pick(variant, q, v_dim)
+    hopper = hopper_variant("sparse_attention", variant, "hopper", q, v_dim)
     out = torch.empty(T, H, v_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(T, H, dtype=torch.float32, device=q.device)
     if T == 0:
@@ -99,25 +96,3 @@ def sparse_attention(q, kv, indices, scale, v_dim, variant=None):
         num_warps=8 if VP * BH > 16384 else 4,
     )  # fmt: skip
     return out, lse
-
-
-def _pick(variant, q, v_dim):
-    """The module of the Hopper variant, or None for the portable one."""
-    if variant not in (None, "portable", "hopper"):
-        raise ValueError(f'variant must be "portable", "hopper" or None, got {variant!r}')
-    if variant == "portable":
-        return None
-    hopper = _hopper()
-    reason = hopper.cannot_serve(q, v_dim) if hopper else "needs a triton with Gluon, and no interpreter"
-    if variant and reason:
-        raise ValueError(f'variant "hopper" {reason}')
-    return None if reason else hopper
-
-
-@functools.cache
-def _hopper():
-    """The Hopper variant's module, None where this triton has no Gluon that will do, or interprets."""
-    try:
-        return None if INTERPRETED else importlib.import_module(".hopper.sparse_attention", __package__)
-    except (ImportError, AttributeError):
-        return None

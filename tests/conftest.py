@@ -16,11 +16,13 @@ from dsa_ref.lab.checks import core
 torch.set_num_threads(1)  # pytest -n runs one process a core
 
 NEEDS_GPU = "needs a CUDA GPU"
+NEEDS_HOPPER = "needs a GPU of compute capability 9.0"
 NEEDS_TRITON = "kernels need triton, which cannot be imported here"
 EXPECTED_SKIPS = {
     "cuda": {},
+    "cuda, not Hopper": {NEEDS_HOPPER: 24},
     "cpu": {NEEDS_GPU: 43},
-    "no triton": {NEEDS_GPU: 41, NEEDS_TRITON: 585},
+    "no triton": {NEEDS_GPU: 41, NEEDS_TRITON: 586},
 }
 
 
@@ -31,6 +33,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "rungs(*names): run a test that takes `ops` over these rungs alone")
     config.addinivalue_line("markers", "gpu: the test needs a CUDA GPU")
+    config.addinivalue_line("markers", "hopper: the test needs a GPU of compute capability 9.0")
     if config.getoption("check_skips") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(SkipAccount())
 
@@ -42,10 +45,17 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason=NEEDS_GPU))
+    missing = {"gpu": NEEDS_GPU, "hopper": NEEDS_GPU}
+    if torch.cuda.is_available():
+        missing = {} if has_hopper() else {"hopper": NEEDS_HOPPER}
+    for item in items:
+        for mark, reason in missing.items():
+            if item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def has_hopper():
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
 @pytest.fixture
@@ -83,7 +93,9 @@ class SkipAccount:
 
     def __init__(self):
         self.found = collections.Counter()
-        self.platform = "cuda" if torch.cuda.is_available() else "cpu" if rungs.has_triton() else "no triton"
+        without_gpu = "cpu" if rungs.has_triton() else "no triton"
+        with_gpu = "cuda" if has_hopper() else "cuda, not Hopper"
+        self.platform = with_gpu if torch.cuda.is_available() else without_gpu
         self.wanted = {reason: count for reason, count in EXPECTED_SKIPS[self.platform].items() if count}
 
     def pytest_runtest_logreport(self, report):

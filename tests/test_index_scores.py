@@ -145,7 +145,7 @@ def test_at_v32s_sizes(device):
     assert_close(kernels.index_scores(*inputs), dsa_ref.index_scores(*inputs), 0.0)
 
 
-@pytest.mark.gpu
+@pytest.mark.hopper
 @pytest.mark.parametrize("T, S", [(1, 70), (37, 37), (37, 5000), (300, 129), (9, 70_000)])
 def test_hopper_variant(device, poisoned, T, S):
     """Ranges of all lengths, tiles that some rows see in part, T and S that are no multiple of a tile."""
@@ -162,7 +162,7 @@ def test_hopper_variant(device, poisoned, T, S):
                 assert torch.equal(kernels.index_scores(*inputs[:3], k_scale, *ranges, variant="hopper"), wanted)
 
 
-@pytest.mark.gpu
+@pytest.mark.hopper
 @pytest.mark.parametrize("argument", (0, 1, 2))
 def test_nan_in_fp8(device, argument):
     import kernels

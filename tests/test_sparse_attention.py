@@ -166,7 +166,7 @@ def test_at_v32s_sizes(device, H):
     check(kernels, *args, 192**-0.5, 512, 8e-3)
 
 
-@pytest.mark.gpu
+@pytest.mark.hopper
 @pytest.mark.parametrize("share", (False, True))
 @pytest.mark.parametrize(
     "T, H, k", [(37, 128, 100), (37, 96, 1), (70, 64, 2048), (37, 24, 129), (37, 16, 2048), (37, 8, 100), (70, 1, 7)]
@@ -188,7 +188,7 @@ def test_every_count_of_heads_on_hopper(device, poisoned, T, H, k, share):
         assert_close(lse, wanted_lse, 1e-5)
 
 
-@pytest.mark.gpu
+@pytest.mark.hopper
 def test_every_version_on_hopper(device, poisoned):
     hopper = load_hopper()
     q, kv, indices = inputs(300, 3000, 128, 576, 300, dtype=torch.bfloat16, device=device)
@@ -200,7 +200,7 @@ def test_every_version_on_hopper(device, poisoned):
         assert_close(lse, wanted_lse, 1e-5)
 
 
-@pytest.mark.gpu
+@pytest.mark.hopper
 def test_nan_and_growing_logits_on_hopper(device):
     """NaN in a selected row and in a query; logits that grow over the list, so that the maximum keeps moving."""
     hopper = load_hopper()
@@ -223,8 +223,6 @@ def test_nan_and_growing_logits_on_hopper(device):
 
 
 def load_hopper():
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs compute capability 9.0")
     return importlib.import_module("kernels.hopper.sparse_attention")
 
 

@@ -20,8 +20,7 @@ rescaled, which one branch then skips. If EARLY, left hands P0 over before its o
 when half of their columns have come.
 
 A step must move 128 · 1152 bytes, from L2 where it can, and takes 2 · 64 · 128 · (576 + 512) FLOPs, 4352 clocks of the
-tensor cores. What bounds it is power: at its 700 W an H100 falls to 1.45 GHz, where this kernel does 79 % of what the
-tensor cores could (8K keys). Without the copies it would be 4 % faster at 8K keys, 10 % at 128K, which do not fit L2.
+tensor cores. `python -m kernels.bench sparse_attention --peers` measures it; figures/ keeps the record.
 """
 
 import torch
@@ -37,6 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..runtime import aligned
 from .sparse_tiles import (
     BK,
     LOGITS,
@@ -368,18 +368,12 @@ def sparse_attention(q, kv, indices, scale, out, lse, version="early hand-over",
     if share is None:
         share = _worth_sharing(T, k, S, multiprocessors)
     G = min(32, max(1, 64 // H)) if share else 1  # 32: one bit each in an int32
-    q, kv, indices = (_aligned(x) for x in (q, kv, indices))
+    q, kv, indices = (aligned(x) for x in (q, kv, indices))
     chunk = T if G == 1 else max(1, LIST_ENTRIES // min(G * k, S)) * G
     for first in range(0, T, chunk):
         rows = slice(first, first + chunk)
         lists, lengths = (indices, indices) if G == 1 else unions(indices[rows], S, G)  # G = 1 reads no lengths
         _launch(q[rows], kv, lists, lengths, scale, out[rows], lse[rows], G, multiprocessors, **VERSIONS[version])
-
-
-def _aligned(x):
-    """Contiguous from a 16-byte boundary, as TMA and the asynchronous copies want it."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _launch(q, kv, lists, lengths, scale, out, lse, G, multiprocessors, persistent, THRESHOLD, EARLY):
