@@ -307,11 +307,12 @@ def test_senseless_arguments_exit_with_2(bench, capsys, arguments, reason):
     assert stopped.value.code == 2 and reason in capsys.readouterr().err
 
 
-def test_a_tie_broken_the_wrong_way_is_no_selection_of_ours():
+def test_a_tie_broken_the_wrong_way_is_no_selection_of_ours(bench, device):
     """All keys are alike, so any k of them have the right scores; the contract wants the first ones."""
-    inputs = torch.ones(4, 2, 32), torch.ones(40, 32), torch.ones(4, 2), torch.ones(40)
-    start, end = torch.zeros(4, dtype=torch.int32), torch.full((4,), 40, dtype=torch.int32)
-    first = torch.arange(5, dtype=torch.int32).repeat(4, 1)
+    checks = bench("checks")
+    inputs = [torch.ones(*shape, device=device) for shape in ((4, 2, 32), (40, 32), (4, 2), (40,))]
+    start, end = (torch.full((4,), at, dtype=torch.int32, device=device) for at in (0, 40))
+    first = torch.arange(5, dtype=torch.int32, device=device).repeat(4, 1)
     assert checks.check_lightning(first, inputs, start, end, own=True) == ""
     assert checks.check_lightning(first + 9, inputs, start, end, own=False) == ""
     with pytest.raises(checks.Wrong, match="0 % of rows as from index_scores"):
