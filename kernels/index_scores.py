@@ -17,6 +17,8 @@ from dsa_ref.contracts import check_index_scores
 
 from .runtime import FLOATS, INTERPRETED, check_runnable, dot_dtype, hopper_variant, multiprocessors
 
+FEWEST_FOR_HOPPER = 512  # queries; each of its blocks takes eight
+
 
 @triton.jit
 def _fill(out_ptr, t, first, last, T, S, BQ: tl.constexpr, BK: tl.constexpr):
@@ -29,12 +31,15 @@ def _fill(out_ptr, t, first, last, T, S, BQ: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def _index_scores(
-    q_ptr, k_ptr, w_ptr, k_scale_ptr, start_ptr, end_ptr, out_ptr, T, S, Hi, Di, chunk,
-    HP: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    q_ptr, k_ptr, w_ptr, k_scale_ptr, start_ptr, end_ptr, redo_ptr, out_ptr, T, S, Hi, Di, chunk,
+    REDO: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     DOT: tl.constexpr, SCALED: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * BQ + tl.arange(0, BQ)
     d = tl.arange(0, DP)
+    if REDO:  # the rows that are to be scored again
+        if tl.max(tl.load(redo_ptr + t, t < T, 0), axis=0) == 0:
+            return
     start = tl.load(start_ptr + t, t < T, S)
     end = tl.load(end_ptr + t, t < T, 0)
 
@@ -87,8 +92,8 @@ def index_scores(q_idx, k_idx, w, k_scale=None, start=None, end=None, variant=No
     bf16 and fp16 as they are; fp32 without TF32. Hopper's FP8 tensor cores add with fewer bits than fp32 has: expect
     relative errors of some 1e-4. NaN in q_idx, k_idx or w gives NaN scores, which a selection then refuses.
 
-    variant: "portable", "hopper" (compute capability 9.0, FP8, 64 heads of 128), or None for "portable", since
-    the other one has not been shown to be faster.
+    variant: "portable", "hopper" (compute capability 9.0, FP8, 64 heads of 128), or None for "hopper" where it can
+    serve and has FEWEST_FOR_HOPPER queries, else "portable". Both give the same bits.
     Raises as the reference does (fp64 is a TypeError here), as `runtime.check_runnable` does, and ValueError for a
     variant that is unknown or cannot serve these inputs.
     """
@@ -97,10 +102,14 @@ def index_scores(q_idx, k_idx, w, k_scale=None, start=None, end=None, variant=No
     return launch(q_idx, k_idx, w, k_scale, start, end, variant)
 
 
-def launch(q_idx, k_idx, w, k_scale, start, end, variant=None):
-    """Pick tiles and run the kernel on checked arguments."""
+def launch(q_idx, k_idx, w, k_scale, start, end, variant=None, redo=None):
+    """Pick tiles and run the kernel on checked arguments.
+
+    With redo, int32 [T], the portable kernel scores the rows whose redo is not 0, and others as it happens.
+    """
     (T, Hi, Di), S = q_idx.shape, k_idx.shape[0]
-    hopper = hopper_variant("index_scores", variant, "portable", q_idx, k_scale)
+    default = "portable" if redo is not None or T < FEWEST_FOR_HOPPER else "hopper"
+    hopper = hopper_variant("index_scores", variant, default, q_idx, k_scale)
     out = torch.empty(T, S, dtype=torch.float32, device=q_idx.device)
     if T == 0:
         return out
@@ -117,8 +126,8 @@ def launch(q_idx, k_idx, w, k_scale, start, end, variant=None):
     chunk = triton.cdiv(triton.cdiv(S, chunks), BK) * BK
     _index_scores[(triton.cdiv(T, BQ), triton.cdiv(S, chunk))](
         q_idx.contiguous(), k_idx.contiguous(), w.contiguous(),
-        w if k_scale is None else k_scale.contiguous(), start.contiguous(), end.contiguous(), out, T, S, Hi, Di, chunk,
-        HP=HP, DP=DP, BQ=BQ, BK=BK, DOT=getattr(tl, TRITON_NAMES[dot_dtype(q_idx)]), SCALED=k_scale is not None,
+        w if k_scale is None else k_scale.contiguous(), start.contiguous(), end.contiguous(), start if redo is None else redo, out,
+        T, S, Hi, Di, chunk, REDO=redo is not None, HP=HP, DP=DP, BQ=BQ, BK=BK, DOT=getattr(tl, TRITON_NAMES[dot_dtype(q_idx)]), SCALED=k_scale is not None,
         WHOLE=DP == Di, STAGES=3, num_warps=4,
     )  # fmt: skip
     return out

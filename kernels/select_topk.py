@@ -116,6 +116,36 @@ def _from_ordered(key):
 
 
 @triton.jit
+def bound_of_sample(sample, real, rank):
+    """The rank-th largest of the real scores of a sample, -inf if it has fewer."""
+    key = tl.where(real, _ordered(sample), tl.zeros_like(sample).to(tl.uint32))
+    threshold = _threshold(key, rank)
+    return tl.where(threshold == 0, float("-inf"), _from_ordered(threshold))
+
+
+@triton.jit
+def keep_largest(x, s, used, wanted, k, offset, out_ptr, nan_ptr):
+    """Write offset + s of the `wanted` largest of the used scores x, of equal ones the smallest s, then -1 up to k.
+
+    x, s, used: one block of a list, in any order. *nan_ptr becomes 1 if a used score is NaN, else 0.
+    """
+    tl.store(nan_ptr, tl.max(((x != x) & used).to(tl.int32), axis=0))
+    key = tl.where(used, _ordered(x), tl.zeros_like(s).to(tl.uint32))
+    threshold = _threshold(key, wanted)
+    above, tied = key > threshold, (key == threshold) & used
+    room = wanted - tl.sum(above.to(tl.int32), axis=0)
+    if tl.sum(tied.to(tl.int32), axis=0) > room:
+        early = tl.where(tied, ~s.to(tl.uint32), tl.zeros_like(key))
+        tied = tied & (early >= _threshold(early, room)) & (room > 0)
+    kept = above | tied
+    place = tl.cumsum(kept.to(tl.int32), axis=0) - 1
+    tl.store(out_ptr + place, offset + s, kept)
+    for place0 in range(wanted, k, 1024):
+        rest = place0 + tl.arange(0, 1024)
+        tl.store(out_ptr + rest, tl.full([1024], -1, tl.int32), rest < k)
+
+
+@triton.jit
 def _select_sampled(
     scores_ptr, start_ptr, end_ptr, out_ptr, nan_ptr, redo_ptr, value_ptr, index_ptr, S, k,
     SAMPLE: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
@@ -133,7 +163,7 @@ def _select_sampled(
         place = ((j // 8).to(tl.int64) * n // (SAMPLE // 8)).to(tl.int32) + j % 8
         sample = tl.load(row + place, place < n, float("-inf")).to(tl.float32)
         rank = (tl.sqrt(1.0 * k * CAP) * SAMPLE / n).to(tl.int32) + 1  # midway, as ratios go, between k and CAP
-        bound = _from_ordered(_threshold(_ordered(sample), rank))
+        bound = bound_of_sample(sample, j >= 0, rank)
 
     # One read of the row: whatever is not below the bound (NaN is not) goes to this row's list, in order.
     values, places = value_ptr + t * CAP, index_ptr + t * CAP
@@ -155,17 +185,7 @@ def _select_sampled(
         c = tl.arange(0, CAP)
         x = tl.load(values + c, c < count, 0.0)
         s = tl.load(places + c, c < count, 0)
-        tl.store(nan_ptr + t, tl.max(((x != x) & (c < count)).to(tl.int32), axis=0))
-        key = tl.where(c < count, _ordered(x), tl.zeros([CAP], tl.uint32))
-        threshold = _threshold(key, wanted)
-        above, tied = key > threshold, (key == threshold) & (c < count)
-        room = wanted - tl.sum(above.to(tl.int32), axis=0)
-        both = tl.cumsum((above.to(tl.int32) << 16) | tied.to(tl.int32), axis=0)  # two prefix sums in one
-        place = (both >> 16) + tl.minimum(both & 0xFFFF, room) - 1
-        tl.store(out_ptr + t * k + place, start + s, above | (tied & ((both & 0xFFFF) <= room)))
-        for place0 in range(wanted, k, BLOCK):
-            rest = place0 + tl.arange(0, BLOCK)
-            tl.store(out_ptr + t * k + rest, tl.full([BLOCK], -1, tl.int32), rest < k)
+        keep_largest(x, s, c < count, wanted, k, start, out_ptr + t * k, nan_ptr + t)
 
 
 def select_topk(scores, k, start=None, end=None):
@@ -179,15 +199,21 @@ def select_topk(scores, k, start=None, end=None):
     return launch(scores, k, start, end)
 
 
-def launch(scores, k, start, end, variant=None):
-    """Run the kernels on checked arguments. variant: "sampled" or "radix"; None picks the faster one."""
+def launch(scores, k, start, end, variant=None, out=None, redo=None):
+    """Run the kernels on checked arguments. variant: "sampled" or "radix"; None picks the faster one.
+
+    With redo, int32 [T], and out, only rows whose redo is not 0 are written, by "radix".
+    """
     T, S = scores.shape
     scores, start, end = scores.detach().contiguous(), start.contiguous(), end.contiguous()
-    out = torch.empty(T, k, dtype=torch.int32, device=scores.device)
-    nan, redo = (torch.empty(T, dtype=torch.int32, device=scores.device) for _ in range(2))
+    flagged = redo is not None
+    out = torch.empty(T, k, dtype=torch.int32, device=scores.device) if out is None else out
+    nan = torch.zeros(T, dtype=torch.int32, device=scores.device)
     if T == 0:
         return out
     sampled = variant == "sampled" if variant else not INTERPRETED and k <= LARGEST_SAMPLED_K
+    sampled = sampled and not flagged
+    redo = redo if flagged else torch.empty_like(nan)
     if sampled:
         long = S > 1 << 18  # then a larger sample, for as safe a bound, and room for its larger error
         cap = max(16384 if long else 4096, 2 * triton.next_power_of_2(k))
@@ -198,10 +224,10 @@ def launch(scores, k, start, end, variant=None):
             SAMPLE=32768 if long else 8192, CAP=cap, BLOCK=2048, num_warps=4 if cap == 4096 else 16,
         )  # fmt: skip
     block = min(triton.next_power_of_2(S), 65536 if INTERPRETED else 4096)
-    many = INTERPRETED and not sampled
+    many = INTERPRETED and not sampled and not flagged
     rows = min(triton.next_power_of_2(T), max(1, 262144 // block)) if many else 1
     _select_topk[(triton.cdiv(T, rows),)](
-        scores, start, end, out, nan, redo, T, S, k, ROWS=rows, BLOCK=block, REDO=sampled, num_warps=8,
+        scores, start, end, out, nan, redo, T, S, k, ROWS=rows, BLOCK=block, REDO=sampled or flagged, num_warps=8,
     )  # fmt: skip
     if values_readable(nan) and nan.any():
         raise ValueError(f"scores must not be NaN, got NaN in row {int(nan.nonzero()[0])}")
