@@ -20,9 +20,9 @@ NEEDS_HOPPER = "needs a GPU of compute capability 9.0"
 NEEDS_TRITON = "kernels need triton, which cannot be imported here"
 EXPECTED_SKIPS = {
     "cuda": {},
-    "cuda, not Hopper": {NEEDS_HOPPER: 24},
-    "cpu": {NEEDS_GPU: 43},
-    "no triton": {NEEDS_GPU: 41, NEEDS_TRITON: 586},
+    "cuda, not Hopper": {NEEDS_HOPPER: 44},
+    "cpu": {NEEDS_GPU: 63},
+    "no triton": {NEEDS_GPU: 61, NEEDS_TRITON: 586},
 }
 
 

@@ -6,8 +6,13 @@ step's public function, or a function of its own that takes the same arguments.
 
 import dataclasses
 import functools
+import importlib
 import json
 from collections.abc import Callable
+
+import torch
+
+from kernels.select_topk import launch as launch_selection
 
 from . import measure, records
 from .cases import CASES, public_function
@@ -40,7 +45,96 @@ class Version:
     call: Callable | None = None
 
 
-VERSIONS: dict[str, dict[str, Version]] = {step: {} for step in LADDER_CASES}
+def _select_topk_variant(name):
+    def call(scores, k, start, end):
+        return launch_selection(scores, k, start, end, name)
+
+    return call
+
+
+def _hopper_attention(name):
+    def call(q, kv, indices, scale, v_dim):
+        out = torch.empty(*q.shape[:2], v_dim, dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        importlib.import_module("kernels.hopper.sparse_attention").sparse_attention(
+            q, kv, indices, scale, out, lse, version=name
+        )
+        return out, lse
+
+    return call
+
+
+VERSIONS: dict[str, dict[str, Version]] = {
+    "index_scores": {
+        "portable": Version(
+            "One program for four queries; every program fetches its own tiles of keys.",
+            (1000.0, "TFLOP/s"),
+            "the study of it in plain Triton, on an H200 (KERNELS.md)",
+        ),
+        "hopper": Version(
+            "Two warpgroups of four queries share tiles that one warp brings by TMA; relu as x + |x|.",
+            (1050.0, "TFLOP/s"),
+            "the Gluon study, on an H200: 1034 to 1065 (KERNELS.md)",
+        ),
+    },
+    "select_topk": {
+        "radix": Version(
+            "Four passes with a histogram a byte, and one that writes.",
+            (4.5, "ms"),
+            "five reads of the scores at the copy ceiling of an H100, 2.37 TB/s, if histograms were free",
+            call=_select_topk_variant("radix"),
+        ),
+        "sampled": Version(
+            "A bound from a sample, one read into a list, an exact choice from the list.",
+            (1.2, "ms"),
+            "one read and a sample at the copy ceiling, and as much again for list and choice",
+            call=_select_topk_variant("sampled"),
+        ),
+    },
+    "lightning_select": {
+        "portable": Version(
+            "Scores of some rows to memory, then select_topk; two kernels that meet in 1 GiB.",
+            (11.9, "ms"),
+            "the sum of portable index_scores and select_topk, 9.9 and 2.0 ms on an H100",
+        ),
+        "hopper": Version(
+            "A sampled bound; the scan appends what reaches it to 64 lists a row; no score matrix.",
+            (9.0, "ms"),
+            "index_scores in 8.2 ms, 1/32 of it for the sample, and half a millisecond for the choice",
+        ),
+    },
+    "sparse_attention": {
+        "portable": Version(
+            "Plain Triton: one program for 64 heads of a query.",
+            (287.0, "TFLOP/s"),
+            "the study in plain Triton, on an H200: both warpgroups compute the same rows of QK^T (KERNELS.md)",
+        ),
+        "one tile a program": Version(
+            "Gluon: one warpgroup gathers, two multiply, each with half of the output.",
+            (548.0, "TFLOP/s"),
+            "the Gluon study with the -1 mask, on an H200 (KERNELS.md)",
+            call=_hopper_attention("one tile a program"),
+        ),
+        "persistent": Version(
+            "A program walks over many tiles and gathers the next one's keys while it finishes this one.",
+            (565.0, "TFLOP/s"),
+            "62.1 waves of tiles become one: no half-empty last wave, no start-up between tiles; 3 %",
+            call=_hopper_attention("persistent"),
+        ),
+        "rare rescaling": Version(
+            "The output is rescaled only where the running maximum grew by more than a threshold.",
+            (575.0, "TFLOP/s"),
+            "a guess of 2 %: 256 multiplications a thread and block fewer, where most are hidden already",
+            call=_hopper_attention("rare rescaling"),
+        ),
+        "early hand-over": Version(
+            "Probabilities go to the other warpgroup before one's own product with the values is waited for.",
+            (580.0, "TFLOP/s"),
+            "a guess of 1 %: some of a wait of a barrier's length each block",
+            call=_hopper_attention("early hand-over"),
+        ),
+    },
+}
 
 
 def function_of(step, name):

@@ -5,10 +5,10 @@
 2. The scan scores every key as `hopper.index_scores` does. A score that is not below its row's bound goes, with its
    index, into the list of (row, key mod 64). Such a list belongs to one thread: appending takes neither atomics nor
    prefix sums, and the lists are the same in every run.
-3. The lists of a row, at most 64 · CAP entries, meet in registers: the k-th largest score is found bit by bit, then the
+3. The lists of a row, at most 64 · SLOTS entries, meet in registers: the k-th largest score is found bit by bit, then the
    smallest indices win ties.
 
-A bound is luck, the counts are not: a row with fewer than k entries, or with more than CAP in a list, is flagged, and
+A bound is luck, the counts are not: a row with fewer than k entries, or with CAP in a list, is flagged, and
 the caller redoes it without luck. NaN is not below any bound, so it is found, too.
 
 Bytes: 8 an entry, written and read once, instead of 4 a score; the lists take 64 KiB a row.
@@ -24,8 +24,10 @@ from ..select_topk import bound_of_sample, keep_largest
 from . import index_scores
 from .index_scores import BK, BQ, QUERIES, fetch, open_block, rows_of, score_tile, tiles_seen
 
-CAP = gl.constexpr(128)  # entries a list, of which a row has BK
-LARGEST_K = 2048  # its bound leaves some 3300 keys, 52 a list
+CAP, SPARE = gl.constexpr(112), gl.constexpr(16)  # entries a list, of which a row has BK; and room to run over
+SLOTS = gl.constexpr(CAP.value + SPARE.value)
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+LARGEST_K = 2048  # its bound leaves some 3200 to 3700 keys, 50 to 58 a list
 SHORTEST = 49152  # keys; below, a score matrix of these rows is cheap to read
 ROWS_AT_ONCE = 4096  # 256 MiB of lists
 
@@ -36,21 +38,25 @@ def collect(group, args):
     chunk_first, chunk_last, first, last, t0, T, S = ranges
     w, t, start, end, key, whole_first, whole_last = rows_of(group, args)
     bound = gl.load(pointers[3] + t, t < T, float("inf"))
-    lists = pointers[4] + (t0 + group * BQ).to(gl.int64) * (CAP * BK)
-    place = (t - t0 - group * BQ)[None, :] * (CAP * BK) + key[:, None]
-    count = gl.full([BK, BQ], 0, gl.int32, layout=place.type.layout)
-    for i in range((last - first) // BK):
-        s0 = first + i * BK
-        scores = score_tile(i, group, args, w)
-        s = (s0 + key)[:, None]
-        # NaN is kept. A tile that not every row sees whole is masked.
-        kept = (scores < bound[None, :]) == 0
-        if (s0 < whole_first) | (s0 >= whole_last):
-            kept = kept & (s >= start[None, :]) & (s < end[None, :])
-        entry = (scores.to(gl.int32, bitcast=True).to(gl.int64) << 32) | s.to(gl.int64)
-        gl.store(lists + (place + count * BK), entry, kept & (count < CAP))
-        count += kept.to(gl.int32)
-    gl.store(pointers[5] + t[None, :] * BK + key[:, None], count, (t < T)[None, :])
+    lists = pointers[4] + (t0 + group * BQ).to(gl.int64) * (SLOTS * BK)
+    empty = (t - t0 - group * BQ)[None, :] * (SLOTS * BK) + key[:, None]
+    place = empty  # where each list goes on
+    hidden = gl.full([BK, BQ], float("-inf"), gl.float32, layout=empty.type.layout)
+    tiles = (last - first) // BK
+    for i0 in range(0, tiles, SPARE):
+        # So far, and no further: in the next SPARE tiles a list grows by at most SPARE entries.
+        place = gl.minimum(place, empty + CAP * BK)
+        for i in range(i0, gl.minimum(i0 + SPARE, tiles)):
+            s0 = first + i * BK
+            scores = score_tile(i, group, args, w)
+            if (s0 < whole_first) | (s0 >= whole_last):
+                s = (s0 + key)[:, None]
+                scores = gl.where((s >= start[None, :]) & (s < end[None, :]), scores, hidden)
+            kept = (scores < bound[None, :]) == 0  # NaN is kept
+            entry = (scores.to(gl.int32, bitcast=True).to(gl.int64) << 32) | (s0 + key)[:, None].to(gl.int64)
+            gl.store(lists + place, entry, kept)
+            place = gl.where(kept, place + BK, place)
+    gl.store(pointers[5] + t[None, :] * BK + key[:, None], (place - empty) // BK, (t < T)[None, :])
 
 
 @gluon.jit
@@ -63,45 +69,49 @@ def _collect(
     ranges = (0, S, first, last, t0, T, S)
     pointers = (w_ptr, start_ptr, end_ptr, bound_ptr, list_ptr, count_ptr)
     args = (k_desc, scale_desc, k_tiles, scales, q_tiles, full, free, ranges, pointers)
-    gl.warp_specialize(
-        [(collect, (0, args)), (collect, (1, args)), (collect, (2, args)), (collect, (3, args)), (fetch, (args,))],
-        [4, 4, 4, 1], [112, 112, 112, 24],
-    )  # fmt: skip
+    gl.warp_specialize([(collect, (0, args)), (collect, (1, args)), (fetch, (args,))], [4, 1], [232, 24])
 
 
 @triton.jit
 def _bound(scores_ptr, first_ptr, last_ptr, start_ptr, end_ptr, bound_ptr, k, M: tl.constexpr, ALL: tl.constexpr):
-    """The bound of a row from its sample; -inf, to keep everything, for rows of at most ALL keys."""
+    """The bound of a row from its sample; the lowest number, above -inf, for rows of at most ALL keys."""
     t = tl.program_id(0)
     first, last = tl.load(first_ptr + t), tl.load(last_ptr + t)
     n = tl.load(end_ptr + t) - tl.load(start_ptr + t)
-    bound = tl.full([], float("-inf"), tl.float32)
+    bound = tl.full([], LOWEST, tl.float32)
     if n > ALL:
         j = tl.arange(0, M)
         sample = tl.load(scores_ptr + t.to(tl.int64) * M + j)
         expected = 1.0 * k * (last - first) / n
-        rank = (expected + 5.0 * tl.sqrt(expected)).to(tl.int32) + 1
-        bound = bound_of_sample(sample, (j >= first) & (j < last), rank)
+        rank = (expected + 4.5 * tl.sqrt(expected)).to(tl.int32) + 1
+        bound = tl.maximum(bound_of_sample(sample, (j >= first) & (j < last), rank), LOWEST)
     tl.store(bound_ptr + t, bound)
 
 
 @triton.jit
 def _choose(
     list_ptr, count_ptr, start_ptr, end_ptr, out_ptr, nan_ptr, redo_ptr, k,
-    LISTS: tl.constexpr, CAP: tl.constexpr,
+    LISTS: tl.constexpr, SLOTS: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     counts = tl.load(count_ptr + t * LISTS + tl.arange(0, LISTS))
     wanted = tl.maximum(tl.minimum(k, tl.load(end_ptr + t) - tl.load(start_ptr + t)), 0)
-    redo = (tl.max(counts, axis=0) > CAP) | (tl.sum(counts, axis=0) < wanted)
+    redo = (tl.max(counts, axis=0) >= CAP) | (tl.sum(counts, axis=0) < wanted)
     tl.store(redo_ptr + t, redo.to(tl.int32))
     tl.store(nan_ptr + t, 0)
     if redo == 0:
-        slot = tl.arange(0, LISTS * CAP)
+        slot = tl.arange(0, LISTS * SLOTS)
         used = slot // LISTS < tl.load(count_ptr + t * LISTS + slot % LISTS)
-        entry = tl.load(list_ptr + t * (LISTS * CAP) + slot, used, 0)
+        entry = tl.load(list_ptr + t * (LISTS * SLOTS) + slot, used, 0)
         scores = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         keep_largest(scores, entry.to(tl.int32), used, wanted, k, 0, out_ptr + t * k, nan_ptr + t)
+
+
+def sampled_keys(S, device):
+    """int64, ascending: one key of each of M equal stretches, at places without a period that data could share."""
+    M = max(4096, min(32768, triton.next_power_of_2(S // 64)))
+    edges = torch.arange(M + 1, device=device) * S // M
+    return edges[:-1] + (torch.arange(M, device=device) * 2654435761 % 65536) * edges.diff() // 65536
 
 
 def cannot_serve(q_idx, k_scale, S, k):
@@ -121,11 +131,8 @@ def lightning_select(q_idx, k_idx, w, k, k_scale, start, end, out):
     T, S = len(q_idx), len(k_idx)
     start, end, w = start.contiguous(), end.contiguous(), w.float().contiguous()
     nan, redo = (torch.empty(T, dtype=torch.int32, device=out.device) for _ in range(2))
-    # One key of each of M stretches, at a place that does not repeat: a stride could meet a period of the data.
-    M = max(4096, min(32768, triton.next_power_of_2(S // 64)))
-    edges = torch.arange(M + 1, device=out.device) * S // M
-    j = torch.arange(M, device=out.device)
-    sample = edges[:-1] + (j * 2654435761 % 65536) * edges.diff() // 65536
+    sample = sampled_keys(S, out.device)
+    M = len(sample)
     first, last = (torch.searchsorted(sample, x.long()).int() for x in (start, end))
     sample_keys, sample_scales = k_idx[sample], None if k_scale is None else k_scale[sample]
     for t in range(0, T, ROWS_AT_ONCE):
@@ -138,14 +145,14 @@ def lightning_select(q_idx, k_idx, w, k, k_scale, start, end, out):
             scores, first[part], last[part], start[part], end[part], bound, k, M=M, ALL=BK.value * CAP.value // 2,
             num_warps=8,
         )  # fmt: skip
-        lists = torch.empty(rows, CAP.value * BK.value, dtype=torch.int64, device=out.device)
+        lists = torch.empty(rows, SLOTS.value * BK.value, dtype=torch.int64, device=out.device)
         counts = torch.empty(rows, BK.value, dtype=torch.int32, device=out.device)
         _collect[(triton.cdiv(rows, QUERIES.value),)](
             *index_scores.descriptors(q_idx[part], k_idx, k_scale), w[part], start[part], end[part], bound, lists, counts,
-            rows, S, num_warps=4, maxnreg=96,
+            rows, S, num_warps=4, maxnreg=168,
         )  # fmt: skip
         _choose[(rows,)](
             lists, counts, start[part], end[part], out[part], nan[part], redo[part], k,
-            LISTS=BK.value, CAP=CAP.value, num_warps=8,
+            LISTS=BK.value, SLOTS=SLOTS.value, CAP=CAP.value, num_warps=8, maxnreg=128,
         )  # fmt: skip
     return nan, redo
