@@ -125,10 +125,10 @@ def launch(q_idx, k_idx, w, k_scale, start, end, variant=None, redo=None):
     chunks = max(1, min(triton.cdiv(S, 8 * BK), 8 * multiprocessors(q_idx) // triton.cdiv(T, BQ)))
     chunk = triton.cdiv(triton.cdiv(S, chunks), BK) * BK
     _index_scores[(triton.cdiv(T, BQ), triton.cdiv(S, chunk))](
-        q_idx.contiguous(), k_idx.contiguous(), w.contiguous(),
-        w if k_scale is None else k_scale.contiguous(), start.contiguous(), end.contiguous(), start if redo is None else redo, out,
-        T, S, Hi, Di, chunk, REDO=redo is not None, HP=HP, DP=DP, BQ=BQ, BK=BK, DOT=getattr(tl, TRITON_NAMES[dot_dtype(q_idx)]), SCALED=k_scale is not None,
-        WHOLE=DP == Di, STAGES=3, num_warps=4,
+        q_idx.contiguous(), k_idx.contiguous(), w.contiguous(), w if k_scale is None else k_scale.contiguous(),
+        start.contiguous(), end.contiguous(), start if redo is None else redo, out, T, S, Hi, Di, chunk,
+        REDO=redo is not None, HP=HP, DP=DP, BQ=BQ, BK=BK, DOT=getattr(tl, TRITON_NAMES[dot_dtype(q_idx)]),
+        SCALED=k_scale is not None, WHOLE=DP == Di, STAGES=3, num_warps=4,
     )  # fmt: skip
     return out
 

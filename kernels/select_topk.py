@@ -1,22 +1,26 @@
-"""Exact top-k of rows of any length: one read of the row for a short list, then an exact choice among its members.
+"""Exact top-k of rows of any length: one read of the row for short lists, then an exact choice among their members.
 
-Schedule of "sampled", which GPUs run: one program a row.
+Schedule of "listed", which GPUs run for k up to 2048, three kernels:
 
-1. A sample of the row, runs of eight neighbours evenly spread, gives a bound that some more than k scores should reach.
-2. One read of the row writes what is not below the bound into a list of at most CAP scores with their indices.
-3. The list is in registers now. Its k-th largest score is found bit by bit; a prefix sum gives every kept index its
-   place, and the smallest indices win ties.
+1. A sample of the row, pairs of neighbours evenly spread, gives a bound that some more than k scores should reach.
+2. One read of the row. A thread keeps what is not below the bound in a list of its own, score and index: appending
+   takes neither atomics nor prefix sums, and a program is small, so that many reads are under way.
+3. The lists of a row are in registers now. A threshold that just k of them reach is found bit by bit; a prefix sum
+   gives every kept index its place, and the smallest indices win ties.
 
-A bound is luck; the count is not: a row whose list holds fewer than k scores, or more than CAP, is left to the second
+"sampled", for larger k and one of the ladder's rungs, does the three in one program with one list, to which a prefix
+sum a tile appends in order.
+
+A bound is luck; the counts are not: a row whose lists hold fewer than k scores, or overflow, is left to the last
 kernel, "radix", which needs no luck. The interpreter runs that one alone, ROWS rows a program.
 
 1. Radix select: four passes over the row fix the threshold's bytes from the top down. Each pass counts, among the
    scores that share the bytes known so far, the next byte, and steps into the bin where the k-th largest lies.
 2. One pass writes the index of every score above the threshold, and of as many equal ones as are still wanted.
 
-Both compare scores as integers of the same order (-0.0 first becomes 0.0). Bytes: 4 · S a row and the sample's for the
-first, 5 · 4 · S for the second. NaN in a visible place raises, except while a CUDA graph is captured, when it counts as
-larger than +inf (or smaller than -inf if its sign bit is set).
+All compare scores as integers of the same order (-0.0 first becomes 0.0). Bytes: 4 · S a row and the sample's for the
+first two, 5 · 4 · S for the third. NaN in a visible place raises, except while a CUDA graph is captured, when it counts
+as larger than +inf (or smaller than -inf if its sign bit is set).
 """
 
 import torch
@@ -25,9 +29,13 @@ import triton.language as tl
 
 from dsa_ref.contracts import check_select_topk, values_readable
 
-from .runtime import FLOATS, INTERPRETED, check_runnable
+from .runtime import FLOATS, INTERPRETED, check_runnable, multiprocessors
 
+LARGEST_LISTED_K = 2048  # the bound leaves some 3200 to 3700 scores, 50 to 58 in each of 64 lists
 LARGEST_SAMPLED_K = 8192  # a list of twice as many must fit into a program's registers
+LANES = 64  # lists of a program of `_scan`, one a thread
+PROGRAMS = 8  # of them on a multiprocessor
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
@@ -99,11 +107,24 @@ def _select_topk(
 
 @triton.jit
 def _threshold(keys, wanted):
-    """The largest key that at least `wanted` of the keys reach, found bit by bit; keys are uint32, 0 is nobody's."""
-    threshold, bit = tl.full([], 0, tl.uint32), tl.full([], 1 << 31, tl.uint32)
-    for _ in range(32):
-        reached = tl.sum((keys >= (threshold | bit)).to(tl.int32), axis=0)
-        threshold = tl.where(reached >= wanted, threshold | bit, threshold)
+    """A key that just `wanted` of the keys reach, or with ties more; keys are uint32, 0 is nobody's.
+
+    Found bit by bit from the first one in which the keys differ, until the count fits. 0 where there are too few keys.
+    """
+    largest = tl.max(keys, axis=0)
+    smallest = tl.min(tl.where(keys == 0, largest, keys), axis=0)
+    below = largest ^ smallest  # becomes a mask: its highest bit and all below
+    for i in tl.static_range(5):
+        below |= below >> (1 << i)
+    threshold = largest ^ (largest & below)
+    bit = (below >> 1) + (below & 1)
+    reached = tl.sum((keys >= tl.maximum(threshold, 1)).to(tl.int32), axis=0)
+    threshold = tl.where(reached >= wanted, threshold, 0)
+    bit = tl.where(reached >= wanted, bit, 0)
+    while (bit != 0) & (reached != wanted):
+        more = tl.sum((keys >= (threshold | bit)).to(tl.int32), axis=0)
+        threshold = tl.where(more >= wanted, threshold | bit, threshold)
+        reached = tl.where(more >= wanted, more, reached)
         bit >>= 1
     return threshold
 
@@ -113,6 +134,15 @@ def _from_ordered(key):
     """What `_ordered` was made from."""
     bits = key.to(tl.int32, bitcast=True)
     return (bits ^ (((bits ^ -2147483648) >> 31) | -2147483648)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def safe_rank(expected):
+    """The rank in a sample that leaves at least k scores above it, where `expected` of them are in the sample.
+
+    4.5 standard deviations of that number more: one row in some 300,000 fails if the sample is independent.
+    """
+    return (expected + 4.5 * tl.sqrt(expected)).to(tl.int32) + 1
 
 
 @triton.jit
@@ -135,7 +165,7 @@ def keep_largest(x, s, used, wanted, k, offset, out_ptr, nan_ptr):
     above, tied = key > threshold, (key == threshold) & used
     room = wanted - tl.sum(above.to(tl.int32), axis=0)
     if tl.sum(tied.to(tl.int32), axis=0) > room:
-        early = tl.where(tied, ~s.to(tl.uint32), tl.zeros_like(key))
+        early = tl.where(tied, (0x7FFFFFFF - s).to(tl.uint32), tl.zeros_like(key))  # the smallest s is largest
         tied = tied & (early >= _threshold(early, room)) & (room > 0)
     kept = above | tied
     place = tl.cumsum(kept.to(tl.int32), axis=0) - 1
@@ -143,6 +173,80 @@ def keep_largest(x, s, used, wanted, k, offset, out_ptr, nan_ptr):
     for place0 in range(wanted, k, 1024):
         rest = place0 + tl.arange(0, 1024)
         tl.store(out_ptr + rest, tl.full([1024], -1, tl.int32), rest < k)
+
+
+@triton.jit
+def _bound(scores_ptr, start_ptr, end_ptr, bound_ptr, S, k, M: tl.constexpr, ALL: tl.constexpr):
+    """The bound of a row from M / 2 pairs of neighbours; the lowest number, above -inf, for rows of at most ALL."""
+    t = tl.program_id(0).to(tl.int64)
+    start = tl.load(start_ptr + t)
+    n = tl.load(end_ptr + t) - start
+    bound = tl.full([], LOWEST, tl.float32)
+    if n > ALL:
+        j = tl.arange(0, M)
+        stretch = (j // 2).to(tl.int64)
+        width = n // (M // 2)
+        shift = (stretch * 2654435761 % 65536) * width // 65536  # places without a period that data could share
+        place = stretch * n // (M // 2) + shift + j % 2
+        sample = tl.load(scores_ptr + t * S + start + place, place < n, float("-inf")).to(tl.float32)
+        bound = tl.maximum(bound_of_sample(sample, j >= 0, safe_rank(1.0 * k * M / n)), LOWEST)
+    tl.store(bound_ptr + t, bound)
+
+
+@triton.jit
+def _scan(
+    scores_ptr, start_ptr, end_ptr, bound_ptr, list_ptr, count_ptr, T, S,
+    LANES: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """One part of the rows' scores into LANES lists: what is not below the bound, NaN too, with its index.
+
+    The lists that are being written must stay in L2 until their sectors are full: so scores leave it first, and only
+    PROGRAMS programs a multiprocessor are at work.
+    """
+    part = tl.program_id(1)
+    LISTS: tl.constexpr = PARTS * LANES
+    lane = tl.arange(0, LANES)
+    empty = part * LANES + lane
+    for row in range(tl.program_id(0), T, tl.num_programs(0)):
+        t = row.to(tl.int64)
+        start = tl.load(start_ptr + t)
+        n = tl.load(end_ptr + t) - start
+        bound = tl.load(bound_ptr + t)
+        scores, lists = scores_ptr + t * S + start, list_ptr + t * (LISTS * SLOTS)
+        place = empty  # where each list goes on
+        for s0 in range(part * LANES * AHEAD, n, LISTS * AHEAD):
+            xs = ()
+            for i in tl.static_range(AHEAD):  # all loads before the first store, so that they wait together
+                s = s0 + i * LANES + lane
+                x = tl.load(scores + s, s < n, float("-inf"), eviction_policy="evict_first")
+                xs = xs + (x.to(tl.float32),)
+            place = tl.minimum(place, empty + (SLOTS - AHEAD) * LISTS)  # a list grows by at most AHEAD entries now
+            for i in tl.static_range(AHEAD):
+                kept = (xs[i] < bound) == 0
+                s = (start + s0 + i * LANES + lane).to(tl.int64)
+                tl.store(lists + place, (xs[i].to(tl.int32, bitcast=True).to(tl.int64) << 32) | s, kept)
+                place = tl.where(kept, place + LISTS, place)
+        tl.store(count_ptr + t * LISTS + empty, (place - empty) // LISTS)
+
+
+@triton.jit
+def choose(
+    list_ptr, count_ptr, start_ptr, end_ptr, out_ptr, nan_ptr, redo_ptr, k,
+    LISTS: tl.constexpr, SLOTS: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """Write the k largest of a row's lists; flag a row that has fewer, or a list that may have lost entries."""
+    t = tl.program_id(0).to(tl.int64)
+    counts = tl.load(count_ptr + t * LISTS + tl.arange(0, LISTS))
+    wanted = tl.maximum(tl.minimum(k, tl.load(end_ptr + t) - tl.load(start_ptr + t)), 0)
+    redo = (tl.max(counts, axis=0) >= CAP) | (tl.sum(counts, axis=0) < wanted)
+    tl.store(redo_ptr + t, redo.to(tl.int32))
+    tl.store(nan_ptr + t, 0)
+    if redo == 0:
+        slot = tl.arange(0, LISTS * SLOTS)
+        used = slot // LISTS < tl.load(count_ptr + t * LISTS + slot % LISTS)
+        entry = tl.load(list_ptr + t * (LISTS * SLOTS) + slot, used, 0)
+        scores = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        keep_largest(scores, entry.to(tl.int32), used, wanted, k, 0, out_ptr + t * k, nan_ptr + t)
 
 
 @triton.jit
@@ -189,7 +293,7 @@ def _select_sampled(
 
 
 def select_topk(scores, k, start=None, end=None):
-    """`dsa_ref.select_topk`, exact for rows of any length. Indices happen to ascend; do not rely on it.
+    """`dsa_ref.select_topk`, exact for rows of any length. The order of the indices is not specified.
 
     Takes fp32, bf16 and fp16 scores. Raises as the reference does (fp64 is a TypeError here), and as
     `runtime.check_runnable` does.
@@ -200,7 +304,7 @@ def select_topk(scores, k, start=None, end=None):
 
 
 def launch(scores, k, start, end, variant=None, out=None, redo=None):
-    """Run the kernels on checked arguments. variant: "sampled" or "radix"; None picks the faster one.
+    """Run the kernels on checked arguments. variant: "listed", "sampled", "radix"; None picks the fastest one.
 
     With redo, int32 [T], and out, only rows whose redo is not 0 are written, by "radix".
     """
@@ -211,12 +315,32 @@ def launch(scores, k, start, end, variant=None, out=None, redo=None):
     nan = torch.zeros(T, dtype=torch.int32, device=scores.device)
     if T == 0:
         return out
-    sampled = variant == "sampled" if variant else not INTERPRETED and k <= LARGEST_SAMPLED_K
-    sampled = sampled and not flagged
+    if flagged or INTERPRETED and variant is None:
+        variant = "radix"
+    elif variant is None:
+        variant = "listed" if k <= LARGEST_LISTED_K else "sampled" if k <= LARGEST_SAMPLED_K else "radix"
     redo = redo if flagged else torch.empty_like(nan)
-    if sampled:
-        long = S > 1 << 18  # then a larger sample, for as safe a bound, and room for its larger error
-        cap = max(16384 if long else 4096, 2 * triton.next_power_of_2(k))
+    long = S > 1 << 18  # then a larger sample, for as safe a bound
+    if variant == "listed":
+        few = T < 2 * multiprocessors(scores)  # then many programs share a row
+        parts, slots, ahead = (16, 32, 8) if few else (1, 128, 16)
+        lists = LANES * parts
+        bound = torch.empty(T, device=scores.device)
+        entries = torch.empty(T, slots * lists, dtype=torch.int64, device=scores.device)
+        counts = torch.empty(T, lists, dtype=torch.int32, device=scores.device)
+        _bound[(T,)](
+            scores, start, end, bound, S, k, M=16384 if long else 4096, ALL=lists * (slots - ahead) // 2, num_warps=8
+        )
+        _scan[(min(T, PROGRAMS * multiprocessors(scores)), parts)](
+            scores, start, end, bound, entries, counts, T, S,
+            LANES=LANES, PARTS=parts, SLOTS=slots, AHEAD=ahead, num_warps=LANES // 32,
+        )  # fmt: skip
+        choose[(T,)](
+            entries, counts, start, end, out, nan, redo, k, LISTS=lists, SLOTS=slots, CAP=slots - ahead,
+            **({"num_warps": 32} if few else {"num_warps": 8, "maxnreg": 128}),
+        )  # fmt: skip
+    elif variant == "sampled":
+        cap = max(16384 if long else 4096, 2 * triton.next_power_of_2(k))  # room for the larger error of a long row
         values = torch.empty(T, cap, dtype=torch.float32, device=scores.device)
         indices = torch.empty(T, cap, dtype=torch.int32, device=scores.device)
         _select_sampled[(T,)](
@@ -224,10 +348,11 @@ def launch(scores, k, start, end, variant=None, out=None, redo=None):
             SAMPLE=32768 if long else 8192, CAP=cap, BLOCK=2048, num_warps=4 if cap == 4096 else 16,
         )  # fmt: skip
     block = min(triton.next_power_of_2(S), 65536 if INTERPRETED else 4096)
-    many = INTERPRETED and not sampled and not flagged
+    remaining = flagged or variant != "radix"
+    many = INTERPRETED and not remaining
     rows = min(triton.next_power_of_2(T), max(1, 262144 // block)) if many else 1
     _select_topk[(triton.cdiv(T, rows),)](
-        scores, start, end, out, nan, redo, T, S, k, ROWS=rows, BLOCK=block, REDO=sampled or flagged, num_warps=8,
+        scores, start, end, out, nan, redo, T, S, k, ROWS=rows, BLOCK=block, REDO=remaining, num_warps=8,
     )  # fmt: skip
     if values_readable(nan) and nan.any():
         raise ValueError(f"scores must not be NaN, got NaN in row {int(nan.nonzero()[0])}")

@@ -89,18 +89,18 @@ def score(group, args):
     nothing = gl.full([BK, BQ], float("-inf"), gl.float32, layout=place.type.layout)
 
     for s0 in range(chunk_first, first, BK):
-        gl.store(out + (place + s0), nothing, (t < T)[None, :] & (s0 + key < first)[:, None])
+        gl.store(out + s0 + place, nothing, (t < T)[None, :] & (s0 + key < first)[:, None])
     for i in range((last - first) // BK):
         s0 = first + i * BK
         scores = score_tile(i, group, args, w)
         if (s0 >= whole_first) & (s0 < whole_last):
-            gl.store(out + (place + s0), scores)
+            gl.store(out + s0 + place, scores)
         else:
             s = (s0 + key)[:, None]
             seen = (s >= start[None, :]) & (s < end[None, :])
-            gl.store(out + (place + s0), gl.where(seen, scores, nothing), (t < T)[None, :] & (s < chunk_last))
+            gl.store(out + s0 + place, gl.where(seen, scores, nothing), (t < T)[None, :] & (s < chunk_last))
     for s0 in range(last, chunk_last, BK):
-        gl.store(out + (place + s0), nothing, (t < T)[None, :] & (s0 + key < chunk_last)[:, None])
+        gl.store(out + s0 + place, nothing, (t < T)[None, :] & (s0 + key < chunk_last)[:, None])
 
 
 @gluon.jit

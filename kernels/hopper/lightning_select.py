@@ -5,8 +5,8 @@
 2. The scan scores every key as `hopper.index_scores` does. A score that is not below its row's bound goes, with its
    index, into the list of (row, key mod 64). Such a list belongs to one thread: appending takes neither atomics nor
    prefix sums, and the lists are the same in every run.
-3. The lists of a row, at most 64 · SLOTS entries, meet in registers: the k-th largest score is found bit by bit, then the
-   smallest indices win ties.
+3. `choose` brings the lists of a row, at most 64 · SLOTS entries, into registers: a threshold that k of them reach is
+   found bit by bit, and the smallest indices win ties.
 
 A bound is luck, the counts are not: a row with fewer than k entries, or with CAP in a list, is flagged, and
 the caller redoes it without luck. NaN is not below any bound, so it is found, too.
@@ -20,15 +20,13 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..select_topk import bound_of_sample, keep_largest
+from ..select_topk import LARGEST_LISTED_K, LOWEST, bound_of_sample, choose, safe_rank
 from . import index_scores
 from .index_scores import BK, BQ, QUERIES, fetch, open_block, rows_of, score_tile, tiles_seen
 
 CAP, SPARE = gl.constexpr(112), gl.constexpr(16)  # entries a list, of which a row has BK; and room to run over
 SLOTS = gl.constexpr(CAP.value + SPARE.value)
-LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-LARGEST_K = 2048  # its bound leaves some 3200 to 3700 keys, 50 to 58 a list
-SHORTEST = 49152  # keys; below, a score matrix of these rows is cheap to read
+SHORTEST = 24576  # keys; below, a sample that is large enough costs too much
 ROWS_AT_ONCE = 4096  # 256 MiB of lists
 
 
@@ -82,42 +80,22 @@ def _bound(scores_ptr, first_ptr, last_ptr, start_ptr, end_ptr, bound_ptr, k, M:
     if n > ALL:
         j = tl.arange(0, M)
         sample = tl.load(scores_ptr + t.to(tl.int64) * M + j)
-        expected = 1.0 * k * (last - first) / n
-        rank = (expected + 4.5 * tl.sqrt(expected)).to(tl.int32) + 1
+        rank = safe_rank(1.0 * k * (last - first) / n)
         bound = tl.maximum(bound_of_sample(sample, (j >= first) & (j < last), rank), LOWEST)
     tl.store(bound_ptr + t, bound)
 
 
-@triton.jit
-def _choose(
-    list_ptr, count_ptr, start_ptr, end_ptr, out_ptr, nan_ptr, redo_ptr, k,
-    LISTS: tl.constexpr, SLOTS: tl.constexpr, CAP: tl.constexpr,
-):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
-    counts = tl.load(count_ptr + t * LISTS + tl.arange(0, LISTS))
-    wanted = tl.maximum(tl.minimum(k, tl.load(end_ptr + t) - tl.load(start_ptr + t)), 0)
-    redo = (tl.max(counts, axis=0) >= CAP) | (tl.sum(counts, axis=0) < wanted)
-    tl.store(redo_ptr + t, redo.to(tl.int32))
-    tl.store(nan_ptr + t, 0)
-    if redo == 0:
-        slot = tl.arange(0, LISTS * SLOTS)
-        used = slot // LISTS < tl.load(count_ptr + t * LISTS + slot % LISTS)
-        entry = tl.load(list_ptr + t * (LISTS * SLOTS) + slot, used, 0)
-        scores = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-        keep_largest(scores, entry.to(tl.int32), used, wanted, k, 0, out_ptr + t * k, nan_ptr + t)
-
-
 def sampled_keys(S, device):
     """int64, ascending: one key of each of M equal stretches, at places without a period that data could share."""
-    M = max(4096, min(32768, triton.next_power_of_2(S // 64)))
+    M = max(2048 if S < 49152 else 4096, min(32768, triton.next_power_of_2(S // 64)))  # 1 to 8 % of the keys
     edges = torch.arange(M + 1, device=device) * S // M
     return edges[:-1] + (torch.arange(M, device=device) * 2654435761 % 65536) * edges.diff() // 65536
 
 
 def cannot_serve(q_idx, k_scale, S, k):
     """Why this variant cannot select for these queries, or None."""
-    if k > LARGEST_K:
-        return f"needs k <= {LARGEST_K}, got {k}"
+    if k > LARGEST_LISTED_K:
+        return f"needs k <= {LARGEST_LISTED_K}, got {k}"
     if S < SHORTEST:
         return f"needs at least {SHORTEST} keys, got {S}"
     return index_scores.cannot_serve(q_idx, k_scale)
@@ -148,10 +126,10 @@ def lightning_select(q_idx, k_idx, w, k, k_scale, start, end, out):
         lists = torch.empty(rows, SLOTS.value * BK.value, dtype=torch.int64, device=out.device)
         counts = torch.empty(rows, BK.value, dtype=torch.int32, device=out.device)
         _collect[(triton.cdiv(rows, QUERIES.value),)](
-            *index_scores.descriptors(q_idx[part], k_idx, k_scale), w[part], start[part], end[part], bound, lists, counts,
-            rows, S, num_warps=4, maxnreg=168,
+            *index_scores.descriptors(q_idx[part], k_idx, k_scale), w[part], start[part], end[part], bound,
+            lists, counts, rows, S, num_warps=4, maxnreg=168,
         )  # fmt: skip
-        _choose[(rows,)](
+        choose[(rows,)](
             lists, counts, start[part], end[part], out[part], nan[part], redo[part], k,
             LISTS=BK.value, SLOTS=SLOTS.value, CAP=CAP.value, num_warps=8, maxnreg=128,
         )  # fmt: skip
