@@ -35,6 +35,7 @@ LARGEST_LISTED_K = 2048  # the bound leaves some 3200 to 3700 scores, 50 to 58 i
 LARGEST_SAMPLED_K = 8192  # a list of twice as many must fit into a program's registers
 LANES = 64  # lists of a program of `_scan`, one a thread
 PROGRAMS = 8  # of them on a multiprocessor
+ROWS_AT_ONCE = 4096  # whose lists take 256 MiB
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
@@ -208,7 +209,7 @@ def _scan(
     lane = tl.arange(0, LANES)
     empty = part * LANES + lane
     for row in range(tl.program_id(0), T, tl.num_programs(0)):
-        t = row.to(tl.int64)
+        t = row + tl.zeros([], tl.int64)  # the interpreter's row is a plain int
         start = tl.load(start_ptr + t)
         n = tl.load(end_ptr + t) - start
         bound = tl.load(bound_ptr + t)
@@ -324,21 +325,26 @@ def launch(scores, k, start, end, variant=None, out=None, redo=None):
     if variant == "listed":
         few = T < 2 * multiprocessors(scores)  # then many programs share a row
         parts, slots, ahead = (16, 32, 8) if few else (1, 128, 16)
-        lists = LANES * parts
-        bound = torch.empty(T, device=scores.device)
-        entries = torch.empty(T, slots * lists, dtype=torch.int64, device=scores.device)
-        counts = torch.empty(T, lists, dtype=torch.int32, device=scores.device)
-        _bound[(T,)](
-            scores, start, end, bound, S, k, M=16384 if long else 4096, ALL=lists * (slots - ahead) // 2, num_warps=8
-        )
-        _scan[(min(T, PROGRAMS * multiprocessors(scores)), parts)](
-            scores, start, end, bound, entries, counts, T, S,
-            LANES=LANES, PARTS=parts, SLOTS=slots, AHEAD=ahead, num_warps=LANES // 32,
-        )  # fmt: skip
-        choose[(T,)](
-            entries, counts, start, end, out, nan, redo, k, LISTS=lists, SLOTS=slots, CAP=slots - ahead,
-            **({"num_warps": 32} if few else {"num_warps": 8, "maxnreg": 128}),
-        )  # fmt: skip
+        lists, rows = LANES * parts, min(T, ROWS_AT_ONCE)
+        bound = torch.empty(rows, device=scores.device)
+        entries = torch.empty(rows, slots * lists, dtype=torch.int64, device=scores.device)
+        counts = torch.empty(rows, lists, dtype=torch.int32, device=scores.device)
+        for t in range(0, T, rows):
+            part = slice(t, t + rows)
+            n = len(scores[part])
+            _bound[(n,)](
+                scores[part], start[part], end[part], bound, S, k,
+                M=16384 if long else 4096, ALL=lists * (slots - ahead) // 2, num_warps=8,
+            )  # fmt: skip
+            _scan[(min(n, PROGRAMS * multiprocessors(scores)), parts)](
+                scores[part], start[part], end[part], bound, entries, counts, n, S,
+                LANES=LANES, PARTS=parts, SLOTS=slots, AHEAD=ahead, num_warps=LANES // 32,
+            )  # fmt: skip
+            choose[(n,)](
+                entries, counts, start[part], end[part], out[part], nan[part], redo[part], k,
+                LISTS=lists, SLOTS=slots, CAP=slots - ahead,
+                **({"num_warps": 32} if few else {"num_warps": 8, "maxnreg": 128}),
+            )  # fmt: skip
     elif variant == "sampled":
         cap = max(16384 if long else 4096, 2 * triton.next_power_of_2(k))  # room for the larger error of a long row
         values = torch.empty(T, cap, dtype=torch.float32, device=scores.device)

@@ -300,11 +300,35 @@ def test_without_a_gpu_one_sentence_and_exit_code_2(bench, no_gpu, capsys):
     assert out == "" and err == "kernels.bench measures on a CUDA GPU, and torch finds none here.\n"
 
 
+def test_exactness_without_a_gpu(bench, no_gpu, capsys):
+    assert bench("exact").main([]) == 2
+    assert capsys.readouterr().err == "kernels.bench.exact compares on a CUDA GPU, and torch finds none here.\n"
+
+
+def test_differing_rows_are_counted(bench):
+    """As sets: the order does not matter, one other key does, and so does one key twice."""
+    differing = bench("exact").differing
+    want = torch.tensor([[1, 2, 3], [4, 5, -1], [7, 8, 9]])
+    assert differing(want.flip(1), want) == 0
+    assert differing(torch.tensor([[1, 2, 4], [4, 5, -1], [7, 8, 8]]), want) == 2
+
+
 @pytest.mark.parametrize("arguments, reason", [(["index"], "step must be one of"), (["--rounds", "0"], "at least 1")])
 def test_senseless_arguments_exit_with_2(bench, capsys, arguments, reason):
     with pytest.raises(SystemExit) as stopped:
         bench("__main__").main(arguments)
     assert stopped.value.code == 2 and reason in capsys.readouterr().err
+
+
+def test_every_version_of_the_ladder_is_complete(bench):
+    """Each rung has a prediction in a unit that its case can answer, and runs the step by name or by a function."""
+    ladder = bench("ladder")
+    names = [(step, name) for step, versions in ladder.VERSIONS.items() for name in versions]
+    assert all(len(versions) >= 2 for versions in ladder.VERSIONS.values())
+    for step, name in names:
+        version = ladder.VERSIONS[step][name]
+        assert callable(ladder.function_of(step, name)) and version.what.endswith(".") and version.because
+        assert version.predicted[0] > 0 and version.predicted[1] in ("ms", "TFLOP/s", "TB/s")
 
 
 def test_a_tie_broken_the_wrong_way_is_no_selection_of_ours(bench, device):

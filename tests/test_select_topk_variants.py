@@ -93,6 +93,15 @@ def test_nan_is_refused_wherever_it_stands(variant, place, device):
         launch(variant, scores.to(device), 5, start, end)
 
 
+def test_rows_in_blocks(device, poisoned, monkeypatch):
+    """Lists for two rows at a time, and one left over."""
+    monkeypatch.setattr(importlib.import_module("kernels.select_topk"), "ROWS_AT_ONCE", 2)
+    scores = normal(5, S)
+    start, end = ends_early(5, "cpu")
+    got = launch("listed", scores.to(device), 20, start.to(device), end.to(device)).cpu()
+    assert [sorted(row) for row in got.tolist()] == best(scores.numpy(), 20, start, end)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", ("sampled", "listed"))
 def test_rows_that_no_sample_can_bound(variant, device):

@@ -8,8 +8,8 @@
 3. `choose` brings the lists of a row, at most 64 · SLOTS entries, into registers: a threshold that k of them reach is
    found bit by bit, and the smallest indices win ties.
 
-A bound is luck, the counts are not: a row with fewer than k entries, or with CAP in a list, is flagged, and
-the caller redoes it without luck. NaN is not below any bound, so it is found, too.
+A bound is luck, the counts are not: a row with fewer than k entries, or with CAP in a list, is flagged, and the caller
+redoes it without luck. NaN is not below any bound, so it is found, too.
 
 Bytes: 8 an entry, written and read once, instead of 4 a score; the lists take 64 KiB a row.
 """
@@ -20,14 +20,13 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..select_topk import LARGEST_LISTED_K, LOWEST, bound_of_sample, choose, safe_rank
+from ..select_topk import LARGEST_LISTED_K, LOWEST, ROWS_AT_ONCE, bound_of_sample, choose, safe_rank
 from . import index_scores
 from .index_scores import BK, BQ, QUERIES, fetch, open_block, rows_of, score_tile, tiles_seen
 
 CAP, SPARE = gl.constexpr(112), gl.constexpr(16)  # entries a list, of which a row has BK; and room to run over
 SLOTS = gl.constexpr(CAP.value + SPARE.value)
-SHORTEST = 24576  # keys; below, a sample that is large enough costs too much
-ROWS_AT_ONCE = 4096  # 256 MiB of lists
+SHORTEST = 49152  # keys; below, a sample that is large enough costs too much
 
 
 @gluon.jit
@@ -87,7 +86,7 @@ def _bound(scores_ptr, first_ptr, last_ptr, start_ptr, end_ptr, bound_ptr, k, M:
 
 def sampled_keys(S, device):
     """int64, ascending: one key of each of M equal stretches, at places without a period that data could share."""
-    M = max(2048 if S < 49152 else 4096, min(32768, triton.next_power_of_2(S // 64)))  # 1 to 8 % of the keys
+    M = max(4096, min(32768, triton.next_power_of_2(S // 64)))
     edges = torch.arange(M + 1, device=device) * S // M
     return edges[:-1] + (torch.arange(M, device=device) * 2654435761 % 65536) * edges.diff() // 65536
 
