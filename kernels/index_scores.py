@@ -109,7 +109,7 @@ def launch(q_idx, k_idx, w, k_scale, start, end, variant=None, redo=None):
     """
     (T, Hi, Di), S = q_idx.shape, k_idx.shape[0]
     default = "portable" if redo is not None or T < FEWEST_FOR_HOPPER else "hopper"
-    hopper = hopper_variant("index_scores", variant, default, q_idx, k_scale)
+    hopper = hopper_variant("index_scores", variant, default, q_idx, k_scale, S)
     out = torch.empty(T, S, dtype=torch.float32, device=q_idx.device)
     if T == 0:
         return out

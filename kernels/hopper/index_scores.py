@@ -160,8 +160,10 @@ def descriptors(q_idx, k_idx, k_scale):
     )
 
 
-def cannot_serve(q_idx, k_scale):
-    """Why this variant cannot score these queries, or None."""
+def cannot_serve(q_idx, k_scale, S):
+    """Why this variant cannot score these queries against S keys, or None."""
+    if S >= 1 << 28:
+        return f"needs fewer than {1 << 28} keys, so that 32 bits hold a place in the scores of a block, got {S}"
     if not q_idx.is_cuda or torch.cuda.get_device_capability(q_idx.device) != (9, 0):
         return "needs a GPU of compute capability 9.0"
     if q_idx.dtype != torch.float8_e4m3fn:

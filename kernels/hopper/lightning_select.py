@@ -97,7 +97,7 @@ def cannot_serve(q_idx, k_scale, S, k):
         return f"needs k <= {LARGEST_LISTED_K}, got {k}"
     if S < SHORTEST:
         return f"needs at least {SHORTEST} keys, got {S}"
-    return index_scores.cannot_serve(q_idx, k_scale)
+    return index_scores.cannot_serve(q_idx, k_scale, S)
 
 
 def lightning_select(q_idx, k_idx, w, k, k_scale, start, end, out):
