@@ -1,6 +1,7 @@
 """Exact top-k of rows of any length: one read of the row for short lists, then an exact choice among their members.
 
-Schedule of "listed", which GPUs run for k up to 2048, three kernels:
+Schedule of "listed", which GPUs run for k up to 2048, three kernels (on Hopper, `hopper.select_topk` does the same for
+many rows in one):
 
 1. A sample of the row, pairs of neighbours evenly spread, gives a bound that some more than k scores should reach.
 2. One read of the row. A thread keeps what is not below the bound in a list of its own, score and index: appending
@@ -29,7 +30,7 @@ import triton.language as tl
 
 from dsa_ref.contracts import check_select_topk, values_readable
 
-from .runtime import FLOATS, INTERPRETED, check_runnable, multiprocessors
+from .runtime import FLOATS, INTERPRETED, check_runnable, hopper_variant, multiprocessors
 
 LARGEST_LISTED_K = 2048  # the bound leaves some 3200 to 3700 scores, 50 to 58 in each of 64 lists
 LARGEST_SAMPLED_K = 8192  # a list of twice as many must fit into a program's registers
@@ -48,15 +49,12 @@ def _ordered(x):
 
 
 @triton.jit
-def _select_topk(
-    scores_ptr, start_ptr, end_ptr, out_ptr, nan_ptr, redo_ptr, T, S, k,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, REDO: tl.constexpr,
+def _radix(
+    block, scores_ptr, start_ptr, end_ptr, out_ptr, nan_ptr, T, S, k, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    if REDO:  # the rows that `_select_sampled` could not do
-        if tl.load(redo_ptr + tl.program_id(0)) == 0:
-            return
+    """Select for the ROWS rows from block * ROWS on."""
     row = tl.arange(0, ROWS)
-    t = tl.program_id(0).to(tl.int64) * ROWS + row
+    t = block.to(tl.int64) * ROWS + row
     start, end = tl.load(start_ptr + t, t < T, S), tl.load(end_ptr + t, t < T, 0)
     first, last = tl.min(start, axis=0), tl.max(end, axis=0)
     scores_row, out_row = scores_ptr + (t * S)[:, None], out_ptr + (t * k)[:, None]
@@ -104,6 +102,20 @@ def _select_topk(
         place = place0 + lane
         rest = (place >= written[:, None]) & (place < k) & (t < T)[:, None]
         tl.store(out_row + place, tl.full([ROWS, BLOCK], -1, tl.int32), rest)
+
+
+@triton.jit
+def _select_topk(
+    scores_ptr, start_ptr, end_ptr, out_ptr, nan_ptr, redo_ptr, T, S, k,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, REDO: tl.constexpr,
+):  # fmt: skip
+    if REDO:  # the rows, few, that a faster kernel could not do
+        for row in range(tl.program_id(0), T, tl.num_programs(0)):
+            t = row + tl.zeros([], tl.int64)  # the interpreter's row is a plain int
+            if tl.load(redo_ptr + t) != 0:
+                _radix(t, scores_ptr, start_ptr, end_ptr, out_ptr, nan_ptr, T, S, k, 1, BLOCK)
+    else:
+        _radix(tl.program_id(0), scores_ptr, start_ptr, end_ptr, out_ptr, nan_ptr, T, S, k, ROWS, BLOCK)
 
 
 @triton.jit
@@ -305,7 +317,10 @@ def select_topk(scores, k, start=None, end=None):
 
 
 def launch(scores, k, start, end, variant=None, out=None, redo=None):
-    """Run the kernels on checked arguments. variant: "listed", "sampled", "radix"; None picks the fastest one.
+    """Run the kernels on checked arguments.
+
+    variant: "hopper" (`hopper.select_topk`; compute capability 9.0, k <= 2048), "listed", "sampled", "radix"; None
+    picks the fastest one.
 
     With redo, int32 [T], and out, only rows whose redo is not 0 are written, by "radix".
     """
@@ -316,13 +331,20 @@ def launch(scores, k, start, end, variant=None, out=None, redo=None):
     nan = torch.zeros(T, dtype=torch.int32, device=scores.device)
     if T == 0:
         return out
-    if flagged or INTERPRETED and variant is None:
+    many = not flagged and T >= 2 * multiprocessors(scores)
+    asked = variant if variant in (None, "hopper") else "portable"
+    hopper = hopper_variant("select_topk", asked, "hopper" if many else "portable", scores, k)
+    if hopper:
+        variant = "hopper"
+    elif flagged or INTERPRETED and variant is None:
         variant = "radix"
     elif variant is None:
         variant = "listed" if k <= LARGEST_LISTED_K else "sampled" if k <= LARGEST_SAMPLED_K else "radix"
     redo = redo if flagged else torch.empty_like(nan)
     long = S > 1 << 18  # then a larger sample, for as safe a bound
-    if variant == "listed":
+    if hopper:
+        hopper.select_topk(scores, k, start, end, out, nan, redo)
+    elif variant == "listed":
         few = T < 2 * multiprocessors(scores)  # then many programs share a row
         parts, slots, ahead = (16, 32, 8) if few else (1, 128, 16)
         lists, rows = LANES * parts, min(T, ROWS_AT_ONCE)
@@ -355,9 +377,10 @@ def launch(scores, k, start, end, variant=None, out=None, redo=None):
         )  # fmt: skip
     block = min(triton.next_power_of_2(S), 65536 if INTERPRETED else 4096)
     remaining = flagged or variant != "radix"
-    many = INTERPRETED and not remaining
-    rows = min(triton.next_power_of_2(T), max(1, 262144 // block)) if many else 1
-    _select_topk[(triton.cdiv(T, rows),)](
+    together = INTERPRETED and not remaining
+    rows = min(triton.next_power_of_2(T), max(1, 262144 // block)) if together else 1
+    programs = min(T, PROGRAMS * multiprocessors(scores)) if remaining else triton.cdiv(T, rows)
+    _select_topk[(programs,)](
         scores, start, end, out, nan, redo, T, S, k, ROWS=rows, BLOCK=block, REDO=remaining, num_warps=8,
     )  # fmt: skip
     if values_readable(nan) and nan.any():

@@ -20,53 +20,56 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..select_topk import LARGEST_LISTED_K, LOWEST, ROWS_AT_ONCE, bound_of_sample, choose, safe_rank
+from ..select_topk import LOWEST, ROWS_AT_ONCE, bound_of_sample, safe_rank
 from . import index_scores
-from .index_scores import BK, BQ, QUERIES, fetch, open_block, rows_of, score_tile, tiles_seen
+from .index_scores import BK, BQ, QUERIES, SCORES, fetch, open_block, tiles_seen, walk
+from .select_topk import LANES, LARGEST_K, choose
 
-CAP, SPARE = gl.constexpr(112), gl.constexpr(16)  # entries a list, of which a row has BK; and room to run over
-SLOTS = gl.constexpr(CAP.value + SPARE.value)
+SLOTS = gl.constexpr(128)  # entries of a list, of which a row has BK
+CAP = gl.constexpr(SLOTS.value - 1)  # a list that is full goes on in its last slot
 SHORTEST = 49152  # keys; below, a sample that is large enough costs too much
 
 
 @gluon.jit
-def collect(group, args):
-    k_desc, scale_desc, k_tiles, scales, q_tiles, full, free, ranges, pointers = args
-    chunk_first, chunk_last, first, last, t0, T, S = ranges
-    w, t, start, end, key, whole_first, whole_last = rows_of(group, args)
-    bound = gl.load(pointers[3] + t, t < T, float("inf"))
-    lists = pointers[4] + (t0 + group * BQ).to(gl.int64) * (SLOTS * BK)
-    empty = (t - t0 - group * BQ)[None, :] * (SLOTS * BK) + key[:, None]
-    place = empty  # where each list goes on
-    hidden = gl.full([BK, BQ], float("-inf"), gl.float32, layout=empty.type.layout)
-    tiles = (last - first) // BK
-    for i0 in range(0, tiles, SPARE):
-        # So far, and no further: in the next SPARE tiles a list grows by at most SPARE entries.
-        place = gl.minimum(place, empty + CAP * BK)
-        for i in range(i0, gl.minimum(i0 + SPARE, tiles)):
-            s0 = first + i * BK
-            scores = score_tile(i, group, args, w)
-            if (s0 < whole_first) | (s0 >= whole_last):
-                s = (s0 + key)[:, None]
-                scores = gl.where((s >= start[None, :]) & (s < end[None, :]), scores, hidden)
-            kept = (scores < bound[None, :]) == 0  # NaN is kept
-            entry = (scores.to(gl.int32, bitcast=True).to(gl.int64) << 32) | (s0 + key)[:, None].to(gl.int64)
-            gl.store(lists + place, entry, kept)
-            place = gl.where(kept, place + BK, place)
-    gl.store(pointers[5] + t[None, :] * BK + key[:, None], (place - empty) // BK, (t < T)[None, :])
+def _append(state, s0, scores):
+    lists, empty, place, key, bound = state
+    kept = (scores < bound[None, :]) == 0  # NaN is kept
+    s = (s0 + key)[:, None].to(gl.int64)
+    gl.store(lists + place, (scores.to(gl.int32, bitcast=True).to(gl.int64) << 32) | s, kept)
+    place = gl.minimum(gl.where(kept, place + BK, place), empty + CAP * BK)
+    return lists, empty, place, key, bound
+
+
+@gluon.jit
+def _lists(group, args):
+    k_desc, scale_desc, k_tiles, scales, q_tiles, full, free, turn, ranges, pointers = args
+    first, tiles, t0, T, S = ranges
+    w_ptr, bound_ptr, list_ptr, count_ptr = pointers
+    row = gl.arange(0, BQ, layout=gl.SliceLayout(0, SCORES))
+    key = gl.arange(0, BK, layout=gl.SliceLayout(1, SCORES))
+    t = t0 + group * BQ + row
+    bound = gl.load(bound_ptr + t, t < T, float("inf"))
+    lists = list_ptr + (t0 + group * BQ).to(gl.int64) * (SLOTS * BK)
+    empty = row[None, :] * (SLOTS * BK) + key[:, None]
+    state = walk(group, args, _append, (lists, empty, empty, key, bound), "halves")
+    gl.store(count_ptr + t[None, :] * BK + key[:, None], (state[2] - empty) // BK, (t < T)[None, :])
 
 
 @gluon.jit
 def _collect(
     q_desc, k_desc, scale_desc, w_ptr, start_ptr, end_ptr, bound_ptr, list_ptr, count_ptr, T, S,
 ):  # fmt: skip
+    """Lists of every query of a block, from all tiles that some query of it sees.
+
+    No key is masked: a list holds also keys that its own query does not see, and of rows past T; `choose` drops them.
+    """
     t0 = gl.program_id(0) * QUERIES
-    first, last = tiles_seen(t0, 0, S, start_ptr, end_ptr, T, S)
-    k_tiles, scales, q_tiles, full, free = open_block(q_desc, t0)
-    ranges = (0, S, first, last, t0, T, S)
-    pointers = (w_ptr, start_ptr, end_ptr, bound_ptr, list_ptr, count_ptr)
-    args = (k_desc, scale_desc, k_tiles, scales, q_tiles, full, free, ranges, pointers)
-    gl.warp_specialize([(collect, (0, args)), (collect, (1, args)), (fetch, (args,))], [4, 1], [232, 24])
+    first, tiles = tiles_seen(t0, 0, S, start_ptr, end_ptr, T, S)
+    k_tiles, scales, q_tiles, full, free, turn = open_block(q_desc, t0)
+    ranges = (first, tiles, t0, T, S)
+    pointers = (w_ptr, bound_ptr, list_ptr, count_ptr)
+    args = (k_desc, scale_desc, k_tiles, scales, q_tiles, full, free, turn, ranges, pointers)
+    gl.warp_specialize([(_lists, (0, args)), (_lists, (1, args)), (fetch, (args,))], [4, 1], [232, 24])
 
 
 @triton.jit
@@ -84,6 +87,21 @@ def _bound(scores_ptr, first_ptr, last_ptr, start_ptr, end_ptr, bound_ptr, k, M:
     tl.store(bound_ptr + t, bound)
 
 
+@gluon.jit
+def _choose(list_ptr, word_ptr, count_ptr, start_ptr, end_ptr, out_ptr, nan_ptr, redo_ptr, k):
+    """A row's BK lists of SLOTS entries are LANES lists to `choose`: thread `lane` has every other of a list."""
+    HALF: gl.constexpr = SLOTS * BK // LANES
+    TABLE: gl.constexpr = gl.BlockedLayout([HALF, 1], [1, 32], [1, LANES // 32], [0, 1])
+    lane = gl.arange(0, LANES, layout=gl.SliceLayout(0, TABLE))
+    t = gl.program_id(0).to(gl.int64)
+    counts = gl.load(count_ptr + t * BK + lane % BK)
+    full = gl.max(counts, 0) == CAP
+    counts = (counts + 1 - lane // BK) // 2
+    start, end = gl.load(start_ptr + t), gl.load(end_ptr + t)
+    lists, words = list_ptr + t * (SLOTS * BK), word_ptr + t * (2 * SLOTS * BK)
+    choose(lists, words, counts, full, start, end, k, out_ptr + t * k, nan_ptr + t, redo_ptr + t, HALF, True)
+
+
 def sampled_keys(S, device):
     """int64, ascending: one key of each of M equal stretches, at places without a period that data could share."""
     M = max(4096, min(32768, triton.next_power_of_2(S // 64)))
@@ -93,8 +111,8 @@ def sampled_keys(S, device):
 
 def cannot_serve(q_idx, k_scale, S, k):
     """Why this variant cannot select for these queries, or None."""
-    if k > LARGEST_LISTED_K:
-        return f"needs k <= {LARGEST_LISTED_K}, got {k}"
+    if k > LARGEST_K:
+        return f"needs k <= {LARGEST_K}, got {k}"
     if S < SHORTEST:
         return f"needs at least {SHORTEST} keys, got {S}"
     return index_scores.cannot_serve(q_idx, k_scale, S)
@@ -122,14 +140,15 @@ def lightning_select(q_idx, k_idx, w, k, k_scale, start, end, out):
             scores, first[part], last[part], start[part], end[part], bound, k, M=M, ALL=BK.value * CAP.value // 2,
             num_warps=8,
         )  # fmt: skip
-        lists = torch.empty(rows, SLOTS.value * BK.value, dtype=torch.int64, device=out.device)
+        whole = triton.cdiv(rows, QUERIES.value) * QUERIES.value  # blocks write lists for rows past the last, too
+        lists = torch.empty(whole, SLOTS.value * BK.value, dtype=torch.int64, device=out.device)
         counts = torch.empty(rows, BK.value, dtype=torch.int32, device=out.device)
         _collect[(triton.cdiv(rows, QUERIES.value),)](
             *index_scores.descriptors(q_idx[part], k_idx, k_scale), w[part], start[part], end[part], bound,
             lists, counts, rows, S, num_warps=4, maxnreg=168,
         )  # fmt: skip
-        choose[(rows,)](
-            lists, counts, start[part], end[part], out[part], nan[part], redo[part], k,
-            LISTS=BK.value, SLOTS=SLOTS.value, CAP=CAP.value, num_warps=8, maxnreg=128,
+        _choose[(rows,)](
+            lists, lists.view(torch.int32), counts, start[part], end[part], out[part], nan[part], redo[part], k,
+            num_warps=LANES.value // 32, maxnreg=128,
         )  # fmt: skip
     return nan, redo
