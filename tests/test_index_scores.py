@@ -1,5 +1,7 @@
 """Equation 1 against one float64 einsum, exactly on whole numbers; and what the score must and must not depend on."""
 
+import importlib
+
 import pytest
 import torch
 from inputs import (
@@ -160,6 +162,17 @@ def test_hopper_variant(device, poisoned, T, S):
             assert_close(wanted, dsa_ref.index_scores(*inputs[:3], k_scale, *ranges), 0.0)
             for _ in range(3):
                 assert torch.equal(kernels.index_scores(*inputs[:3], k_scale, *ranges, variant="hopper"), wanted)
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("version", ("whole", "turns", "maximum", "saturate", "halves"))
+def test_each_version_gives_the_same_bits(version, device, poisoned):
+    inputs = index_inputs(normal, 300, 700, 64, 128, device=device)
+    inputs = inputs[0].to(E4M3), inputs[1].to(E4M3), *inputs[2:]
+    ranges = ragged(300, 700, device=device)
+    out = torch.empty(300, 700, device=device)
+    importlib.import_module("kernels.hopper.index_scores").index_scores(*inputs, *ranges, out, version)
+    assert torch.equal(out, importlib.import_module("kernels").index_scores(*inputs, *ranges, variant="portable"))
 
 
 @pytest.mark.hopper

@@ -1,4 +1,4 @@
-"""The three ways behind `kernels.select_topk`: each is exact alone, and those that sample when their luck fails."""
+"""The four ways behind `kernels.select_topk`: each is exact alone, and those that sample when their luck fails."""
 
 import importlib
 
@@ -11,6 +11,7 @@ from inputs import best, causal, normal, small_integers
 pytestmark = pytest.mark.skipif(not rungs.has_triton(), reason=NEEDS_TRITON)
 
 S = 6000  # more than a list holds, so that the bound matters
+HOPPER = pytest.param("hopper", marks=pytest.mark.hopper)
 
 
 def launch(variant, scores, k, start, end):
@@ -54,7 +55,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("variant", ("radix", "sampled", "listed"))
+@pytest.mark.parametrize("variant", ("radix", "sampled", "listed", HOPPER))
 @pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize("k", (7, 50))
 def test_each_variant_is_exact(variant, kind, k, device, poisoned):
@@ -74,7 +75,7 @@ def test_a_row_that_defeats_the_sample_is_redone(winners_sampled, device, poison
     assert got.tolist() == best(scores.numpy(), k, start, end)
 
 
-@pytest.mark.parametrize("variant", ("radix", "sampled", "listed"))
+@pytest.mark.parametrize("variant", ("radix", "sampled", "listed", HOPPER))
 def test_short_rows(variant, device, poisoned):
     scores = small_integers(4, 9)
     start, end = causal(4, 9)
@@ -82,7 +83,7 @@ def test_short_rows(variant, device, poisoned):
     assert [[s for s in row if s >= 0] for row in got.tolist()] == best(scores.numpy(), 16)
 
 
-@pytest.mark.parametrize("variant", ("radix", "sampled", "listed"))
+@pytest.mark.parametrize("variant", ("radix", "sampled", "listed", HOPPER))
 @pytest.mark.parametrize("place", (0, 2500, S - 8))
 def test_nan_is_refused_wherever_it_stands(variant, place, device):
     scores = normal(2, S)
@@ -103,7 +104,7 @@ def test_rows_in_blocks(device, poisoned, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", ("sampled", "listed"))
+@pytest.mark.parametrize("variant", ("sampled", "listed", HOPPER))
 def test_rows_that_no_sample_can_bound(variant, device):
     """All but a few scores tie, so every list overflows, and all rows are redone."""
     scores = torch.zeros(64, 100_000, device=device)
@@ -117,21 +118,48 @@ def test_rows_that_no_sample_can_bound(variant, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("T, S", [(8, 1 << 20), (300, 70_000), (37, 40_000)])
 @pytest.mark.parametrize("winners", ("anywhere", "in one list"))
-def test_lists_of_long_rows(T, S, winners, device, poisoned):
+@pytest.mark.parametrize("variant", ("listed", HOPPER))
+def test_lists_of_long_rows(variant, T, S, winners, device, poisoned):
     """Few rows are shared by many programs, many are not; winners in one list overflow it, and the row is redone."""
     scores = normal(T, S, seed=T, device=device)
     if winners == "in one list":
         scores[:, 5::1024] += 100
         scores[:, 69::64] += 50
     start, end = causal(T, S, device)
-    listed, radix = (launch(name, scores, 2048, start, end).sort(dim=1).values for name in ("listed", "radix"))
+    listed, radix = (launch(name, scores, 2048, start, end).sort(dim=1).values for name in (variant, "radix"))
     assert torch.equal(listed, radix)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", ("sampled", "listed"))
+@pytest.mark.parametrize("variant", ("sampled", "listed", HOPPER))
 def test_the_same_bits_every_time(variant, device):
     scores = normal(300, 70_000, device=device)
     start, end = causal(300, 70_000, device)
     first = launch(variant, scores, 2048, start, end)
     assert all(torch.equal(first, launch(variant, scores, 2048, start, end)) for _ in range(20))
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("S", (65_000, 65_537, 300_001))
+def test_hopper_is_chosen_for_many_rows(S, dtype, device, poisoned, monkeypatch):
+    """All three sizes of its sample, ranges anywhere, types with many ties; few rows are left to be redone."""
+    T = 600
+    scores = normal(T, S, device=device).to(dtype)
+    start = torch.arange(T, dtype=torch.int32, device=device) * 7
+    end = torch.clamp(start + torch.arange(T, dtype=torch.int32, device=device) * (S // T + 1), max=S)
+    hopper = importlib.import_module("kernels.hopper.select_topk")
+    flags = []
+    select = hopper.select_topk
+    monkeypatch.setattr(hopper, "select_topk", lambda *args: (select(*args), flags.append(args[-1].clone())))
+    chosen, radix = (launch(name, scores, 2048, start, end).sort(dim=1).values for name in (None, "radix"))
+    assert torch.equal(chosen, radix)
+    assert len(flags) == 1 and int(flags[0].sum()) <= T // 50
+
+
+@pytest.mark.hopper
+def test_hopper_cannot_serve(device):
+    scores = normal(2, S, device=device)
+    start = torch.zeros(2, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="needs k <= 2048, got 2049"):
+        launch("hopper", scores, 2049, start, start + S)

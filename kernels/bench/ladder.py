@@ -52,6 +52,16 @@ def _select_topk_variant(name):
     return call
 
 
+def _hopper_scores(name):
+    def call(q_idx, k_idx, w, k_scale, start, end):
+        out = torch.empty(len(q_idx), len(k_idx), device=q_idx.device)
+        hopper = importlib.import_module("kernels.hopper.index_scores")
+        hopper.index_scores(q_idx, k_idx, w, k_scale, start, end, out, name)
+        return out
+
+    return call
+
+
 def _hopper_attention(name):
     def call(q, kv, indices, scale, v_dim):
         out = torch.empty(*q.shape[:2], v_dim, dtype=q.dtype, device=q.device)
@@ -71,10 +81,38 @@ VERSIONS: dict[str, dict[str, Version]] = {
             (1000.0, "TFLOP/s"),
             "the study of it in plain Triton, on an H200 (KERNELS.md)",
         ),
-        "hopper": Version(
-            "Two warpgroups of four queries share tiles that one warp brings by TMA; relu as x + |x|.",
+        "whole": Version(
+            "Gluon: one warp brings tiles by TMA, two warpgroups multiply four queries at once; relu as x + |x|.",
             (1050.0, "TFLOP/s"),
             "the Gluon study, on an H200: 1034 to 1065 (KERNELS.md)",
+            call=_hopper_scores("whole"),
+        ),
+        "turns": Version(
+            "Products of two queries, weighed while the next two are multiplied; warpgroups strictly in turn.",
+            (1120.0, "TFLOP/s"),
+            "a kernel without ranges that did so, on an H100: 1121",
+            kept=False,
+            call=_hopper_scores("turns"),
+        ),
+        "maximum": Version(
+            "As halves, but relus are maxima with 0, which run at half the rate of additions; NaN is lost.",
+            (1000.0, "TFLOP/s"),
+            "128 of 600 clocks more for a tile's relus and weights, half of them hidden",
+            kept=False,
+            call=_hopper_scores("maximum"),
+        ),
+        "saturate": Version(
+            "As halves, but relus are products that saturate at 0 and 1; NaN is lost.",
+            (1000.0, "TFLOP/s"),
+            "it lost 13 % in the study in plain Triton (KERNELS.md)",
+            kept=False,
+            call=_hopper_scores("saturate"),
+        ),
+        "halves": Version(
+            "As turns, without them: the tensor cores take whoever comes. What `hopper` runs.",
+            (1140.0, "TFLOP/s"),
+            "as turns, and a fourth of the scores to mask and store a thread: 2 %",
+            call=_hopper_scores("halves"),
         ),
     },
     "select_topk": {
@@ -95,6 +133,12 @@ VERSIONS: dict[str, dict[str, Version]] = {
             (1.55, "ms"),
             "bound 0.13 and choice 0.46 ms, as measured in the fused kernel, and a scan at the copy ceiling",
             call=_select_topk_variant("listed"),
+        ),
+        "hopper": Version(
+            "Gluon: bound, scan and choice of a row in one program, four on a multiprocessor, so that reads go on.",
+            (1.2, "ms"),
+            "the scan of listed, 1.08 ms, and the sample's bytes, 0.1; the choice is hidden",
+            call=_select_topk_variant("hopper"),
         ),
     },
     "lightning_select": {

@@ -1,7 +1,9 @@
 """Timing on a GPU: several callables side by side, the card's ceilings, and what a record must say about the run.
 
 Clocks and power drift by some per cent within seconds. So callables that are to be compared are measured in rounds,
-each round all of them, in an order that rotates; their ratio is taken round by round.
+each round all of them, in an order that rotates; their ratio is taken round by round. A card at its power limit needs
+tens of milliseconds to settle on a clock, and until then runs at the clock that suited the callable before. So each one
+first runs for LEAD_MS that are not timed.
 
 Each call is replayed from a CUDA graph where it can be captured: neither launch costs on the host nor checks that make
 the host wait are in the figures, of ours as of the others. The L2 cache is overwritten before every call.
@@ -19,8 +21,9 @@ import triton
 
 from . import peers
 
-ROUNDS = 20
-ROUND_MS = 10.0  # what each callable gets in a round, at least one call
+ROUNDS = 15
+LEAD_MS = 60.0  # what each callable runs for in a round before it is timed, at least one call
+ROUND_MS = 15.0  # and what it is timed for
 MOST_CALLS = 50
 UNWRITTEN = 77  # fits every dtype here, and no kernel writes it everywhere
 COPY_BYTES = 1 << 30
@@ -72,8 +75,11 @@ def time_together(calls, rounds=ROUNDS, round_ms=ROUND_MS):
     for i in range(rounds):
         turn = i % max(1, len(names))
         for name in names[turn:] + names[:turn]:
-            count = max(1, min(MOST_CALLS, int(round_ms / max(estimates[name], 1e-3))))
-            found[name].append(_call_ms(prepared[name][0], scratch, count))
+            run = prepared[name][0]
+            lead, count = (max(1, min(MOST_CALLS, int(ms / max(estimates[name], 1e-3)))) for ms in (LEAD_MS, round_ms))
+            for _ in range(lead):
+                run()
+            found[name].append(_call_ms(run, scratch, count))
     return {name: Timing(found[name], prepared[name][1]) for name in names}
 
 

@@ -50,8 +50,10 @@ SCORES = gl.constexpr(
     )
 )
 # "halves" is what runs. The ladder's others: "whole" multiplies four queries at once, "turns" lets the warpgroups
-# multiply strictly in turn, "maximum" takes relus as such and loses NaN.
-VERSIONS = ("whole", "turns", "maximum", "halves")
+# multiply strictly in turn; "maximum" takes relus as such and "saturate" by a multiplication that clamps to [0, 1], and
+# both lose NaN.
+VERSIONS = ("whole", "turns", "maximum", "saturate", "halves")
+LARGEST = gl.constexpr(2.0**25)  # above any product of 128 numbers up to 448
 
 
 @gluon.jit
@@ -68,8 +70,13 @@ def fetch(args):
 
 @gluon.jit
 def own_sums(dots, w, VERSION: gl.constexpr):
-    """Sums over the heads that a thread holds, [BK, queries, 4], of doubled relus times their weights."""
-    relus = gl.maximum(dots, 0.0) if VERSION == "maximum" else dots + gl.abs(dots)
+    """Sums over the heads that a thread holds, [BK, queries, 4], of relus, doubled, times their weights."""
+    if VERSION == "maximum":
+        relus = gl.maximum(dots, 0.0)
+    elif VERSION == "saturate":
+        relus = gl.inline_asm_elementwise("mul.sat.f32 $0, $1, 0f33000000;", "=f,f", [dots], gl.float32, True, 1)
+    else:
+        relus = dots + gl.abs(dots)
     # A thread of a quad holds columns 2 · thread + (0, 1) of every eight.
     QUERIES_HERE: gl.constexpr = dots.shape[1] // HEADS
     weighted = gl.reshape(relus * w[None, :], [BK, QUERIES_HERE, HEADS // 8, 4, 2]).permute((0, 1, 3, 2, 4))
@@ -114,8 +121,8 @@ def walk(group, args, use: gl.constexpr, state, VERSION: gl.constexpr):
             both = sums[0]
         both = gl.reshape(gl.convert_layout(both, TRADED), [BK, BQ, 2, 2])
         score = gl.convert_layout(gl.sum(gl.sum(both, 2), 2), SCORES)
-        half_scale = k_scale if VERSION == "maximum" else 0.5 * k_scale
-        state = use(state, first + i * BK, score * half_scale[:, None])
+        k_scale *= 1.0 if VERSION == "maximum" else LARGEST if VERSION == "saturate" else 0.5  # as `own_sums` left it
+        state = use(state, first + i * BK, score * k_scale[:, None])
         mbarrier.arrive(free.index(stage), count=1)  # late: it makes the warps wait for each other
     return state
 
