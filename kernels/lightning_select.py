@@ -23,7 +23,7 @@ REDONE_AT_ONCE = 1 << 27
 def lightning_select(q_idx, k_idx, w, k, k_scale=None, start=None, end=None, variant=None):
     """`dsa_ref.lightning_select`: int32 [T, k]. Raises as there, and as `runtime.check_runnable` does.
 
-    variant: "portable", "hopper" (what `index_scores` needs, and at most 2048 of at least 49,152 keys), or None for
+    variant: "portable", "hopper" (what `index_scores` needs, and at most 2048 of at least 24,576 keys), or None for
     "hopper" where it can serve and has 512 queries, else "portable". Both give the same set. ValueError for any
     other, and for "hopper" where it cannot serve.
     """

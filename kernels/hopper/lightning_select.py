@@ -27,7 +27,7 @@ from .select_topk import LANES, LARGEST_K, choose
 
 SLOTS = gl.constexpr(128)  # entries of a list, of which a row has BK
 CAP = gl.constexpr(SLOTS.value - 1)  # a list that is full goes on in its last slot
-SHORTEST = 49152  # keys; below, a sample that is large enough costs too much
+SHORTEST = 24576  # keys; below, a sample that is large enough costs too much
 
 
 @gluon.jit
@@ -104,7 +104,7 @@ def _choose(list_ptr, word_ptr, count_ptr, start_ptr, end_ptr, out_ptr, nan_ptr,
 
 def sampled_keys(S, device):
     """int64, ascending: one key of each of M equal stretches, at places without a period that data could share."""
-    M = max(4096, min(32768, triton.next_power_of_2(S // 64)))
+    M = max(2048, min(32768, triton.next_power_of_2(S // 64)))
     edges = torch.arange(M + 1, device=device) * S // M
     return edges[:-1] + (torch.arange(M, device=device) * 2654435761 % 65536) * edges.diff() // 65536
 
