@@ -1,9 +1,9 @@
 """Are selections of long rows exactly the contract's? `python -m kernels.bench.exact [--log FILE]`, on a GPU.
 
-`select_topk` on 10,240 rows of 128K scores and 1,024 of 1M from four distributions, and `lightning_select` on as many
-rows whose key scales follow the same four shapes, are compared with `dsa_ref.select_topk`, row for row, as sets. Then
-rows that hurt: ties, equal scores, rows shorter than k, all winners in one list, all winners beside the sample. And 100
-runs must give the same bits. Exit code 1 if anything differs.
+`select_topk` on 10,240 rows of 128K scores, as many of 1M and 1,200 of 4M from four distributions, and
+`lightning_select` on as many rows whose key scales follow the same four shapes, are compared with
+`dsa_ref.select_topk`, row for row, as sets. Then rows that hurt: ties, equal scores, rows shorter than k, all winners
+in one list, all winners beside the sample. And 100 runs must give the same bits. Exit code 1 if anything differs.
 """
 
 import argparse
@@ -22,8 +22,9 @@ from . import inputs, measure
 from .cases import K
 from .checks import PAIRS_AT_ONCE
 
-LONG = {131072: 2560, 1 << 20: 256}  # keys: rows of each distribution
+LONG = {131072: 2560, 1 << 20: 2560, 1 << 22: 300}  # keys: rows of each distribution
 FUSED_ROWS = 512  # enough for the fused kernel to be chosen
+MANY_ROWS = 300  # enough for the top-k of many rows to be chosen
 REPEATS = 100
 
 
@@ -32,14 +33,20 @@ def differing(got, want):
     return int((got.sort(dim=1).values != want.sort(dim=1).values).any(dim=1).sum())
 
 
+def selected_wrong(scores, ranges):
+    """How many rows of `select_topk` differ from the reference's, which takes some at a time."""
+    got = kernels.select_topk(scores, K, *ranges)
+    parts = torch.arange(len(scores)).split(max(1, PAIRS_AT_ONCE // scores.shape[1]))
+    rows = [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
+    return sum(differing(got[r], dsa_ref.select_topk(scores[r], K, *(x[r] for x in ranges))) for r in rows)
+
+
 def selection_rows(distribution, S, rows):
     """(rows, rows that differ) of `select_topk`, in blocks of its own seed."""
-    wrong, at_once = 0, PAIRS_AT_ONCE // S
+    wrong, at_once = 0, max(MANY_ROWS, PAIRS_AT_ONCE // S)
     for seed, first in enumerate(range(0, rows, at_once)):
         count = min(at_once, rows - first)
-        scores = inputs.score_matrix(distribution, count, S, seed=seed)
-        ranges = row_ranges(count, S, "cuda")
-        wrong += differing(kernels.select_topk(scores, K, *ranges), dsa_ref.select_topk(scores, K, *ranges))
+        wrong += selected_wrong(inputs.score_matrix(distribution, count, S, seed=seed), row_ranges(count, S, "cuda"))
     return rows, wrong
 
 
@@ -71,22 +78,39 @@ def shaped(distribution, T, S, seed):
     return q_idx, k_idx, w, k_scale
 
 
+def short_ranges(T, S):
+    """Rows from a random key on, each nine keys longer than the one before, the last ones longer than k."""
+    start = torch.randint(0, S, (T,), device="cuda", dtype=torch.int32)
+    return start, torch.minimum(start + torch.arange(T, device="cuda", dtype=torch.int32) * 9, start * 0 + S)
+
+
+def hard_scores(T=FUSED_ROWS, S=1 << 20):
+    """{name: (scores, ranges)} that defeat a sample or a list of `select_topk`, or tie."""
+    scores = inputs.score_matrix("independent", T, S)
+    key, causal = torch.arange(S, device="cuda"), row_ranges(T, S, "cuda")
+    return {
+        "ties": (scores.mul(4).round(), causal),
+        "all scores equal": (torch.zeros_like(scores), causal),
+        "rows shorter than k": (scores, short_ranges(T, S)),
+        "winners in one list": (scores + 100 * (key % 128 == 5), causal),
+        "winners side by side": (scores + 100 * (key // 4096 == S // 8192), causal),
+    }
+
+
 def hard_cases(T=FUSED_ROWS, S=65536):
-    """{name: (inputs, ranges)} that defeat a sample or a list, or tie."""
+    """{name: (inputs, ranges)} that defeat a sample or a list of `lightning_select`, or tie."""
     q_idx, k_idx, w, k_scale = inputs.indexer_inputs(T, S)
     key = torch.arange(S, device="cuda")
     beside = torch.ones(S, dtype=torch.bool, device="cuda")
     beside[importlib.import_module("kernels.hopper.lightning_select").sampled_keys(S, "cuda")] = False
     beside &= key % 24 == 0
     causal = row_ranges(T, S, "cuda")
-    start = torch.randint(0, S, (T,), device="cuda", dtype=torch.int32)
-    ragged = start, torch.minimum(start + torch.arange(T, device="cuda", dtype=torch.int32) * 9, start * 0 + S)
     few = (k_idx.float() > 100).to(k_idx.dtype), torch.ones_like(k_scale)
     positive = w.abs()
     return {
         "ties": ((q_idx, few[0], w.sign(), few[1]), causal),
         "all scores equal": ((q_idx, k_idx, torch.zeros_like(w), k_scale), causal),
-        "rows shorter than k": ((q_idx, k_idx, w, k_scale), ragged),
+        "rows shorter than k": ((q_idx, k_idx, w, k_scale), short_ranges(T, S)),
         "winners in one list": ((q_idx, k_idx, positive, k_scale * torch.where(key % 64 == 5, 64.0, 1.0)), causal),
         "winners beside the sample": ((q_idx, k_idx, positive, k_scale * torch.where(beside, 64.0, 1.0)), causal),
     }
@@ -95,7 +119,7 @@ def hard_cases(T=FUSED_ROWS, S=65536):
 def same_bits():
     """How many of REPEATS further runs differ from the first, of either step."""
     q_idx, k_idx, w, k_scale = inputs.indexer_inputs(FUSED_ROWS, 65536)
-    scores = inputs.score_matrix("independent", 256, 131072)
+    scores = inputs.score_matrix("independent", MANY_ROWS, 131072)
     calls = {
         "lightning_select": lambda: kernels.lightning_select(q_idx, k_idx, w, K, k_scale),
         "select_topk": lambda: kernels.select_topk(scores, K),
@@ -124,12 +148,14 @@ def main(arguments=None) -> int:
             count = max(rows, FUSED_ROWS)
             given = shaped(distribution, count, S, seed)
             note("lightning_select", f"{distribution}, {S} keys", *fused_rows(given, row_ranges(count, S, "cuda")))
+    for name, (scores, ranges) in hard_scores().items():
+        note("select_topk", name, len(scores), selected_wrong(scores, ranges))
     for name, (given, ranges) in hard_cases().items():
         note("lightning_select", name, *fused_rows(given, ranges))
     for step, wrong in same_bits().items():
         note(step, f"the same bits in {REPEATS} more runs", REPEATS, wrong)
     if options.log:
-        record = {"provenance": measure.environment(arguments), "cases": found}
+        record = {"provenance": measure.environment(arguments, "kernels.bench.exact"), "cases": found}
         options.log.write_text(json.dumps(record, indent=1) + "\n")
     return int(any(case["differing"] for case in found))
 

@@ -146,10 +146,10 @@ def ceilings(rounds=ROUNDS):
     return found
 
 
-def environment(arguments=None):
+def environment(arguments=None, program="kernels.bench"):
     """What a recorded figure has to carry: command, date, versions and the card, as torch names it."""
     return {
-        "command": " ".join(["python -m kernels.bench", *(sys.argv[1:] if arguments is None else arguments)]),
+        "command": " ".join(["python -m", program, *(sys.argv[1:] if arguments is None else arguments)]),
         "date": time.strftime("%Y-%m-%d"),
         "gpu": torch.cuda.get_device_name(),
         "driver": _driver(),
