@@ -41,7 +41,7 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
-def _ordered(x):
+def ordered(x):
     """fp32 to uint32 such that a < b as floats means a < b as integers."""
     x = tl.where(x == 0.0, 0.0, x)
     bits = x.to(tl.int32, bitcast=True)
@@ -74,8 +74,8 @@ def _radix(
                 nan = tl.maximum(nan, tl.max((x != x).to(tl.int32), axis=1))
                 candidate = visible
             else:
-                candidate = visible & ((_ordered(x) >> (32 - 8 * i)) == (threshold >> (32 - 8 * i))[:, None])
-            byte = ((_ordered(x) >> (24 - 8 * i)) & 0xFF).to(tl.int32)
+                candidate = visible & ((ordered(x) >> (32 - 8 * i)) == (threshold >> (32 - 8 * i))[:, None])
+            byte = ((ordered(x) >> (24 - 8 * i)) & 0xFF).to(tl.int32)
             bins = tl.reshape(row[:, None] * 256 + byte, [ROWS * BLOCK])  # a histogram for each row
             counts += tl.histogram(bins, ROWS * 256, mask=tl.reshape(candidate, [ROWS * BLOCK]))
         table = tl.reshape(counts, [ROWS, 256])
@@ -90,7 +90,7 @@ def _radix(
     for s0 in range(first, last, BLOCK):
         s = s0 + lane
         visible = (s >= start[:, None]) & (s < end[:, None])
-        key = _ordered(tl.load(scores_row + s, visible, 0.0).to(tl.float32))
+        key = ordered(tl.load(scores_row + s, visible, 0.0).to(tl.float32))
         equal = (visible & (key == threshold[:, None])).to(tl.int32)
         early = tied[:, None] + tl.cumsum(equal, axis=1) <= wanted[:, None]
         kept = ((visible & (key > threshold[:, None])) | ((equal != 0) & early)).to(tl.int32)
@@ -119,23 +119,23 @@ def _select_topk(
 
 
 @triton.jit
-def _threshold(keys, wanted):
-    """A key that just `wanted` of the keys reach, or with ties more; keys are uint32, 0 is nobody's.
+def threshold_of(keys, wanted):
+    """A key that just `wanted` of the keys reach, or with ties more; keys are uint32 of any shape, 0 is nobody's.
 
     Found bit by bit from the first one in which the keys differ, until the count fits. 0 where there are too few keys.
     """
-    largest = tl.max(keys, axis=0)
-    smallest = tl.min(tl.where(keys == 0, largest, keys), axis=0)
+    largest = tl.max(keys)
+    smallest = tl.min(tl.where(keys == 0, largest, keys))
     below = largest ^ smallest  # becomes a mask: its highest bit and all below
     for i in tl.static_range(5):
         below |= below >> (1 << i)
     threshold = largest ^ (largest & below)
     bit = (below >> 1) + (below & 1)
-    reached = tl.sum((keys >= tl.maximum(threshold, 1)).to(tl.int32), axis=0)
+    reached = tl.sum((keys >= tl.maximum(threshold, 1)).to(tl.int32))
     threshold = tl.where(reached >= wanted, threshold, 0)
     bit = tl.where(reached >= wanted, bit, 0)
     while (bit != 0) & (reached != wanted):
-        more = tl.sum((keys >= (threshold | bit)).to(tl.int32), axis=0)
+        more = tl.sum((keys >= (threshold | bit)).to(tl.int32))
         threshold = tl.where(more >= wanted, threshold | bit, threshold)
         reached = tl.where(more >= wanted, more, reached)
         bit >>= 1
@@ -143,8 +143,8 @@ def _threshold(keys, wanted):
 
 
 @triton.jit
-def _from_ordered(key):
-    """What `_ordered` was made from."""
+def from_ordered(key):
+    """What `ordered` was made from."""
     bits = key.to(tl.int32, bitcast=True)
     return (bits ^ (((bits ^ -2147483648) >> 31) | -2147483648)).to(tl.float32, bitcast=True)
 
@@ -161,9 +161,9 @@ def safe_rank(expected):
 @triton.jit
 def bound_of_sample(sample, real, rank):
     """The rank-th largest of the real scores of a sample, -inf if it has fewer."""
-    key = tl.where(real, _ordered(sample), tl.zeros_like(sample).to(tl.uint32))
-    threshold = _threshold(key, rank)
-    return tl.where(threshold == 0, float("-inf"), _from_ordered(threshold))
+    key = tl.where(real, ordered(sample), 0)
+    threshold = threshold_of(key, rank)
+    return tl.where(threshold == 0, float("-inf"), from_ordered(threshold))
 
 
 @triton.jit
@@ -173,13 +173,13 @@ def keep_largest(x, s, used, wanted, k, offset, out_ptr, nan_ptr):
     x, s, used: one block of a list, in any order. *nan_ptr becomes 1 if a used score is NaN, else 0.
     """
     tl.store(nan_ptr, tl.max(((x != x) & used).to(tl.int32), axis=0))
-    key = tl.where(used, _ordered(x), tl.zeros_like(s).to(tl.uint32))
-    threshold = _threshold(key, wanted)
+    key = tl.where(used, ordered(x), tl.zeros_like(s).to(tl.uint32))
+    threshold = threshold_of(key, wanted)
     above, tied = key > threshold, (key == threshold) & used
     room = wanted - tl.sum(above.to(tl.int32), axis=0)
     if tl.sum(tied.to(tl.int32), axis=0) > room:
         early = tl.where(tied, (0x7FFFFFFF - s).to(tl.uint32), tl.zeros_like(key))  # the smallest s is largest
-        tied = tied & (early >= _threshold(early, room)) & (room > 0)
+        tied = tied & (early >= threshold_of(early, room)) & (room > 0)
     kept = above | tied
     place = tl.cumsum(kept.to(tl.int32), axis=0) - 1
     tl.store(out_ptr + place, offset + s, kept)

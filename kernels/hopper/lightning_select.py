@@ -20,10 +20,10 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..select_topk import LOWEST, ROWS_AT_ONCE, bound_of_sample, safe_rank
+from ..select_topk import LARGEST_LISTED_K, LOWEST, ROWS_AT_ONCE, bound_of_sample, safe_rank
 from . import index_scores
 from .index_scores import BK, BQ, QUERIES, SCORES, fetch, open_block, tiles_seen, walk
-from .select_topk import LANES, LARGEST_K, choose
+from .select_topk import LANES, choose
 
 SLOTS = gl.constexpr(128)  # entries of a list, of which a row has BK
 CAP = gl.constexpr(SLOTS.value - 1)  # a list that is full goes on in its last slot
@@ -111,8 +111,8 @@ def sampled_keys(S, device):
 
 def cannot_serve(q_idx, k_scale, S, k):
     """Why this variant cannot select for these queries, or None."""
-    if k > LARGEST_K:
-        return f"needs k <= {LARGEST_K}, got {k}"
+    if k > LARGEST_LISTED_K:
+        return f"needs k <= {LARGEST_LISTED_K}, got {k}"
     if S < SHORTEST:
         return f"needs at least {SHORTEST} keys, got {S}"
     return index_scores.cannot_serve(q_idx, k_scale, S)

@@ -18,49 +18,12 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from ..select_topk import LARGEST_LISTED_K, LOWEST, from_ordered, ordered, safe_rank, threshold_of
+
 LANES = gl.constexpr(128)
 AHEAD = gl.constexpr(24)  # scores that a thread reads at once
 RUN = gl.constexpr(4)  # neighbours in a sample
 PROGRAMS = 4  # on a multiprocessor
-LARGEST_K = 2048
-LOWEST = gl.constexpr(torch.finfo(torch.float32).min)
-
-
-@gluon.jit
-def _ordered(x):
-    """fp32 to uint32 such that a < b as floats means a < b as integers; no float becomes 0."""
-    x = gl.where(x == 0.0, 0.0, x)
-    bits = x.to(gl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) | -2147483648)).to(gl.uint32, bitcast=True)
-
-
-@gluon.jit
-def _reaching(keys, threshold):
-    return gl.sum(gl.sum((keys >= threshold).to(gl.int32), 0), 0)
-
-
-@gluon.jit
-def _threshold(keys, wanted):
-    """A key that just `wanted` of the keys reach, or with ties more; keys are uint32 [·, LANES], 0 is nobody's.
-
-    Found bit by bit from the first one in which the keys differ, until the count fits. 0 where there are too few keys.
-    """
-    largest = gl.max(gl.max(keys, 0), 0)
-    smallest = gl.min(gl.min(gl.where(keys == 0, largest, keys), 0), 0)
-    below = largest ^ smallest  # becomes a mask: its highest bit and all below
-    for i in gl.static_range(5):
-        below |= below >> (1 << i)
-    threshold = largest ^ (largest & below)
-    bit = (below >> 1) + (below & 1)
-    reached = _reaching(keys, gl.maximum(threshold, 1))
-    threshold = gl.where(reached >= wanted, threshold, 0)
-    bit = gl.where(reached >= wanted, bit, 0)
-    while (bit != 0) & (reached != wanted):
-        more = _reaching(keys, threshold | bit)
-        threshold = gl.where(more >= wanted, threshold | bit, threshold)
-        reached = gl.where(more >= wanted, more, reached)
-        bit >>= 1
-    return threshold
 
 
 @gluon.jit
@@ -74,11 +37,7 @@ def _bound(scores, n, k, M: gl.constexpr):
     shift = (stretch * 2654435761 % 65536) * (n // (M // RUN)) // 65536  # no period that data could share
     place = stretch * n // (M // RUN) + shift + j % RUN
     sample = gl.load(scores + place, place < n, float("-inf")).to(gl.float32)
-    # As `kernels.select_topk.safe_rank`: the number expected above the k-th score, and 4.5 standard deviations.
-    expected = 1.0 * k * M / n
-    key = _threshold(_ordered(sample), (expected + 4.5 * gl.sqrt(expected)).to(gl.int32) + 1)
-    bits = key.to(gl.int32, bitcast=True)
-    bound = (bits ^ (((bits ^ -2147483648) >> 31) | -2147483648)).to(gl.float32, bitcast=True)
+    bound = from_ordered(threshold_of(ordered(sample), safe_rank(1.0 * k * M / n)))
     return gl.maximum(bound, LOWEST)
 
 
@@ -154,8 +113,8 @@ def choose(
     if redo == 0:
         x = gl.load(word + 1, used, 0).to(gl.float32, bitcast=True)
         gl.store(nan_ptr, gl.max(gl.max(((x != x) & used).to(gl.int32), 0), 0))
-        keys = gl.where(used, _ordered(x), nobody)
-        threshold = _threshold(keys, wanted)
+        keys = gl.where(used, ordered(x), nobody)
+        threshold = threshold_of(keys, wanted)
         above = gl.sum((keys > threshold).to(gl.int32), 0)
         tied = gl.sum(((keys == threshold) & used).to(gl.int32), 0)
         room = wanted - gl.sum(above, 0)
@@ -164,7 +123,7 @@ def choose(
             indices = gl.load(word, used, 0)
             equal = (keys == threshold) & used
             early = gl.where(equal, (0x7FFFFFFF - indices).to(gl.uint32), nobody)
-            latest = gl.where(room > 0, 0x7FFFFFFF - _threshold(early, room).to(gl.int32), -1)
+            latest = gl.where(room > 0, 0x7FFFFFFF - threshold_of(early, room).to(gl.int32), -1)
             tied = gl.sum((equal & (indices <= latest)).to(gl.int32), 0)
         kept = gl.convert_layout(above + tied, gl.BlockedLayout([1], [32], [LANES // 32], [0]))
         place = gl.convert_layout(gl.associative_scan(kept, 0, _plus) - kept, LINE)
@@ -173,7 +132,7 @@ def choose(
             for i in gl.static_range(16):
                 entries = entries + (gl.load(lists + (j0 + i) * LANES + lane, j0 + i < counts, 0),)
             for i in gl.static_range(16):
-                key = _ordered((entries[i] >> 32).to(gl.int32).to(gl.float32, bitcast=True))
+                key = ordered((entries[i] >> 32).to(gl.int32).to(gl.float32, bitcast=True))
                 s = entries[i].to(gl.int32)
                 keep = (j0 + i < counts) & ((key > threshold) | ((key == threshold) & (s <= latest)))
                 if FILTER:
@@ -210,8 +169,8 @@ def cannot_serve(scores, k):
     """Why this variant cannot select from these scores, or None."""
     if not scores.is_cuda or torch.cuda.get_device_capability(scores.device) != (9, 0):
         return "needs a GPU of compute capability 9.0"
-    if k > LARGEST_K:
-        return f"needs k <= {LARGEST_K}, got {k}"
+    if k > LARGEST_LISTED_K:
+        return f"needs k <= {LARGEST_LISTED_K}, got {k}"
     return None
 
 
