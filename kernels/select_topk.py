@@ -305,22 +305,22 @@ def _select_sampled(
         keep_largest(x, s, c < count, wanted, k, start, out_ptr + t * k, nan_ptr + t)
 
 
-def select_topk(scores, k, start=None, end=None):
+def select_topk(scores, k, start=None, end=None, variant=None):
     """`dsa_ref.select_topk`, exact for rows of any length. The order of the indices is not specified.
 
-    Takes fp32, bf16 and fp16 scores. Raises as the reference does (fp64 is a TypeError here), and as
-    `runtime.check_runnable` does.
+    Takes fp32, bf16 and fp16 scores. variant: "hopper" (`hopper.select_topk`; compute capability 9.0, k <= 2048),
+    "listed" (k <= 2048), "sampled" (k <= 8192), "radix", "portable" for the fastest of these three, or None for the
+    fastest of all. All give the same set.
+    Raises as the reference does (fp64 is a TypeError here), as `runtime.check_runnable` does, and ValueError for a
+    variant that is unknown or cannot serve these inputs.
     """
     _, _, start, end = check_select_topk(scores, k, start, end, FLOATS)
     check_runnable(scores=scores.detach())
-    return launch(scores, k, start, end)
+    return launch(scores, k, start, end, variant)
 
 
 def launch(scores, k, start, end, variant=None, out=None, redo=None):
     """Run the kernels on checked arguments.
-
-    variant: "hopper" (`hopper.select_topk`; compute capability 9.0, k <= 2048), "listed", "sampled", "radix"; None
-    picks the fastest one.
 
     With redo, int32 [T], and out, only rows whose redo is not 0 are written, by "radix".
     """
@@ -329,24 +329,27 @@ def launch(scores, k, start, end, variant=None, out=None, redo=None):
     flagged = redo is not None
     out = torch.empty(T, k, dtype=torch.int32, device=scores.device) if out is None else out
     nan = torch.zeros(T, dtype=torch.int32, device=scores.device)
+    many = T >= 2 * multiprocessors(scores)  # else programs share a row
+    largest = {"listed": LARGEST_LISTED_K, "sampled": LARGEST_SAMPLED_K}
+    if k > largest.get(variant, k):
+        raise ValueError(f'variant "{variant}" needs k <= {largest[variant]}, got {k}')
+    asked = "portable" if variant in (*largest, "radix") else variant
+    default = "hopper" if many and not flagged else "portable"
+    hopper = hopper_variant("select_topk", asked, default, scores, k)
     if T == 0:
         return out
-    many = not flagged and T >= 2 * multiprocessors(scores)
-    asked = variant if variant in (None, "hopper") else "portable"
-    hopper = hopper_variant("select_topk", asked, "hopper" if many else "portable", scores, k)
     if hopper:
         variant = "hopper"
-    elif flagged or INTERPRETED and variant is None:
+    elif flagged or INTERPRETED and variant in (None, "portable"):
         variant = "radix"
-    elif variant is None:
+    elif variant in (None, "portable"):
         variant = "listed" if k <= LARGEST_LISTED_K else "sampled" if k <= LARGEST_SAMPLED_K else "radix"
     redo = redo if flagged else torch.empty_like(nan)
     long = S > 1 << 18  # then a larger sample, for as safe a bound
     if hopper:
         hopper.select_topk(scores, k, start, end, out, nan, redo)
     elif variant == "listed":
-        few = T < 2 * multiprocessors(scores)  # then many programs share a row
-        parts, slots, ahead = (16, 32, 8) if few else (1, 128, 16)
+        parts, slots, ahead = (1, 128, 16) if many else (16, 32, 8)
         lists, rows = LANES * parts, min(T, ROWS_AT_ONCE)
         bound = torch.empty(rows, device=scores.device)
         entries = torch.empty(rows, slots * lists, dtype=torch.int64, device=scores.device)
@@ -365,7 +368,7 @@ def launch(scores, k, start, end, variant=None, out=None, redo=None):
             choose[(n,)](
                 entries, counts, start[part], end[part], out[part], nan[part], redo[part], k,
                 LISTS=lists, SLOTS=slots, CAP=slots - ahead,
-                **({"num_warps": 32} if few else {"num_warps": 8, "maxnreg": 128}),
+                **({"num_warps": 8, "maxnreg": 128} if many else {"num_warps": 32}),
             )  # fmt: skip
     elif variant == "sampled":
         cap = max(16384 if long else 4096, 2 * triton.next_power_of_2(k))  # room for the larger error of a long row

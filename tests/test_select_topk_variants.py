@@ -157,9 +157,31 @@ def test_hopper_is_chosen_for_many_rows(S, dtype, device, poisoned, monkeypatch)
     assert len(flags) == 1 and int(flags[0].sum()) <= T // 50
 
 
-@pytest.mark.hopper
-def test_hopper_cannot_serve(device):
-    scores = normal(2, S, device=device)
-    start = torch.zeros(2, dtype=torch.int32, device=device)
-    with pytest.raises(ValueError, match="needs k <= 2048, got 2049"):
-        launch("hopper", scores, 2049, start, start + S)
+@pytest.mark.parametrize("T", (0, 2))
+@pytest.mark.parametrize(
+    "variant, k, reason",
+    [
+        ("fast", 5, "variant must be .* got 'fast'"),
+        ("listed", 2049, 'variant "listed" needs k <= 2048, got 2049'),
+        ("sampled", 8193, 'variant "sampled" needs k <= 8192, got 8193'),
+    ],
+)
+def test_a_variant_that_cannot_serve(variant, k, reason, T, device):
+    with pytest.raises(ValueError, match=reason):
+        importlib.import_module("kernels").select_topk(normal(T, 9, device=device), k, variant=variant)
+
+
+def test_hopper_needs_what_this_machine_may_not_have(device):
+    """The interpreter has no Gluon, another GPU not the capability; Hopper has k's limit."""
+    interpreted = importlib.import_module("kernels.runtime").INTERPRETED
+    reason = "a triton with Gluon, and no interpreter" if interpreted else "a GPU of compute capability 9.0|k <= 2048"
+    with pytest.raises(ValueError, match=f'variant "hopper" needs ({reason})'):
+        importlib.import_module("kernels").select_topk(normal(2, 9, device=device), 2049, variant="hopper")
+
+
+@pytest.mark.parametrize("variant", (None, "portable", "radix", "listed"))
+def test_variants_by_name(variant, device, poisoned):
+    scores = small_integers(3, 40).to(device)
+    got = importlib.import_module("kernels").select_topk(scores, 6, variant=variant).cpu()
+    start, end = causal(3, 40)
+    assert [sorted(row) for row in got.tolist()] == best(scores.cpu().numpy(), 6, start, end)

@@ -12,8 +12,6 @@ from collections.abc import Callable
 
 import torch
 
-from kernels.select_topk import launch as launch_selection
-
 from . import measure, records
 from .cases import CASES, public_function
 from .run import figures, free
@@ -43,13 +41,6 @@ class Version:
     kept: bool = True
     case: str | None = None
     call: Callable | None = None
-
-
-def _select_topk_variant(name):
-    def call(scores, k, start, end):
-        return launch_selection(scores, k, start, end, name)
-
-    return call
 
 
 def _hopper_scores(name):
@@ -120,25 +111,21 @@ VERSIONS: dict[str, dict[str, Version]] = {
             "Four passes with a histogram a byte, and one that writes.",
             (4.5, "ms"),
             "five reads of the scores at the copy ceiling of an H100, 2.37 TB/s, if histograms were free",
-            call=_select_topk_variant("radix"),
         ),
         "sampled": Version(
             "A bound from a sample, one read into a list, an exact choice from the list.",
             (1.2, "ms"),
             "one read and a sample at the copy ceiling, and as much again for list and choice",
-            call=_select_topk_variant("sampled"),
         ),
         "listed": Version(
             "Three kernels: bound, scan into one list a thread, choice; the scan needs few registers.",
             (1.55, "ms"),
             "bound 0.13 and choice 0.46 ms, as measured in the fused kernel, and a scan at the copy ceiling",
-            call=_select_topk_variant("listed"),
         ),
         "hopper": Version(
             "Gluon: bound, scan and choice of a row in one program, four on a multiprocessor, so that reads go on.",
             (1.2, "ms"),
             "the scan of listed, 1.08 ms, and the sample's bytes, 0.1; the choice is hidden",
-            call=_select_topk_variant("hopper"),
         ),
     },
     "lightning_select": {
