@@ -32,10 +32,11 @@ from dsa_ref.contracts import check_select_topk, values_readable
 
 from .runtime import FLOATS, INTERPRETED, check_runnable, hopper_variant, multiprocessors
 
+VARIANTS = ("hopper", "portable", "listed", "sampled", "radix")
 LARGEST_LISTED_K = 2048  # the bound leaves some 3200 to 3700 scores, 50 to 58 in each of 64 lists
 LARGEST_SAMPLED_K = 8192  # a list of twice as many must fit into a program's registers
 LANES = 64  # lists of a program of `_scan`, one a thread
-PROGRAMS = 8  # of them on a multiprocessor
+PROGRAMS = 8  # of `_scan`, or of a redo, on a multiprocessor
 ROWS_AT_ONCE = 4096  # whose lists take 256 MiB
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
@@ -159,6 +160,17 @@ def safe_rank(expected):
 
 
 @triton.jit
+def sampled_place(j, n, M: tl.constexpr, RUN: tl.constexpr):
+    """Where the j-th of M samples of n scores lies, int64: runs of neighbours, one in each of M / RUN equal stretches.
+
+    The places in the stretches have no period that data could share. The last run may reach past n.
+    """
+    stretch = (j // RUN).to(tl.int64)
+    shift = (stretch * 2654435761 % 65536) * (n // (M // RUN)) // 65536
+    return stretch * n // (M // RUN) + shift + j % RUN
+
+
+@triton.jit
 def bound_of_sample(sample, real, rank):
     """The rank-th largest of the real scores of a sample, -inf if it has fewer."""
     key = tl.where(real, ordered(sample), 0)
@@ -197,10 +209,7 @@ def _bound(scores_ptr, start_ptr, end_ptr, bound_ptr, S, k, M: tl.constexpr, ALL
     bound = tl.full([], LOWEST, tl.float32)
     if n > ALL:
         j = tl.arange(0, M)
-        stretch = (j // 2).to(tl.int64)
-        width = n // (M // 2)
-        shift = (stretch * 2654435761 % 65536) * width // 65536  # places without a period that data could share
-        place = stretch * n // (M // 2) + shift + j % 2
+        place = sampled_place(j, n, M, 2)
         sample = tl.load(scores_ptr + t * S + start + place, place < n, float("-inf")).to(tl.float32)
         bound = tl.maximum(bound_of_sample(sample, j >= 0, safe_rank(1.0 * k * M / n)), LOWEST)
     tl.store(bound_ptr + t, bound)
@@ -331,9 +340,11 @@ def launch(scores, k, start, end, variant=None, out=None, redo=None):
     nan = torch.zeros(T, dtype=torch.int32, device=scores.device)
     many = T >= 2 * multiprocessors(scores)  # else programs share a row
     largest = {"listed": LARGEST_LISTED_K, "sampled": LARGEST_SAMPLED_K}
+    if variant not in (None, *VARIANTS):
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)} or None, got {variant!r}")
     if k > largest.get(variant, k):
         raise ValueError(f'variant "{variant}" needs k <= {largest[variant]}, got {k}')
-    asked = "portable" if variant in (*largest, "radix") else variant
+    asked = variant if variant in (None, "hopper") else "portable"
     default = "hopper" if many and not flagged else "portable"
     hopper = hopper_variant("select_topk", asked, default, scores, k)
     if T == 0:

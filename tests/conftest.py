@@ -22,7 +22,7 @@ EXPECTED_SKIPS = {
     "cuda": {},
     "cuda, not Hopper": {NEEDS_HOPPER: 84},
     "cpu": {NEEDS_GPU: 111},
-    "no triton": {NEEDS_GPU: 66, NEEDS_TRITON: 662},
+    "no triton": {NEEDS_GPU: 66, NEEDS_TRITON: 666},
 }
 
 

@@ -313,6 +313,35 @@ def test_differing_rows_are_counted(bench):
     assert differing(torch.tensor([[1, 2, 4], [4, 5, -1], [7, 8, 8]]), want) == 2
 
 
+def test_a_selection_that_differs_is_found(bench, monkeypatch):
+    """Rows are compared some at a time; two of seven get a key that does not belong there."""
+    exact = bench("exact")
+    monkeypatch.setattr(exact, "PAIRS_AT_ONCE", 3 * 40)
+    monkeypatch.setattr(exact, "K", 5)
+    scores = torch.arange(7 * 40, dtype=torch.float32).reshape(7, 40)
+    ranges = torch.zeros(7, dtype=torch.int32), torch.full((7,), 40, dtype=torch.int32)
+    right = exact.dsa_ref.select_topk(scores, 5, *ranges)
+    for wrong_rows in ([], [2, 6]):
+        got = right.clone()
+        got[wrong_rows, 1] = 0
+        monkeypatch.setattr(exact.kernels, "select_topk", lambda *_, got=got: got)
+        assert exact.selected_wrong(scores, ranges) == len(wrong_rows)
+
+
+def test_the_ladders_file_holds_the_registered_predictions(bench):
+    """What was measured stays; what was expected is not to drift from `VERSIONS`."""
+    ladder = bench("ladder")
+    entries = json.loads(ladder.LADDER.read_text())["entries"]
+    assert [(made["step"], made["version"]) for made in entries] == [
+        (step, name) for step, versions in ladder.VERSIONS.items() for name in versions
+    ]
+    for made in entries:
+        version = ladder.VERSIONS[made["step"]][made["version"]]
+        assert (made["predicted"]["value"], made["predicted"]["unit"]) == version.predicted
+        assert (made["what"], made["predicted_because"]) == (version.what, version.because)
+        assert made["measured"] and made["provenance"]["command"].startswith("python -m kernels.bench --ladder")
+
+
 @pytest.mark.parametrize("arguments, reason", [(["index"], "step must be one of"), (["--rounds", "0"], "at least 1")])
 def test_senseless_arguments_exit_with_2(bench, capsys, arguments, reason):
     with pytest.raises(SystemExit) as stopped:

@@ -103,6 +103,19 @@ def test_rows_in_blocks(device, poisoned, monkeypatch):
     assert [sorted(row) for row in got.tolist()] == best(scores.numpy(), 20, start, end)
 
 
+@pytest.mark.parametrize("variant", ("sampled", "listed"))
+def test_a_program_takes_many_rows(variant, device, poisoned, monkeypatch):
+    """One program walks over seven rows, in the scan and in the redo, where the constant ones overflow their lists."""
+    module = importlib.import_module("kernels.select_topk")
+    monkeypatch.setattr(module, "PROGRAMS", 1)
+    monkeypatch.setattr(module, "multiprocessors", lambda tensor: 1)
+    scores = normal(7, 9000)
+    scores[[0, 3, 4, 6]] = 1.0
+    start, end = torch.zeros(7, dtype=torch.int32), torch.full((7,), 9000, dtype=torch.int32)
+    got = launch(variant, scores.to(device), 20, start.to(device), end.to(device)).cpu()
+    assert [sorted(row) for row in got.tolist()] == best(scores.numpy(), 20, start, end)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", ("sampled", "listed", HOPPER))
 def test_rows_that_no_sample_can_bound(variant, device):
@@ -161,7 +174,7 @@ def test_hopper_is_chosen_for_many_rows(S, dtype, device, poisoned, monkeypatch)
 @pytest.mark.parametrize(
     "variant, k, reason",
     [
-        ("fast", 5, "variant must be .* got 'fast'"),
+        ("fast", 5, "variant must be one of hopper, portable, listed, .* got 'fast'"),
         ("listed", 2049, 'variant "listed" needs k <= 2048, got 2049'),
         ("sampled", 8193, 'variant "sampled" needs k <= 8192, got 8193'),
     ],

@@ -88,8 +88,8 @@ def walk(group, args, use: gl.constexpr, state, VERSION: gl.constexpr):
     """For tile after tile: state = use(state, its first key, scores [BK, BQ] of this warpgroup's queries)."""
     k_desc, scale_desc, k_tiles, scales, q_tiles, full, free, turn, ranges, pointers = args
     first, tiles, t0, T, S = ranges
-    PARTS: gl.constexpr = 1 if VERSION == "whole" else 2
-    COLUMNS: gl.constexpr = BQ // PARTS * HEADS
+    COLUMNS: gl.constexpr = q_tiles.shape[1]  # (query, head) pairs that are multiplied at once
+    PARTS: gl.constexpr = BQ * HEADS // COLUMNS
     DOTS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
     zeros = gl.zeros([BK, COLUMNS], gl.float32, layout=DOTS)
     column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, DOTS))
@@ -241,7 +241,12 @@ def cannot_serve(q_idx, k_scale, S):
 
 
 def index_scores(q_idx, k_idx, w, k_scale, start, end, out, version="halves"):
-    """Write the scores to out, fp32 [T, S]. `kernels.index_scores` has checked the arguments; T > 0."""
+    """Write the scores to out, fp32 [T, S]. `kernels.index_scores` has checked the arguments; T > 0.
+
+    Raises ValueError for a version that is not one of VERSIONS.
+    """
+    if version not in VERSIONS:
+        raise ValueError(f"version must be one of {', '.join(VERSIONS)}, got {version!r}")
     T, S = out.shape
     multiprocessors = torch.cuda.get_device_properties(out.device).multi_processor_count
     blocks = triton.cdiv(T, QUERIES.value)

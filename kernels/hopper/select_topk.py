@@ -18,7 +18,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..select_topk import LARGEST_LISTED_K, LOWEST, from_ordered, ordered, safe_rank, threshold_of
+from ..select_topk import LARGEST_LISTED_K, LOWEST, from_ordered, ordered, safe_rank, sampled_place, threshold_of
 
 LANES = gl.constexpr(128)
 AHEAD = gl.constexpr(24)  # scores that a thread reads at once
@@ -33,9 +33,7 @@ def _bound(scores, n, k, M: gl.constexpr):
     i = gl.arange(0, M // LANES, layout=gl.SliceLayout(1, TABLE))
     lane = gl.arange(0, LANES, layout=gl.SliceLayout(0, TABLE))
     j = i[:, None] * LANES + lane[None, :]
-    stretch = (j // RUN).to(gl.int64)
-    shift = (stretch * 2654435761 % 65536) * (n // (M // RUN)) // 65536  # no period that data could share
-    place = stretch * n // (M // RUN) + shift + j % RUN
+    place = sampled_place(j, n, M, RUN)
     sample = gl.load(scores + place, place < n, float("-inf")).to(gl.float32)
     bound = from_ordered(threshold_of(ordered(sample), safe_rank(1.0 * k * M / n)))
     return gl.maximum(bound, LOWEST)
@@ -118,7 +116,7 @@ def choose(
         above = gl.sum((keys > threshold).to(gl.int32), 0)
         tied = gl.sum(((keys == threshold) & used).to(gl.int32), 0)
         room = wanted - gl.sum(above, 0)
-        latest = room * 0 + 0x7FFFFFFF  # the largest index that is kept of equal scores
+        latest = gl.to_tensor(0x7FFFFFFF)  # the largest index that is kept of equal scores
         if gl.sum(tied, 0) > room:
             indices = gl.load(word, used, 0)
             equal = (keys == threshold) & used
@@ -157,7 +155,7 @@ def _select_topk(
         t = row.to(gl.int64)
         start, end = gl.load(start_ptr + t), gl.load(end_ptr + t)
         scores = scores_ptr + t * S + start
-        bound = LOWEST + 0.0 * end.to(gl.float32)
+        bound = gl.to_tensor(LOWEST)
         if end - start > SLOTS * LANES // 2:
             bound = _bound(scores, end - start, k, M)
         counts = _scan(scores, start, end - start, lists, bound, lane, SLOTS)
