@@ -11,7 +11,7 @@ LAB_ARGS ?=
 BENCH_ARGS ?=
 
 # This folder's own code, even after the folder was moved or copied, and nobody else's.
-export PYTHONPATH := $(CURDIR)
+export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/notebooks
 # Jupyter's kernel is the one in .venv, also where the user has a `python3` kernel of their own.
 export JUPYTER_PREFER_ENV_PATH := 1
 
@@ -32,11 +32,11 @@ test: $(INSTALLED)  ## run the tests, then every notebook against its stored out
 
 test-grading: $(INSTALLED)  ## grade a solved and an unsolved notebook with nbgrader (installs it)
 	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[grading]'
-	$(VENV_PYTHON) -m pytest -m grading tests/test_grading.py
+	$(VENV_PYTHON) -m pytest -m grading tests/course/test_grading.py
 
 test-browser: $(INSTALLED)  ## move every notebook's slider in JupyterLab (needs Chromium, installs Playwright)
 	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[browser]'
-	$(VENV_PYTHON) -m pytest -m browser tests/test_browser.py
+	$(VENV_PYTHON) -m pytest -m browser tests/course/test_browser.py
 
 course: $(INSTALLED)  ## execute every notebook, then make the learner edition and the README's picture
 	$(VENV_PYTHON) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False \
@@ -48,7 +48,7 @@ learner: $(INSTALLED)  ## make the learner edition, notebooks/*.ipynb, from note
 	$(VENV_PYTHON) -m notebooks.maintain.learner
 
 bench: $(INSTALLED)  ## measure every step on a GPU, beside the peers that are installed (BENCH_ARGS=...)
-	$(VENV_PYTHON) -m kernels.bench --peers $(BENCH_ARGS)
+	$(VENV_PYTHON) -m dsa_bench --peers $(BENCH_ARGS)
 
 lint: $(INSTALLED)  ## check style and formatting
 	$(VENV_PYTHON) -m ruff check .

@@ -1,6 +1,6 @@
 """The readable reference of DeepSeek Sparse Attention: every step as loops (`*_loops`) and as PyTorch.
 
-`kernels` exports the same step functions with the same contracts; a layer takes either package as its `ops`.
+`dsa_kernels` exports the same step functions with the same contracts; a layer takes either package as its `ops`.
 """
 
 from .config import TINY, V32, DSAConfig

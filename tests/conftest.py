@@ -10,8 +10,7 @@ import importlib
 import pytest
 import rungs
 import torch
-
-from dsa_ref.lab.checks import core
+from dsa_course import checking as core
 
 torch.set_num_threads(1)  # pytest -n runs one process a core
 
@@ -85,7 +84,7 @@ def small_blocks(monkeypatch):
     for name in ("blocks", "sparse_attention", "indexer_loss"):
         monkeypatch.setattr(importlib.import_module(f"dsa_ref.{name}"), "pairs_at_once", lambda tensor: 300)
     if rungs.has_triton():
-        monkeypatch.setattr(importlib.import_module("kernels.lightning_select"), "SCORES_AT_ONCE", 300)
+        monkeypatch.setattr(importlib.import_module("dsa_kernels.lightning_select"), "SCORES_AT_ONCE", 300)
 
 
 class SkipAccount:

@@ -8,7 +8,7 @@ import torch
 import dsa_ref
 
 if importlib.util.find_spec("triton"):
-    import kernels  # before any test can import triton (transformers does): kernels decides whether it interprets
+    import dsa_kernels  # before any test can import triton (transformers does): it decides whether to interpret
 
 NAMES = ("loops", "reference", "kernels")
 
@@ -26,7 +26,7 @@ def load(name):
     if name == "kernels":
         if not has_triton():
             raise NoTriton
-        return kernels
+        return dsa_kernels
     return {"loops": LOOPS, "reference": dsa_ref}[name]
 
 

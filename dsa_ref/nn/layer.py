@@ -1,7 +1,7 @@
 """One whole attention layer of V3.2: MLA, its lightning indexer, the selection, and a contiguous cache.
 
 Submodules carry the names of the Hugging Face checkpoint (`model.layers.{i}.self_attn.*`). The steps come from the
-package passed as `ops`: `DSALayer(config)` runs the reference, `DSALayer(config, ops=kernels)` the Triton kernels.
+package passed as `ops`: `DSALayer(config)` runs the reference, `DSALayer(config, ops=dsa_kernels)` the Triton kernels.
 
 Source: DeepSeek-V3.2-Exp report, section 2 and appendix A; SPEC sections 2, 3 and 7.
 """
@@ -93,7 +93,7 @@ class DSALayer(nn.Module):
     """V3.2's attention layer on packed tokens [T, dim].
 
     config: DSAConfig; ops: the package whose `rope`, `rotate_quantize`, `lightning_select` and `sparse_attention` run
-    (`dsa_ref` or `kernels`).
+    (`dsa_ref` or `dsa_kernels`).
     """
 
     def __init__(self, config, ops=dsa_ref):

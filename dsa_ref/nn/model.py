@@ -107,7 +107,7 @@ def save_small_model(model, path):
 def load_small_model(path=SMALL_MODEL, ops=dsa_ref, **attention):
     """The trained small model in fp32, ready for inference; keywords replace fields of its DSAConfig.
 
-    Source: trained by `python -m dsa_ref.nn.train`; figures/small_model.json has the command, seed and losses.
+    Source: trained by `python -m dsa_ref.training.train`; figures/small_model.json has the command, seed and losses.
     Raises: FileNotFoundError where there is no such file, TypeError for an unknown DSAConfig field.
     """
     from safetensors import safe_open

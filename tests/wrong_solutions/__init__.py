@@ -1,6 +1,6 @@
 """Answers that a learner would plausibly give and that the checks must reject, each for a stated property.
 
-One module for each module of `dsa_ref.lab.checks`. test_checks.py runs them all: every check has at least three, and
+One module for each module of `dsa_course.checks`. test_checks.py runs them all: every check has at least three, and
 every property of a check is the stated reason of at least one.
 """
 

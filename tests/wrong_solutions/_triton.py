@@ -7,14 +7,14 @@ import importlib.util
 import types
 
 if importlib.util.find_spec("triton"):
-    import kernels  # noqa: F401 (before triton: it decides whether kernels are interpreted)
+    import dsa_kernels  # noqa: F401 (before triton: it decides whether kernels are interpreted)
 
     # isort: split
     import triton
     import triton.language as tl
 
     jit = triton.jit
-    INTERPRETED = kernels.mode() == "interpreter"
+    INTERPRETED = dsa_kernels.mode() == "interpreter"
 else:
     tl = types.SimpleNamespace(constexpr=None)  # signatures need no more
     INTERPRETED = False

@@ -1,0 +1,1 @@
+"""Train the small model and its indexer, and say how good they are."""

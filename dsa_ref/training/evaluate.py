@@ -1,0 +1,115 @@
+"""How good a trained indexer is: held-out loss with and without it, and the attention mass that it keeps.
+
+python -m dsa_ref.training.evaluate --log figures/small_model_recall.json
+"""
+
+import argparse
+import json
+import pathlib
+import platform
+import sys
+import time
+
+import torch
+from torch.nn import functional as F
+
+from ..index_scores import index_scores
+from ..nn.model import SMALL_MODEL, load_small_model
+from ..select_topk import select_topk
+from ..testing import attention_recall, random_selection, window_selection
+from .corpus import load_corpus
+
+
+def held_out_windows(corpus, count, length):
+    """`count` windows of length + 1 bytes, evenly spread over the held-out bytes."""
+    starts = torch.linspace(0, len(corpus) - length - 1, count).long()
+    return corpus[(starts[:, None] + torch.arange(length + 1)).to(corpus.device)]
+
+
+@torch.no_grad()
+def held_out_loss(model, windows, attention):
+    """Mean next-byte loss, in nats a byte, over windows uint8 [n, L + 1], one at a time."""
+    losses = []
+    for window in windows.long():
+        logits = model(window[:-1], attention=attention)
+        losses.append(F.cross_entropy(logits, window[1:]))
+    return torch.stack(losses).mean().item()
+
+
+def attention_weights(step, scale):
+    """The dense attention probabilities of a recorded dense step, mean over heads: fp32 [T, S], rows sum to 1."""
+    logits = torch.einsum("thd,sd->ths", step["q"], step["kv"]) * scale
+    later = torch.ones(logits.shape[0], logits.shape[2], dtype=torch.bool, device=logits.device).triu(1)
+    return (logits - step["lse"][:, :, None]).exp().masked_fill(later[:, None], 0.0).mean(dim=1)
+
+
+def selected_weights(step, t, scale):
+    """The weight (mean over heads) that row t of a recorded sparse step gives to each index: fp32 [k], 0 for -1."""
+    chosen = step["indices"][t]
+    logits = step["q"][t] @ step["kv"][chosen.clamp(min=0)].T * scale
+    return (logits - step["lse"][t][:, None]).exp().mean(dim=0).masked_fill(chosen < 0, 0.0)
+
+
+@torch.no_grad()
+def recall_by_method(model, windows, ks):
+    """Mean share of the dense attention mass on the k selected keys, over layers and those rows that see more than k.
+
+    Methods: "indexer" (trained), "attention itself" (the k largest weights: the ceiling), "window" (the last k), and
+    "random". Returns {method: [recall at k for k in ks]}.
+    """
+    scale = model.config.attention.softmax_scale
+    recall = {name: torch.zeros(len(ks)) for name in ("attention itself", "indexer", "window", "random")}
+    for window in windows.long():
+        record = []
+        model(window[:-1], attention="dense", record=record)
+        for layer, step in enumerate(record):
+            weights = attention_weights(step, scale)
+            scores = index_scores(step["q_idx"], step["k_idx"], step["w"], step["k_scale"])
+            T = weights.shape[0]
+            start = torch.zeros(T, dtype=torch.int32, device=weights.device)
+            end = torch.arange(1, T + 1, dtype=torch.int32, device=weights.device)
+            for i, k in enumerate(ks):
+                chosen = {
+                    "attention itself": select_topk(weights, k),
+                    "indexer": select_topk(scores, k),
+                    "window": window_selection(k, start, end),
+                    "random": random_selection(k, start, end, seed=layer),
+                }
+                for name, indices in chosen.items():
+                    recall[name][i] += attention_recall(weights[k:], indices[k:]) / (len(record) * len(windows))
+    return {name: [round(value, 4) for value in values.tolist()] for name, values in recall.items()}
+
+
+def provenance(module, arguments, device):
+    """What a recorded figure has to carry: the command, the date, the versions and the machine."""
+    return {
+        "command": f"python -m {module} " + " ".join(sys.argv[1:] if arguments is None else arguments),
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {platform.machine()}",
+    }
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", type=pathlib.Path, default=SMALL_MODEL, help="the trained model")
+    parser.add_argument("--log", type=pathlib.Path, required=True, help="where the figures go, as JSON")
+    parser.add_argument("--windows", type=int, default=8, help="how many held-out windows")
+    parser.add_argument("--length", type=int, default=2048, help="bytes a window")
+    parser.add_argument("--k", type=int, nargs="+", default=(8, 16, 32, 64, 128, 256))
+    options = parser.parse_args(arguments)
+    model = load_small_model(options.weights)
+    windows = held_out_windows(load_corpus()[1], options.windows, options.length)
+    result = {
+        "k": options.k,
+        "recall": recall_by_method(model, windows, options.k),
+        "length": options.length,
+        "provenance": provenance("dsa_ref.training.evaluate", arguments, "cpu"),
+    }
+    options.log.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["recall"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Train the small model and its indexer as the report trains V3.2: dense, then the indexer alone, then both, sparse.
+
+    python -m dsa_ref.training.train --weights small_model.safetensors --log small_model.json
+
+1. Dense: a plain language model, attention over everything. The indexer is not touched.
+2. Warm-up (equation 3): everything frozen but the indexer, which learns the dense attention's distribution.
+3. Sparse (equation 4): attention over the k selected keys. The model learns from the language loss, the indexer from
+   the KL on the selected keys. One backward pass serves both, since no gradient passes from one side to the other.
+
+The indexer trains unquantised and is used in FP8 afterwards. Settings are scaled to a model of 2.8 million weights; the
+report's are in SPEC section 5. Minutes on a GPU; `--steps 3 3 3 --batch 1` shows the mechanics on a CPU.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import pathlib
+import time
+
+import torch
+from torch.nn import functional as F
+
+from ..indexer_loss import indexer_loss
+from ..nn.model import ModelConfig, SmallModel, load_small_model, save_small_model
+from .corpus import load_corpus
+from .evaluate import held_out_loss, held_out_windows, provenance
+
+STAGES = ("dense", "warm-up", "sparse")
+PEAK_RATES = {"dense": 2e-3, "warm-up": 2e-3, "sparse": 3e-4}
+
+
+def indexer_parameters(model, inside=True):
+    """The parameters of all indexers, or (inside=False) all others."""
+    return [p for name, p in model.named_parameters() if (".indexer." in name) == inside]
+
+
+def stage_loss(model, tokens, stage):
+    """(language loss, indexer loss), in nats, of token windows int64 [n, L + 1]; None where the stage has none."""
+    n, length = tokens.shape[0], tokens.shape[1] - 1
+    record = []
+    logits = model(
+        tokens[:, :-1].flatten(),
+        torch.arange(length, device=tokens.device).repeat(n),
+        attention="sparse" if stage == "sparse" else "dense",
+        record=record,
+    )
+    language = None if stage == "warm-up" else F.cross_entropy(logits, tokens[:, 1:].flatten())
+    if stage == "dense":
+        return language, None
+    scale = model.config.attention.softmax_scale
+    losses = [
+        indexer_loss(s["q_idx"], s["k_idx"], s["w"], s["q"], s["kv"], scale, s.get("indices"), s["start"])
+        for s in record
+    ]
+    return language, torch.stack(losses).mean()
+
+
+def train_stage(model, stage, corpus, steps, batch, length, generator, log):
+    """Run one stage in place; `log` receives (stage, step, language loss, indexer loss) now and then."""
+    trained = {"dense": [False], "warm-up": [True], "sparse": [False, True]}[stage]
+    for inside in (False, True):
+        for parameter in indexer_parameters(model, inside):
+            parameter.requires_grad_(inside in trained)
+    groups = [{"params": indexer_parameters(model, inside)} for inside in trained]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_RATES[stage], betas=(0.9, 0.95), weight_decay=0.01)
+
+    def rate(step):  # a short linear rise, then half a cosine down to a tenth
+        return min(1.0, (step + 1) / max(1, steps // 20)) * (0.55 + 0.45 * math.cos(math.pi * step / max(1, steps)))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    for step in range(steps):
+        first = torch.randint(0, len(corpus) - length - 1, (batch, 1), generator=generator)
+        tokens = corpus[(first + torch.arange(length + 1)).to(corpus.device)].long()
+        losses = stage_loss(model, tokens, stage)
+        optimizer.zero_grad()
+        sum(loss for loss in losses if loss is not None).backward()
+        for group in optimizer.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+        optimizer.step()
+        scheduler.step()
+        if step % max(1, steps // 20) == 0 or step == steps - 1:
+            log(stage, step, *(None if loss is None else round(loss.item(), 4) for loss in losses))
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", type=pathlib.Path, required=True, help="where the safetensors file goes")
+    parser.add_argument("--log", type=pathlib.Path, required=True, help="where the figures go, as JSON")
+    parser.add_argument("--steps", type=int, nargs=3, default=(1300, 250, 300), metavar=("DENSE", "WARM", "SPARSE"))
+    parser.add_argument("--batch", type=int, default=8, help="windows a step")
+    parser.add_argument("--length", type=int, default=2048, help="bytes a window")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+
+    began = time.time()
+    torch.manual_seed(options.seed)
+    torch.set_float32_matmul_precision("high")
+    generator = torch.Generator().manual_seed(options.seed)
+    corpus, held_out = (side.to(options.device) for side in load_corpus())
+    windows = held_out_windows(held_out, 24, options.length)
+    config = ModelConfig()
+    config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, index_fp8=False))
+    model = SmallModel(config).to(options.device)
+    result = {"history": [], "held_out_loss": {}}
+
+    def log(stage, step, language, indexer):
+        result["history"].append({"stage": stage, "step": step, "language_loss": language, "indexer_loss": indexer})
+        print(f"{time.time() - began:6.0f} s  {stage:8} {step:5}  language {language}  indexer {indexer}", flush=True)
+
+    for stage, steps in zip(STAGES, options.steps, strict=True):
+        train_stage(model, stage, corpus, steps, options.batch, options.length, generator, log)
+        for attention in ("dense",) if stage == "dense" else ("dense", "sparse"):
+            name = f"after {stage}, {attention} attention"
+            result["held_out_loss"][name] = round(held_out_loss(model, windows, attention), 4)
+            print(name, result["held_out_loss"][name], flush=True)
+    trained_seconds = time.time() - began
+
+    model.config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, index_fp8=True))
+    save_small_model(model, options.weights)
+    final = load_small_model(options.weights).to(options.device)  # what a reader gets: bf16 weights, FP8 indexer
+    for attention in ("dense", "sparse"):
+        result["held_out_loss"][f"as saved, {attention} attention"] = round(held_out_loss(final, windows, attention), 4)
+    result["provenance"] = {
+        **provenance("dsa_ref.training.train", arguments, options.device),
+        "options": {name: str(value) for name, value in vars(options).items()},
+        "seconds": round(trained_seconds),
+        "training_bytes": len(corpus),
+        "held_out_bytes": len(held_out),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    options.log.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["held_out_loss"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

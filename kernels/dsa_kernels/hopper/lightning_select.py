@@ -1,0 +1,154 @@
+"""Score and select on Hopper without a score matrix: a bound from a sample, one scan that keeps what reaches it.
+
+1. One key out of every stretch of S / M is scored; the bound of a row is the score at a rank of this sample that leaves
+   some more than k keys above it.
+2. The scan scores every key as `hopper.index_scores` does. A score that is not below its row's bound goes, with its
+   index, into the list of (row, key mod 64). Such a list belongs to one thread: appending takes neither atomics nor
+   prefix sums, and the lists are the same in every run.
+3. `choose` brings the lists of a row, at most 64 · SLOTS entries, into registers: a threshold that k of them reach is
+   found bit by bit, and the smallest indices win ties.
+
+A bound is luck, the counts are not: a row with fewer than k entries, or with CAP in a list, is flagged, and the caller
+redoes it without luck. NaN is not below any bound, so it is found, too.
+
+Bytes: 8 an entry, written and read once, instead of 4 a score; the lists take 64 KiB a row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from ..select_topk import LARGEST_LISTED_K, LOWEST, ROWS_AT_ONCE, bound_of_sample, safe_rank
+from . import index_scores
+from .index_scores import BK, BQ, QUERIES, SCORES, fetch, open_block, tiles_seen, walk
+from .select_topk import LANES, choose
+
+SLOTS = gl.constexpr(128)  # entries of a list, of which a row has BK
+CAP = gl.constexpr(SLOTS.value - 1)  # a list that is full goes on in its last slot
+SHORTEST = 24576  # keys; below, a sample that is large enough costs too much
+
+
+@gluon.jit
+def _append(state, s0, scores):
+    lists, empty, place, key, bound = state
+    kept = (scores < bound[None, :]) == 0  # NaN is kept
+    s = (s0 + key)[:, None].to(gl.int64)
+    gl.store(lists + place, (scores.to(gl.int32, bitcast=True).to(gl.int64) << 32) | s, kept)
+    place = gl.minimum(gl.where(kept, place + BK, place), empty + CAP * BK)
+    return lists, empty, place, key, bound
+
+
+@gluon.jit
+def _lists(group, args):
+    k_desc, scale_desc, k_tiles, scales, q_tiles, full, free, turn, ranges, pointers = args
+    first, tiles, t0, T, S = ranges
+    w_ptr, bound_ptr, list_ptr, count_ptr = pointers
+    row = gl.arange(0, BQ, layout=gl.SliceLayout(0, SCORES))
+    key = gl.arange(0, BK, layout=gl.SliceLayout(1, SCORES))
+    t = t0 + group * BQ + row
+    bound = gl.load(bound_ptr + t, t < T, float("inf"))
+    lists = list_ptr + (t0 + group * BQ).to(gl.int64) * (SLOTS * BK)
+    empty = row[None, :] * (SLOTS * BK) + key[:, None]
+    state = walk(group, args, _append, (lists, empty, empty, key, bound), "halves")
+    gl.store(count_ptr + t[None, :] * BK + key[:, None], (state[2] - empty) // BK, (t < T)[None, :])
+
+
+@gluon.jit
+def _collect(
+    q_desc, k_desc, scale_desc, w_ptr, start_ptr, end_ptr, bound_ptr, list_ptr, count_ptr, T, S,
+):  # fmt: skip
+    """Lists of every query of a block, from all tiles that some query of it sees.
+
+    No key is masked: a list holds also keys that its own query does not see, and of rows past T; `choose` drops them.
+    """
+    t0 = gl.program_id(0) * QUERIES
+    first, tiles = tiles_seen(t0, 0, S, start_ptr, end_ptr, T, S)
+    k_tiles, scales, q_tiles, full, free, turn = open_block(q_desc, t0)
+    ranges = (first, tiles, t0, T, S)
+    pointers = (w_ptr, bound_ptr, list_ptr, count_ptr)
+    args = (k_desc, scale_desc, k_tiles, scales, q_tiles, full, free, turn, ranges, pointers)
+    gl.warp_specialize([(_lists, (0, args)), (_lists, (1, args)), (fetch, (args,))], [4, 1], [232, 24])
+
+
+@triton.jit
+def _bound(scores_ptr, first_ptr, last_ptr, start_ptr, end_ptr, bound_ptr, k, M: tl.constexpr, ALL: tl.constexpr):
+    """The bound of a row from its sample; the lowest number, above -inf, for rows of at most ALL keys."""
+    t = tl.program_id(0)
+    first, last = tl.load(first_ptr + t), tl.load(last_ptr + t)
+    n = tl.load(end_ptr + t) - tl.load(start_ptr + t)
+    bound = tl.full([], LOWEST, tl.float32)
+    if n > ALL:
+        j = tl.arange(0, M)
+        sample = tl.load(scores_ptr + t.to(tl.int64) * M + j)
+        rank = safe_rank(1.0 * k * (last - first) / n)
+        bound = tl.maximum(bound_of_sample(sample, (j >= first) & (j < last), rank), LOWEST)
+    tl.store(bound_ptr + t, bound)
+
+
+@gluon.jit
+def _choose(list_ptr, word_ptr, count_ptr, start_ptr, end_ptr, out_ptr, nan_ptr, redo_ptr, k):
+    """A row's BK lists of SLOTS entries are LANES lists to `choose`: thread `lane` has every other of a list."""
+    HALF: gl.constexpr = SLOTS * BK // LANES
+    TABLE: gl.constexpr = gl.BlockedLayout([HALF, 1], [1, 32], [1, LANES // 32], [0, 1])
+    lane = gl.arange(0, LANES, layout=gl.SliceLayout(0, TABLE))
+    t = gl.program_id(0).to(gl.int64)
+    counts = gl.load(count_ptr + t * BK + lane % BK)
+    full = gl.max(counts, 0) == CAP
+    counts = (counts + 1 - lane // BK) // 2
+    start, end = gl.load(start_ptr + t), gl.load(end_ptr + t)
+    lists, words = list_ptr + t * (SLOTS * BK), word_ptr + t * (2 * SLOTS * BK)
+    choose(lists, words, counts, full, start, end, k, out_ptr + t * k, nan_ptr + t, redo_ptr + t, HALF, True)
+
+
+def sampled_keys(S, device):
+    """int64, ascending: one key of each of M equal stretches, at places without a period that data could share."""
+    M = max(2048, min(32768, triton.next_power_of_2(S // 64)))
+    edges = torch.arange(M + 1, device=device) * S // M
+    return edges[:-1] + (torch.arange(M, device=device) * 2654435761 % 65536) * edges.diff() // 65536
+
+
+def cannot_serve(q_idx, k_scale, S, k):
+    """Why this variant cannot select for these queries, or None."""
+    if k > LARGEST_LISTED_K:
+        return f"needs k <= {LARGEST_LISTED_K}, got {k}"
+    if S < SHORTEST:
+        return f"needs at least {SHORTEST} keys, got {S}"
+    return index_scores.cannot_serve(q_idx, k_scale, S)
+
+
+def lightning_select(q_idx, k_idx, w, k, k_scale, start, end, out):
+    """Write the selection to out, int32 [T, k], but for the rows it flags. Returns (nan, redo), int32 [T].
+
+    `dsa_kernels.lightning_select` has checked the arguments; T > 0.
+    """
+    T, S = len(q_idx), len(k_idx)
+    start, end, w = start.contiguous(), end.contiguous(), w.float().contiguous()
+    nan, redo = (torch.empty(T, dtype=torch.int32, device=out.device) for _ in range(2))
+    sample = sampled_keys(S, out.device)
+    M = len(sample)
+    first, last = (torch.searchsorted(sample, x.long()).int() for x in (start, end))
+    sample_keys, sample_scales = k_idx[sample], None if k_scale is None else k_scale[sample]
+    for t in range(0, T, ROWS_AT_ONCE):
+        part = slice(t, t + ROWS_AT_ONCE)
+        rows = len(q_idx[part])
+        scores = torch.empty(rows, M, device=out.device)
+        index_scores.index_scores(q_idx[part], sample_keys, w[part], sample_scales, first[part], last[part], scores)
+        bound = torch.empty(rows, device=out.device)
+        _bound[(rows,)](
+            scores, first[part], last[part], start[part], end[part], bound, k, M=M, ALL=BK.value * CAP.value // 2,
+            num_warps=8,
+        )  # fmt: skip
+        whole = triton.cdiv(rows, QUERIES.value) * QUERIES.value  # blocks write lists for rows past the last, too
+        lists = torch.empty(whole, SLOTS.value * BK.value, dtype=torch.int64, device=out.device)
+        counts = torch.empty(rows, BK.value, dtype=torch.int32, device=out.device)
+        _collect[(triton.cdiv(rows, QUERIES.value),)](
+            *index_scores.descriptors(q_idx[part], k_idx, k_scale), w[part], start[part], end[part], bound,
+            lists, counts, rows, S, num_warps=4, maxnreg=168,
+        )  # fmt: skip
+        _choose[(rows,)](
+            lists, lists.view(torch.int32), counts, start[part], end[part], out[part], nan[part], redo[part], k,
+            num_warps=LANES.value // 32, maxnreg=128,
+        )  # fmt: skip
+    return nan, redo

@@ -1,0 +1,222 @@
+"""What every exercise's check is made of: named properties, tried in order, each of which can really fail.
+
+    attention = Check("dense_attention")
+
+    @attention.property("future hidden")
+    def _(solution):
+        got = solution(q, kv)
+        expect_close(got, expected, 1e-6, "t h", "your query saw keys after its own position")
+
+A notebook calls `checks.dense_attention(my_attention)`. The learner's function gets copies of its arguments, and memory
+that holds NaN wherever it was asked for without a value, so nothing passes by luck.
+"""
+
+import contextlib
+import inspect
+import traceback
+from unittest import mock
+
+import numpy as np
+import torch
+
+from dsa_ref.testing import Failed
+
+GENERAL = ("runs", "inputs", "bounds")  # what any check may report: a crash, changed arguments, a write out of bounds
+NOT_WRITTEN = "a place was never written (fresh memory holds NaN here), or inf - inf, or 0 / 0"
+
+
+class Check:
+    """The check of one exercise. `properties` maps each property's name to the function that tries it.
+
+    Calling it with a solution prints the names of the properties that hold, or raises: Failed for the first one that
+    does not, NotImplementedError for an untouched stub.
+    """
+
+    def __init__(self, name):
+        self.name, self.properties = name, {}
+
+    def property(self, name):
+        """Decorator: `test(solution)` raises Failed, through the `expect` functions, where the property is broken."""
+
+        def add(test):
+            if name in self.properties:
+                raise ValueError(f"name must be new in check {self.name!r}, got {name!r} again")
+            self.properties[name] = test
+            return test
+
+        return add
+
+    def __call__(self, solution):
+        if not callable(solution):
+            raise TypeError(f"solution must be your function, got {type(solution).__name__}")
+        for name, test in self.properties.items():
+            try:
+                test(_guarded(solution))
+            except Failed as failure:
+                if failure.property not in (*self.properties, *GENERAL):
+                    if failure.property:  # a word of `compare_selection`
+                        failure.what = f"{failure.property}, {failure.what}"
+                    failure.property = name
+                raise failure from None
+        print(f"✓ {self.name}: " + " · ".join(self.properties))
+
+
+def _guarded(solution):
+    """The learner's function on copies and in poisoned memory; its own errors become failures that show where."""
+    if hasattr(solution, "__getitem__"):  # a Triton kernel, which `launching.launch` guards
+        return solution
+
+    def call(*args, **kwargs):
+        given = {**dict(enumerate(args)), **kwargs}
+        copies = {name: _copy(value) for name, value in given.items()}
+        try:
+            with poisoned():
+                got = solution(*(copies[i] for i in range(len(args))), **{name: copies[name] for name in kwargs})
+        except Exception as error:
+            if isinstance(error, NotImplementedError) and not error.args:  # the stub; torch's own come with a text
+                raise
+            raise crashed(error, _kinds(given)) from error
+        for name, value in given.items():
+            if isinstance(value, (torch.Tensor, np.ndarray)) and not _same(value, copies[name]):
+                name = _argument_name(solution, name)
+                raise Failed(f"{name} was changed by the call", "work on a copy, or on new tensors", "inputs")
+        return got
+
+    return call
+
+
+def crashed(error, given=""):
+    """The failure that reports an error raised by the code under test, with its traceback for the learner."""
+    failure = Failed(
+        f"{type(error).__name__}: {error}{f' (called with {given})' if given else ''}",
+        "the line is shown above; does it hold for every shape and dtype that the exercise allows?",
+        "runs",
+    )
+    failure.own = "".join(traceback.format_exception(type(error), error, error.__traceback__.tb_next))
+    return failure
+
+
+def expect(condition, what, cause):
+    """Fail with `what` was got and expected, and the likely `cause`, unless the condition holds."""
+    if not condition:
+        raise Failed(what, cause)
+
+
+def expect_shape(got, shape, dtype=None, name="the result"):
+    """A tensor (or array) of this shape, and of this dtype where one is given."""
+    if not isinstance(got, (torch.Tensor, np.ndarray)):
+        raise Failed(f"{name}: got {type(got).__name__}, expected a tensor", "did you forget the return?")
+    if list(got.shape) != list(shape):
+        raise Failed(f"{name}: got shape {list(got.shape)}, expected {list(shape)}", "the axes, their order or number")
+    if dtype is not None and got.dtype != dtype:
+        raise Failed(f"{name}: got {got.dtype}, expected {dtype}", "a missing or an unwanted conversion")
+
+
+def expect_close(got, expected, tolerance, axes, cause, suspects=None):
+    """|got - expected| <= tolerance · max(1, largest finite |expected|) everywhere; infinities match, NaN never does.
+
+    axes: the names of the axes, such as "t s", to say where the first difference is. suspects: {cause: the answer that
+    this mistake gives}: where got equals one of them, and that one is wrong here, its cause is reported instead.
+    """
+    expected = _float64(expected)
+    if isinstance(got, (int, float, np.generic)):  # a single number needs no tensor around it
+        got = np.asarray(got)
+    expect_shape(got, expected.shape)
+    got = _float64(got)
+    bad = ~_near(got, expected, tolerance)
+    if not bad.any():
+        return
+    for suspicion, answer in (suspects or {}).items():
+        answer = _float64(answer)
+        if answer.shape == got.shape and _near(got, answer, tolerance).all():
+            cause = suspicion
+            break
+    else:
+        if got[bad].isnan().all():
+            cause = NOT_WRITTEN
+    place = tuple(int(i) for i in bad.nonzero()[0])
+    where = ", ".join(f"{axis}={i}" for axis, i in zip(axes.split(), place, strict=True))
+    raise Failed(
+        f"{where + ': ' if where else ''}got {_number(got[place])}, expected {_number(expected[place])} "
+        f"({int(bad.sum())} of {bad.numel()} are wrong, first bad place named)",
+        cause,
+    )
+
+
+@contextlib.contextmanager
+def poisoned():
+    """Memory asked for without a value holds NaN, or the largest integer, instead of lucky zeros."""
+    with contextlib.ExitStack() as stack:
+        for owner, name in (
+            (torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"), (np, "empty"), (np, "empty_like"),
+        ):  # fmt: skip
+            stack.enter_context(mock.patch.object(owner, name, _poison(getattr(owner, name))))
+        yield
+
+
+def _poison(make):
+    def made(*args, **kwargs):
+        fresh = make(*args, **kwargs)
+        if isinstance(fresh, torch.Tensor):
+            if fresh.is_floating_point() or fresh.is_complex():
+                return fresh.fill_(torch.nan)
+            return fresh.fill_(True if fresh.dtype == torch.bool else torch.iinfo(fresh.dtype).max)
+        if fresh.dtype.kind in "fc":
+            fresh.fill(np.nan)
+        elif fresh.dtype.kind in "iu":
+            fresh.fill(np.iinfo(fresh.dtype).max)
+        return fresh
+
+    return made
+
+
+def normal(*shape, seed, dtype=torch.float32):
+    """Normal random numbers from a seed, the same on every machine."""
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).to(dtype)
+
+
+def whole(*shape, seed, largest=3, dtype=torch.float32):
+    """Random whole numbers in [-largest, largest]: their sums are exact in any order, and ties are everywhere."""
+    return torch.from_numpy(np.random.default_rng(seed).integers(-largest, largest + 1, shape)).to(dtype)
+
+
+def _copy(value):
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
+def _same(a, b):
+    if isinstance(a, np.ndarray):
+        return a.shape == b.shape and a.tobytes() == b.tobytes()
+    a, b = a.detach(), b.detach()
+    return a.shape == b.shape and torch.equal(
+        a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)
+    )
+
+
+def _kinds(given):
+    kinds = (f"{list(x.shape)}" if isinstance(x, (torch.Tensor, np.ndarray)) else repr(x) for x in given.values())
+    return ", ".join(kinds)
+
+
+def _argument_name(solution, name):
+    if isinstance(name, str):
+        return name
+    with contextlib.suppress(TypeError, ValueError, IndexError):
+        return list(inspect.signature(solution).parameters)[name]
+    return f"argument {name}"
+
+
+def _float64(x):
+    return torch.as_tensor(x).detach().cpu().double()
+
+
+def _near(got, expected, tolerance):
+    finite = expected[expected.isfinite()].abs()
+    slack = tolerance * max(1.0, float(finite.max()) if finite.numel() else 1.0)
+    return ((got - expected).abs() <= slack) | (got == expected)  # equal infinities
+
+
+def _number(x):
+    return f"{float(x):.6g}"

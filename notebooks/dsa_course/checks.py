@@ -1,0 +1,21 @@
+"""One check for each exercise of the course: `checks.index_scores(my_index_scores)` prints ✓ and the properties that
+hold, or says which one is broken, where, and why that usually is. `core` explains how they are made.
+"""
+
+from .checking import Check
+from .dense_attention.check import attention_bytes, attention_flops, bill_growth, dense_attention
+from .gather.check import attended_pairs, gather_rows, gathered_attention, pays_from
+from .gpu_selection.check import lower_bound, ordered_bits, selection_kernel, threshold_select
+from .index_scores.check import counterexample, head_weights, index_scores, zero_probability
+from .mla.check import absorb, cache_bytes, rope, softmax_scale
+from .online_softmax.check import block_attention, log_sum_exp, merge_parts, online_update
+from .quantize.check import flips, hadamard, quantize, scores_from_fp8
+from .recall.check import recall, window_selection
+from .select_topk.check import check_selection, select_topk
+from .start.check import three_lines
+from .traps.check import diagnose, match_symptoms, rope_probe
+from .triton_index_scores.check import copy_kernel, index_scores_kernel, planted_bug_kernel, row_sum_kernel, tile_cost
+from .triton_online_softmax.check import merge_kernel, row_lse_kernel
+from .triton_sparse_attention.check import gather_kernel, sparse_attention_kernel
+
+ALL = {value.name: value for value in list(globals().values()) if isinstance(value, Check)}

@@ -1,0 +1,329 @@
+"""Notebook 01: causal attention without loops, and what it costs in FLOPs and bytes."""
+
+import sys
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from dsa_ref.cost import causal_pairs
+from dsa_ref.dense_attention import mha_attention
+from dsa_ref.testing import Failed
+
+from ..checking import Check, expect, expect_close, expect_shape, normal
+
+dense_attention = Check("dense_attention")  # my_dense_attention(q, k, v) -> out, all [T, H, D]
+attention_flops = Check("attention_flops")  # my_attention_flops(T, H, D) -> FLOPs of the two products
+attention_bytes = Check("attention_bytes")  # my_attention_bytes(T, H, D, number_bytes) -> cache, scores
+bill_growth = Check("bill_growth")  # my_bill_growth(short, long) -> {bill: factor}
+
+CASES = ((1, 37, 3, 5), (2, 8, 1, 16), (3, 1, 2, 4))  # seed, T, H, D: none a round size, one head, one token
+
+
+def _qkv(seed, T, H, D):
+    return tuple(normal(T, H, D, seed=seed + 10 * i) for i in range(3))
+
+
+def _reference(q, k, v, scale=None):
+    return mha_attention(q, k, v, q.shape[2] ** -0.5 if scale is None else scale, None)[0]
+
+
+class _Watched(TorchFunctionMode):
+    """What runs inside: the lines of Python (a loop repeats its own, in torch and in NumPy), and torch's functions."""
+
+    def __enter__(self):
+        self.lines, self.functions, self.before = 0, set(), sys.gettrace()
+        sys.settrace(self._line)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        sys.settrace(self.before)
+        return super().__exit__(*error)
+
+    def _line(self, frame, event, argument):
+        self.lines += event == "line" and frame.f_code.co_filename != __file__
+        return self._line
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.functions.add(getattr(function, "__name__", ""))
+        return function(*args, **(kwargs or {}))
+
+
+@dense_attention.property("shape")
+def _(solution):
+    for case in CASES:
+        q, k, v = _qkv(*case)
+        expect_shape(solution(q, k, v), q.shape)
+
+
+@dense_attention.property("weights sum to 1")
+def _(solution):
+    for seed, T, H, D in CASES[:2]:
+        q, k, _ = _qkv(seed, T, H, D)
+        scores = torch.einsum("thd,shd->ths", q, k) * D**-0.5
+        future = torch.ones(T, T, dtype=torch.bool).triu(1)[:, None]
+        suspects = {
+            "weights were set to 0 after the softmax, so the rest no longer sums to 1: set scores to -inf before it": (
+                scores.softmax(2).masked_fill(future, 0.0)
+            ),
+            "the softmax ran over the queries: it belongs on the axis of the keys": (
+                scores.masked_fill(future, -torch.inf).softmax(0)
+            ),
+            "exp without the division by the sum": scores.exp().masked_fill(future, 0.0),
+        }
+        suspects = {cause: weights.sum(2, keepdim=True).expand(T, H, D).clone() for cause, weights in suspects.items()}
+        heads = "the heads' outputs were added up: the letter h must stand in both factors and in the result"
+        suspects[heads] = torch.full((T, H, D), float(H))
+        got = torch.as_tensor(solution(q, k, torch.ones_like(q))).clone()
+        for answer in (got, *suspects.values()):
+            answer[0] = 1.0  # token 0 is judged by "sees itself"
+        cause = "values that are all 1 must average to 1: each query's weights over its keys sum to 1"
+        expect_close(got, torch.ones_like(got), 1e-5, "t h d", cause, suspects)
+
+
+@dense_attention.property("heads apart")
+def _(solution):
+    q, k, v = _qkv(4, 11, 3, 4)
+    before = torch.as_tensor(solution(q, k, v)).clone()
+    k[:, 2], v[:, 2] = -1.0, 9.0
+    after = torch.as_tensor(solution(q, k, v)).clone()
+    before[0] = after[0] = 0.0  # token 0 is judged by "sees itself"
+    cause = (
+        "it changed with the keys and values of head 2: the letter h must stand in both factors and in the result "
+        "(and transpose, do not reshape)"
+    )
+    expect_close(after[:, :2], before[:, :2], 1e-5, "t h d", cause)
+
+
+@dense_attention.property("future hidden")
+def _(solution):
+    for seed, T, H, D in CASES[:2]:
+        q, k, v = _qkv(seed, T, H, D)
+        before = torch.as_tensor(solution(q, k, v))
+        for t in (0, T // 2, T - 2):
+            later_k, later_v = k.clone(), v.clone()
+            later_k[t + 1 :], later_v[t + 1 :] = 2.0, 50.0
+            after = solution(q, later_k, later_v)
+            changed = ~torch.isclose(before, torch.as_tensor(after), 1e-4, 1e-4, equal_nan=True)
+            rows = changed[: t + 1].flatten(1).any(dim=1).nonzero().flatten().tolist()
+            expect(
+                not rows,
+                f"out[{rows[0] if rows else 0}] changed when keys and values from {t + 1} on were changed, expected "
+                "it to stay",
+                "your query saw the future: token t may use keys s <= t only",
+            )
+
+
+@dense_attention.property("sees itself")
+def _(solution):
+    for case in CASES:
+        q, k, v = _qkv(*case)
+        cause = (
+            "token 0 sees only itself, so its output is its own value: keep the diagonal s = t (an empty row gives NaN)"
+        )
+        got = torch.as_tensor(solution(q, k, v))[0]
+        expect(not got.isnan().any(), "got NaN for token 0, expected its own value", cause)
+        expect_close(got, v[0], 1e-5, "h d", cause)
+
+
+@dense_attention.property("values")
+def _(solution):
+    for seed, T, H, D in CASES:
+        q, k, v = _qkv(seed, T, H, D)
+        suspects = {
+            "the scores were not scaled by D^-0.5": _reference(q, k, v, 1.0),
+            "the scores were divided by D, not by its root": _reference(q, k, v, 1 / D),
+            "the scores were multiplied by the root of D": _reference(q, k, v, D**0.5),
+            "the scores were scaled by H^-0.5, not by D^-0.5": _reference(q, k, v, H**-0.5),
+        }
+        cause = "not softmax(q·k / sqrt(D)) times the values: look at scale, mask and axes one by one"
+        expect_close(solution(q, k, v), _reference(q, k, v), 1e-5, "t h d", cause, suspects)
+
+
+@dense_attention.property("large scores")
+def _(solution):
+    for seed, T, H, D in CASES:
+        q, k, v = _qkv(seed, T, H, D)
+        cause = (
+            "exp overflows fp32 above 88 (or all of a row falls to 0): subtract the row's largest visible score first"
+        )
+        got = torch.as_tensor(solution(q * 300, k, v))
+        bad = (~got.isfinite()).nonzero()
+        where = f"t={int(bad[0, 0])}: " if len(bad) else ""
+        expect(not len(bad), f"{where}got NaN or infinity for scores in the hundreds, expected a weighted mean", cause)
+        expect_close(got, _reference(q * 300, k, v), 1e-3, "t h d", cause)
+
+
+@dense_attention.property("no loop over tokens")
+def _(solution):
+    counts = []
+    for T in (5, 5, 45):  # the first call may load or compile something
+        inputs = _qkv(5, T, 2, 4)
+        with _Watched() as watched:
+            solution(*inputs)
+        counts.append(watched.lines)
+    expect(
+        "scaled_dot_product_attention" not in watched.functions,
+        "torch's scaled_dot_product_attention was called, expected your own",
+        "right, but then there is nothing to learn: scores, mask, softmax, mean of the values",
+    )
+    expect(
+        counts[2] < counts[1] + 20,
+        f"{counts[1]} lines of Python ran for 5 tokens and {counts[2]} for 45, expected the same number",
+        "right, but there is still a loop over t or s: let one einsum make all scores at once",
+    )
+
+
+def _close(got, expected, what, cause, suspects=None, tolerance=0.01):
+    """A number within `tolerance` of the expected one; suspects: {cause: the number that this mistake gives}."""
+    try:
+        got = float(got)
+    except (TypeError, ValueError):
+        raise _no_number(got, what) from None
+    if abs(got - expected) <= tolerance * expected:
+        return
+    for suspicion, answer in (suspects or {}).items():
+        if abs(got - answer) <= 1e-3 * abs(answer):
+            cause = suspicion
+            break
+    raise Failed(f"{what}: got {got:.6g}, expected {expected:.6g}", cause)
+
+
+FLOPS = ((4096, 8, 64), (1000, 1, 128), (3001, 5, 32))  # T, H, D
+
+
+@attention_flops.property("growth with T")
+def _(solution):
+    for T, H, D in FLOPS:
+        small, large = (float(_number(solution(n, H, D), f"T={n}")) for n in (T, 2 * T))
+        cause = "twice the tokens see twice as many keys each: the bill must grow fourfold (T·T pairs, not T)"
+        _close(large / max(small, 1e-9), 4.0, f"H={H}, D={D}: from T={T} to {2 * T} it grows by the factor", cause)
+
+
+@attention_flops.property("heads and width")
+def _(solution):
+    for T, H, D in FLOPS:
+        once = float(solution(T, H, D))
+        for name, other in (("H", (T, 2 * H, D)), ("D", (T, H, 2 * D))):
+            cause = f"every head works on vectors of D numbers: the bill is proportional to {name}"
+            factor = float(solution(*other)) / max(once, 1e-9)
+            _close(factor, 2.0, f"T={T}, H={H}, D={D}: {name} doubled, the factor is", cause, tolerance=0.02)
+
+
+@attention_flops.property("amount")
+def _(solution):
+    for T, H, D in FLOPS:
+        pairs = causal_pairs(T, T)
+        suspects = {
+            "the future was counted too: token t sees t + 1 keys, not T": 4 * H * D * T * T,
+            "multiplications only, or only one of the two products: each of q·k and weight·v has a multiply and an "
+            "add for each of D numbers": 2 * H * D * pairs,
+            "one product, multiplications only: count q·k and weight·v, a multiply and an add each": H * D * pairs,
+            "half of the whole square, but neither the second product nor the add": H * D * T * T / 2,
+        }
+        cause = "H heads · visible pairs · 2 products · D numbers · 2 FLOPs"
+        _close(solution(T, H, D), 4 * H * D * pairs, f"T={T}, H={H}, D={D}", cause, suspects)
+
+
+@attention_flops.property("short texts")
+def _(solution):
+    for T in (1, 2, 3, 7):
+        pairs = causal_pairs(T, T)
+        suspects = {
+            "T²/2 leaves out half of the diagonal: 1 + 2 + ... + T is T(T+1)/2": 2 * 6 * 16 * T * T,
+            "a token sees itself as well: 1 + 2 + ... + T, not 0 + 1 + ... + (T-1)": 2 * 6 * 16 * T * (T - 1),
+        }
+        cause = "right for long texts only: count the pairs of three tokens with a pencil"
+        _close(solution(T, 6, 16), 4 * 6 * 16 * pairs, f"T={T}, H=6, D=16", cause, suspects)
+
+
+BYTES = ((1000, 8, 64, 4), (37, 3, 5, 4), (131_072, 128, 128, 2))  # T, H, D, bytes a number
+
+
+def _two_numbers(solution, case):
+    got = solution(*case)
+    if not isinstance(got, (tuple, list)) or len(got) != 2:
+        raise Failed(f"got {type(got).__name__} {got!r}, expected two numbers", "return cache, scores: two numbers")
+    return got
+
+
+def _exact(got, expected, what, suspects):
+    got = _number(got, what)
+    if got != expected:
+        found = [suspicion for suspicion, answer in suspects.items() if got == answer]
+        cause = found[0] if found else "a tensor is stored: multiply its sizes, then by number_bytes"
+        raise Failed(f"{what}: got {got}, expected {expected}", cause)
+
+
+def _number(got, what):
+    """got, if it is a number (no text, no list)."""
+    if isinstance(got, (str, list, tuple, dict)) or not hasattr(got, "__float__"):
+        raise _no_number(got, what)
+    return got
+
+
+def _no_number(got, what):
+    cause = "did you forget the return?" if got is None else "one number, not a text or a group of numbers"
+    return Failed(f"{what}: got {type(got).__name__}, expected a number", cause)
+
+
+@attention_bytes.property("two numbers")
+def _(solution):
+    for case in BYTES:
+        _two_numbers(solution, case)
+
+
+@attention_bytes.property("cache")
+def _(solution):
+    for T, H, D, n in BYTES:
+        suspects = {
+            "the two are in the wrong order: return cache, scores": H * T * T * n,
+            "keys or values alone: the cache holds both": T * H * D * n,
+            "one head only: every head has keys and values of its own": 2 * T * D * n,
+            "numbers, not bytes: multiply by number_bytes": 2 * T * H * D,
+            "queries are not kept: nobody asks for an old query again": 3 * T * H * D * n,
+        }
+        _exact(_two_numbers(solution, (T, H, D, n))[0], 2 * T * H * D * n, f"cache for T={T}, H={H}, D={D}", suspects)
+
+
+@attention_bytes.property("score matrix")
+def _(solution):
+    for T, H, D, n in BYTES:
+        suspects = {
+            "half of it is masked, but a matrix stores both halves": H * (T * (T + 1) // 2) * n,
+            "half of it is masked, but a matrix stores both halves: T · T numbers a head": H * T * T * n / 2,
+            "half of it is masked, but a matrix stores both halves, and the diagonal": H * (T * (T - 1) // 2) * n,
+            "multiply by number_bytes, whatever it is": H * T * T * 4,
+            "one head only: every head has a score matrix": T * T * n,
+            "a score is one number for a pair: D is summed away": H * T * T * D * n,
+            "numbers, not bytes: multiply by number_bytes": H * T * T,
+        }
+        _exact(_two_numbers(solution, (T, H, D, n))[1], H * T * T * n, f"score matrix for T={T}, H={H}", suspects)
+
+
+SPANS = ((32_768, 1_048_576), (1000, 2500), (4096, 4096))  # short, long
+FACTORS = {
+    "whole text": (lambda a, b: b * (b + 1) / (a * (a + 1)), "twice the text, four times the pairs"),
+    "next token": (lambda a, b: b / a, "one new query looks at all keys once: proportional to the context"),
+    "cache": (lambda a, b: b / a, "one key and one value a token: proportional to the context"),
+    "score matrix": (lambda a, b: (b / a) ** 2, "a number for every pair of tokens: it grows with the square"),
+}
+
+
+def _growth(name):
+    factor, cause = FACTORS[name]
+
+    @bill_growth.property(name)
+    def _(solution):
+        for short, long in SPANS:
+            got = solution(short, long)
+            if not isinstance(got, dict) or name not in got:
+                raise Failed(f"got {got!r}, expected a dict with the entry {name!r}", "one entry for each of the bills")
+            suspects = {
+                "the factor is upside down: long over short": factor(long, short),
+                "// drops what is behind the point: use /": factor(short, long // short * short),
+            }
+            _close(got[name], factor(short, long), f"from {short} to {long} tokens", cause, suspects)
+
+
+for _name in FACTORS:
+    _growth(_name)

@@ -1,0 +1,400 @@
+"""Notebook 10: selecting on a GPU."""
+
+import contextlib
+import math
+import sys
+from unittest import mock
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dsa_ref.select_topk import select_topk
+from dsa_ref.testing import Failed, compare_selection
+
+from .. import launching
+from ..checking import GENERAL, Check, expect, expect_shape, normal, whole
+
+INF = math.inf
+
+
+def _whole_row(scores, k):
+    """The reference's selection from one row, all of it visible to its one query: int32 [k]."""
+    return select_topk(scores[None], k)[0]
+
+
+lower_bound = Check("lower_bound")  # lower_bound(scores fp32 [S], k, group) -> a number
+
+
+def _maxima(scores, group, of=max):
+    return sorted((float(of(scores[i : i + group])) for i in range(0, len(scores), group)), reverse=True)
+
+
+def _bound(solution, scores, k, group):
+    got = solution(scores, k, group)
+    expect(isinstance(got, (int, float, np.number, torch.Tensor, np.ndarray)), f"got {type(got).__name__}, expected "
+           "a number", "did you forget the return?")  # fmt: skip
+    got = torch.as_tensor(got)
+    expect(got.numel() == 1, f"got shape {list(got.shape)}, expected one number", "all maxima, not the k-th of them")
+    return float(got)
+
+
+def _rows_of_whole_groups():
+    """Random rows, equal maxima, and a row where every winner sits in a group of its own: there the bound is tight."""
+    yield normal(64, seed=1), 5, 4
+    yield normal(96, seed=2), 7, 3
+    yield normal(24, seed=3), 1, 8
+    yield whole(64, seed=5, largest=9), 5, 4
+    row = normal(60, seed=4).abs().neg()
+    row[::5] += 10.0
+    yield row, 6, 5
+
+
+@lower_bound.property("never above")
+def _(solution):
+    for scores, k, group in _rows_of_whole_groups():
+        got, kth = _bound(solution, scores, k, group), float(scores.topk(k).values[-1])
+        expect(
+            got <= kth,
+            f"S={len(scores)}, k={k}, group={group}: got {got:.6g}, above the k-th largest score {kth:.6g}",
+            "a winner would be dropped: groups that overlap count one score twice, or k is off by one (topk(k)[-1])",
+        )
+
+
+@lower_bound.property("tight")
+def _(solution):
+    for scores, k, group in _rows_of_whole_groups():
+        got, best = _bound(solution, scores, k, group), _maxima(scores, group)[k - 1]
+        left, fewest = int((scores >= got).sum()), int((scores >= best).sum())
+        mean = _maxima(scores, group, of=lambda x: x.mean())[k - 1]
+        n = len(scores) // group  # no remainder in these cases
+        if got == sorted(float(scores[i::n].max()) for i in range(n))[-k]:
+            cause = "every n-th score was put in one group: a group is a run of neighbours, view(-1, group)"
+        elif abs(got - mean) < 1e-5:
+            cause = "the mean of a group is a bound too, but a weaker one than its maximum"
+        elif got == _maxima(scores, group, of=min)[k - 1]:
+            cause = "the minima of the groups were taken: max, not min"
+        elif got == -INF:
+            cause = f"there are {n} groups, enough for a bound: `group` is their size, not their number"
+        elif got == sorted(set(_maxima(scores, group)))[-k:][0]:
+            cause = "equal maxima were merged: they belong to different scores, and each counts"
+        elif got == float(scores.topk(k).values[-1]):
+            cause = "that is the k-th largest score itself, of the whole row: the maxima alone are asked"
+        else:
+            cause = "a bound, but not the k-th largest of the maxima (k = 1 is the largest), or it was rounded"
+        expect(
+            got == best and left <= fewest,
+            f"S={len(scores)}, k={k}, group={group}: got {got!r}, which leaves {left} candidates, expected {best!r} "
+            f"and {fewest}",
+            cause,
+        )
+
+
+@lower_bound.property("ragged end")
+def _(solution):
+    for seed, S, k, group in ((1, 37, 2, 8), (2, 37, 5, 8), (3, 3, 1, 8), (4, 33, 3, 16), (5, 41, 3, 10)):
+        scores = normal(S, seed=seed).abs().neg() - 1.0  # all negative: a 0 filled in would win
+        scores[-1] = -0.5  # the largest of all stands alone at the end
+        scores *= 1e35 if k == 1 else 1.0  # no number is low enough to fill with
+        got, best = _bound(solution, scores, k, group), _maxima(scores, group)[k - 1]
+        expect(
+            got == best,
+            f"S={S}, k={k}, group={group}: got {got:.6g}, expected {best:.6g}",
+            "the missing places of the last group were filled with a number that beats some scores: fill with -inf"
+            if got > best
+            else f"every group has {group} scores, the last one {S % group}; its maximum counts as any other",
+        )
+
+
+@lower_bound.property("few groups")
+def _(solution):
+    for seed, S, k, group in ((1, 32, 5, 8), (2, 37, 20, 4), (3, 5, 9, 1)):
+        got = _bound(solution, normal(S, seed=seed), k, group)
+        expect(
+            got == -INF,
+            f"S={S}, k={k}, group={group}: got {got:.6g} from {-(-S // group)} maxima, expected -inf",
+            "with fewer than k groups the maxima say nothing about the k-th score",
+        )
+
+
+ordered_bits = Check("ordered_bits")  # ordered_bits(x fp32, any shape) -> integers of that shape and order
+
+POSITIVE = torch.tensor([1e-45, 1e-42, 1.1754944e-38, 1e-20, 0.5, 1.0, 1.0000001, 1.5, 2.0, 3.0, 448.0, 3e38, INF])
+
+
+def _integers(solution, x):
+    got = solution(x)
+    expect_shape(got, x.shape)
+    got = torch.as_tensor(got)
+    whole_numbers = not got.dtype.is_floating_point and not got.dtype.is_complex and got.dtype != torch.bool
+    expect(whole_numbers, f"got {got.dtype}, expected integers", "the bits are to be *viewed* as integers: x.view")
+    return got.cpu().to(torch.int64)
+
+
+def _rising(solution, x, cause):
+    """x in strictly rising order must give strictly rising integers."""
+    got = _integers(solution, x)
+    wrong = (got.diff() <= 0).nonzero().flatten()
+    if len(wrong):
+        i = int(wrong[0])
+        sign = "=" if got[i] == got[i + 1] else ">"
+        raise Failed(
+            f"{float(x[i])!r} < {float(x[i + 1])!r}, but got {int(got[i])} {sign} {int(got[i + 1])}",
+            "two different scores became one integer: nothing may be rounded or flushed" if sign == "=" else cause,
+        )
+
+
+@ordered_bits.property("positive numbers")
+def _(solution):
+    _rising(solution, POSITIVE, "the bits of positive floats are in order as they are")
+    x = normal(7, 5, seed=1).abs() + 1e-3
+    ranks = _integers(solution, x).flatten().argsort()
+    expect(torch.equal(ranks, x.flatten().argsort()), "a [7, 5] tensor comes out of order", "see the row above")
+
+
+@ordered_bits.property("negative numbers")
+def _(solution):
+    _rising(
+        solution,
+        -POSITIVE.flip(0),
+        "among negative numbers the order is the other way round: larger bits mean a smaller number, so flip them all",
+    )
+
+
+@ordered_bits.property("both signs")
+def _(solution):
+    x = torch.cat([-POSITIVE.flip(0), POSITIVE])
+    _rising(
+        solution,
+        x,
+        "negative numbers came out above positive ones: the sign bit weighs most, and in a signed type it counts "
+        "downwards (0x80000000 is the smallest int32)",
+    )
+    for seed in (1, 2):
+        x = normal(200, seed=seed).sort().values
+        _rising(solution, x, "the order is lost where the sign changes")
+
+
+@ordered_bits.property("zeros")
+def _(solution):
+    minus, plus = _integers(solution, torch.tensor([-0.0, 0.0])).tolist()
+    cause = "-0.0 has a sign bit, but equals 0.0: replace it first"
+    expect(minus == plus, f"got {minus} for -0.0 and {plus} for 0.0, expected one integer", cause)
+    _rising(solution, torch.tensor([-1e-45, -0.0, 1e-45]), "0.0 lies between the smallest numbers of both signs")
+
+
+@ordered_bits.property("number by number")
+def _(solution):
+    x = normal(100, seed=3)
+    all_, some = _integers(solution, x), _integers(solution, x[::3].contiguous())
+    expect(
+        torch.equal(all_[::3], some),
+        "the same numbers gave other integers in a shorter tensor",
+        "ranks within the tensor: the integer must come from the bits of its own number alone",
+    )
+
+
+threshold_select = Check("threshold_select")  # threshold_select(scores fp32 [S], k) -> int32 [k]
+
+
+def _select(solution, scores, k, judge_ties=True):
+    got = solution(scores, k)
+    got = torch.as_tensor(got) if isinstance(got, np.ndarray) else got
+    expect(isinstance(got, torch.Tensor), f"got {type(got).__name__}, expected a tensor", "did you forget the return?")
+    expect(got.dim() == 1, f"got shape {list(got.shape)}, expected [k] = [{k}]", "one row, so one axis")
+    try:
+        compare_selection(got[None], scores[None], k)
+    except Failed as failure:
+        if judge_ties or failure.property != "ties":
+            raise
+    return got
+
+
+def _select_for(solution, scores, k, cause):
+    """`_select`, where a wrong selection has this cause."""
+    try:
+        _select(solution, scores, k)
+    except Failed as failure:
+        if failure.property not in GENERAL:
+            failure.cause = cause
+        raise
+
+
+def _last_bit(S, seed):
+    """Scores that differ in the last bit of fp32 alone, all of them."""
+    return 1.0 + normal(S, seed=seed).argsort() * 2.0**-23
+
+
+@threshold_select.property("largest")
+def _(solution):
+    for seed, S, k in ((1, 300, 7), (2, 1000, 100), (3, 37, 5), (4, 64, 64)):
+        _select(solution, normal(S, seed=seed), k)
+    _select(solution, _last_bit(300, seed=5), 11)
+
+
+@threshold_select.property("exactly k")
+def _(solution):
+    for seed, S, k in ((1, 300, 7), (2, 500, 61), (3, 37, 5)):
+        _select(solution, whole(S, seed=seed), k, judge_ties=False)
+
+
+@threshold_select.property("smallest index")
+def _(solution):
+    for seed, S, k in ((1, 300, 7), (2, 500, 61), (3, 37, 5)):
+        _select(solution, whole(S, seed=seed), k)
+    _select(solution, torch.full((100,), -2.0), 3)
+
+
+@threshold_select.property("zeros")
+def _(solution):
+    for seed, S, k in ((1, 90, 7), (2, 37, 30)):
+        row = whole(S, seed=seed, largest=1).clamp(max=0.0)
+        row[row == 0] = torch.tensor([-0.0, -0.0, 0.0]).repeat(S)[: int((row == 0).sum())]
+        _select_for(solution, row, k, "-0.0 equals 0.0: order the bits only after making them one")
+
+
+@threshold_select.property("minus infinity")
+def _(solution):
+    row = torch.full((80,), -INF)
+    row[[3, 40, 79]] = torch.tensor([1.0, -5.0, 2.0])
+    _select_for(solution, row, 7, "a score of -inf is a score: it is kept where nothing better is left")
+
+
+@threshold_select.property("short row")
+def _(solution):
+    for seed, S, k in ((1, 5, 9), (2, 1, 3), (3, 40, 64)):
+        _select(solution, whole(S, seed=seed), k)
+
+
+@threshold_select.property("ascending")
+def _(solution):
+    for seed, S, k in ((1, 300, 7), (2, 5, 9)):
+        scores = whole(S, seed=seed)
+        got, expected = _select(solution, scores, k).tolist(), _whole_row(scores, k).tolist()
+        cause = "the right set, but not by ascending index"
+        expect(got == expected, f"S={S}, k={k}: got {got}, expected {expected}", cause)
+
+
+@threshold_select.property("few sorted")
+def _(solution):
+    for seed, S, k in ((1, 4096, 64), (2, 4000, 99)):
+        scores = normal(S, seed=seed)
+        with _watched_sorts() as lengths:
+            solution(scores, k)
+        expect(
+            max(lengths, default=0) <= S // 4,
+            f"S={S}, k={k}: {max(lengths, default=0)} scores were sorted at once, expected at most S / 4",
+            "sort or topk of the whole row: take the group maxima first, and go on with the candidates alone",
+        )
+
+
+SORTS = ("sort", "topk", "kthvalue", "median", "nanmedian", "mode", "_unique2", "unique_dim")  # what argsort etc. call
+METHODS = ("sort", "argsort", "partition", "argpartition")  # of a list or an array
+
+
+@contextlib.contextmanager
+def _watched_sorts():
+    """The lengths of what torch, NumPy or Python sorted meanwhile."""
+    lengths = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            if operation.__name__.split(".")[0] in SORTS:
+                lengths.append(args[0].numel())
+            return operation(*args, **(kwargs or {}))
+
+    def method(frame, event, called):  # np.sort, np.argsort and others arrive here as well
+        if event == "c_call" and called.__name__ in METHODS and isinstance(called.__self__, (list, np.ndarray)):
+            lengths.append(len(called.__self__))
+
+    def pythons(x, sort=sorted, **kwargs):
+        lengths.append(len(x := list(x)))
+        return sort(x, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(sys.setprofile, sys.getprofile())
+        stack.enter_context(Watch())
+        stack.enter_context(mock.patch("builtins.sorted", pythons))
+        sys.setprofile(method)
+        yield lengths
+
+
+selection_kernel = Check("selection_kernel")
+# selection_kernel[(1,)](scores_ptr, threshold_ptr, ties_ptr, out_ptr, S, k, BLOCK)
+
+
+def _given(scores, k, beyond=torch.nan):
+    """The kernel's arguments for one row; `beyond` stands in memory after the row's end."""
+    kept = _whole_row(scores, k)
+    kept = scores[kept[kept >= 0].long()]
+    ties = (kept == kept.min()).sum().to(torch.int32)
+    memory = launching.guarded(torch.cat([scores, torch.full((len(scores) + 64,), beyond)]))
+    return (
+        memory[: len(scores)], launching.guarded(kept.min().reshape(1)), launching.guarded(ties.reshape(1)),
+        launching.output(k, dtype=torch.int32), len(scores), k,
+    )  # fmt: skip
+
+
+def _launch(kernel, scores, k, block, cause, beyond=torch.nan):
+    """Run the kernel on one row and compare all k places."""
+    expected, given = _whole_row(scores, k), _given(scores, k, beyond)
+    launching.launch(kernel, (1,), *given, BLOCK=block)
+    got = given[3].cpu()
+    wrong = (got != expected).nonzero().flatten()
+    if len(wrong):
+        i = int(wrong[0])
+        unwritten = int(got[i]) == torch.iinfo(torch.int32).max
+        raise Failed(
+            f"S={len(scores)}, k={k}, BLOCK={block}, place {i}: got "
+            f"{'nothing written' if unwritten else int(got[i])}, expected {int(expected[i])} "
+            f"({len(wrong)} of {k} places are wrong)",
+            cause,
+        )
+
+
+@selection_kernel.property("one block")
+def _(kernel):
+    cause = "place = prefix sum of the kept keys, minus 1; kept = above the threshold, or equal to it while ties last"
+    for seed, S, k in ((1, 32, 5), (2, 64, 13)):
+        _launch(kernel, normal(S, seed=seed), k, S, cause)
+    _launch(kernel, _last_bit(128, seed=3), 11, 128, "scores were rounded before they were compared")
+
+
+@selection_kernel.property("padding")
+def _(kernel):
+    cause = "after the last index -1 fills out[written] to out[k - 1], however many blocks that takes"
+    for S, k, block in ((32, 37, 32), (8, 45, 8), (16, 17, 16)):
+        _launch(kernel, normal(S, seed=S), k, block, cause)
+
+
+@selection_kernel.property("tail")
+def _(kernel):
+    cause = "lanes past the row's end were kept (mask the comparison, too), or a last block not full was left out"
+    for seed, S, k, beyond in ((1, 13, 16, INF), (2, 29, 31, -0.5), (3, 13, 5, INF), (4, 29, 7, 0.0)):
+        scores = normal(S, seed=seed).abs().neg() - 1.0  # all negative: a 0 loaded for a masked lane would win
+        _launch(kernel, scores, k, 1 << S.bit_length(), cause, beyond)
+    launching.expect_reads_inside(kernel, (1,), *_given(normal(13, seed=4), 5), BLOCK=16)
+
+
+@selection_kernel.property("carry")
+def _(kernel):
+    cause = "carry two counts, how many were written and how many ties were met; and write s, not the lane"
+    for seed, S, k, block in ((1, 96, 11, 16), (2, 151, 40, 32), (3, 64, 50, 8)):
+        _launch(kernel, normal(S, seed=seed), k, block, cause)
+
+
+@selection_kernel.property("smallest index")
+def _(kernel):
+    cause = "of the keys equal to the threshold the first `ties` are kept, counted over all blocks together"
+    for seed, S, k, block in ((1, 32, 13, 32), (2, 151, 29, 16), (3, 100, 61, 32)):
+        _launch(kernel, whole(S, seed=seed), k, block, cause)
+    _launch(kernel, torch.full((70,), 1.5), 21, 16, cause)
+
+
+@selection_kernel.property("zeros")
+def _(kernel):
+    cause = "-0.0 equals 0.0 as a float, not bit by bit"
+    for seed, S, k, block in ((1, 60, 7, 16), (2, 37, 30, 64)):
+        row = whole(S, seed=seed, largest=1).clamp(max=0.0)
+        row[row == 0] = torch.tensor([0.0, -0.0, -0.0]).repeat(S)[: int((row == 0).sum())]
+        _launch(kernel, row, k, block, cause)

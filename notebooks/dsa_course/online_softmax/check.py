@@ -1,0 +1,391 @@
+"""Notebook 05: log-sum-exp, the running (m, l, acc), the whole loop, the merge of two parts. All on NumPy arrays."""
+
+import itertools
+import tracemalloc
+
+import numpy as np
+import torch
+
+from dsa_ref.sparse_attention import masked_softmax, sparse_attention
+
+from ..checking import Check, expect, expect_close, expect_shape, normal
+
+log_sum_exp = Check("log_sum_exp")  # log_sum_exp(x [..., n]) -> [...]
+online_update = Check("online_update")  # online_update(m, l, acc, logits, values) -> m, l, acc
+block_attention = Check("block_attention")  # block_attention(q, kv, indices, scale, v_dim, block) -> out, lse
+merge_parts = Check("merge_parts")  # merge_parts(out_a, lse_a, out_b, lse_b) -> out, lse
+
+BASE_2 = "this is right but for the base: exp2 and log2 where exp and log are asked for"
+EXACT = 1e-9  # float64 throughout
+
+
+def _array(*shape, seed):
+    return normal(*shape, seed=seed, dtype=torch.float64).numpy()
+
+
+def _pair(got, names, count):
+    expect(
+        isinstance(got, (tuple, list)) and len(got) == count,
+        f"got {type(got).__name__}, expected {names}",
+        f"return all {count} of them, in this order",
+    )
+    return got
+
+
+# --- log_sum_exp ---------------------------------------------------------------------------------------------------
+
+
+def _lse(x):
+    x = torch.from_numpy(np.append(x, np.full((*x.shape[:-1], 1), -np.inf), axis=-1))  # a row of length 0 is one, too
+    return masked_softmax(x, x > -torch.inf)[1]
+
+
+def _expect_lse(solution, x, cause):
+    expected = _lse(x)
+    places = " ".join("abc"[: expected.dim()])
+    expect_close(solution(x), expected, EXACT, places, cause, {BASE_2: expected / np.log(2)})
+
+
+@log_sum_exp.property("value")
+def _(solution):
+    for seed, shape in enumerate(((37,), (3, 5), (2, 3, 1))):
+        _expect_lse(solution, _array(*shape, seed=seed), "not log of the sum of exp over the last axis")
+
+
+@log_sum_exp.property("large logits")
+def _(solution):
+    small = _array(4, 7, seed=0)
+    for x in (small + 1000, small - 1000, 1000 * small):
+        _expect_lse(solution, x, "exp overflows at 710 and is 0 below -746: shift by the largest logit, add it again")
+
+
+@log_sum_exp.property("each row's own largest")
+def _(solution):
+    for seed in range(2):
+        x = _array(3, 5, seed=seed) + np.array([[1000.0], [0.0], [-1000.0]])
+        _expect_lse(solution, x, "one maximum was used for all rows: the small rows vanish beside the large ones")
+
+
+@log_sum_exp.property("empty rows")
+def _(solution):
+    for seed in range(2):
+        x = _array(4, 6, seed=seed)
+        x[0, 1:4] = -np.inf
+        x[2] = -np.inf
+        _expect_lse(solution, x, "a row of nothing but -inf gives -inf, and -inf minus -inf is NaN: subtract 0 there")
+    _expect_lse(solution, np.zeros((3, 0)), "a row without a single logit gives -inf, the sum of nothing being 0")
+
+
+# --- online_update -------------------------------------------------------------------------------------------------
+
+
+def _blocks(seed, H, sizes, V, slope=0.0, shift=0.0):
+    """Random blocks [(logits [H, B], values [B, V])], moved by `shift`, and by `slope` more from block to block."""
+    found = []
+    for i, B in enumerate(sizes):
+        found.append((_array(H, B, seed=10 * seed + i) + slope * i + shift, _array(B, V, seed=10 * seed + i + 100)))
+    return found
+
+
+def _state(blocks):
+    """(m, l, acc) of these blocks by their definition, in two passes."""
+    logits = np.concatenate([logits for logits, _ in blocks], axis=1)
+    values = np.concatenate([values for _, values in blocks])
+    m = logits.max(axis=1)
+    p = np.where(logits == -np.inf, 0.0, np.exp(logits - np.where(m == -np.inf, 0.0, m)[:, None]))
+    return m, p.sum(axis=1), p @ values
+
+
+def _start(H, V):
+    return np.full(H, -np.inf), np.zeros(H), np.zeros((H, V))
+
+
+def _run(solution, blocks):
+    """The state after each block, handed on as the learner's own function left it."""
+    state = _start(blocks[0][0].shape[0], blocks[0][1].shape[1])
+    for logits, values in blocks:
+        state = _pair(solution(*state, logits, values), "m, l, acc", 3)
+        for name, got, shape in zip(
+            ("m", "l", "acc"), state, (logits.shape[:1], logits.shape[:1], (len(logits), values.shape[1])), strict=True
+        ):
+            expect_shape(got, shape, name=name)
+        yield state
+
+
+NO_RESCALE = "the old {} must be multiplied by exp(m - new_m) before the new block is added"
+CASES = ((1, 3, (4, 4, 4), 2), (2, 1, (5, 1, 7), 3))  # seed, H, sizes of the blocks, V
+
+
+@online_update.property("one block")
+def _(solution):
+    for seed, H, sizes, V in CASES:
+        blocks = _blocks(seed, H, sizes[:1], V)
+        m, l, acc = _state(blocks)  # noqa: E741 (l is the field's name for it)
+        ((got_m, got_l, got_acc),) = _run(solution, blocks)
+        expect_close(got_m, m, EXACT, "h", "m is the largest logit so far, each head its own")
+        expect_close(got_l, l, EXACT, "h", "l is the sum of exp(logit - new_m), natural exp, over the block's keys")
+        divided = {"acc was divided by l already: that comes once, after the last block": acc / l[:, None]}
+        expect_close(got_acc, acc, EXACT, "h v", "acc is the sum of exp(logit - new_m) times the key's value", divided)
+
+
+@online_update.property("running m")
+def _(solution):
+    for seed, H, sizes, V in CASES:
+        for slope in (5.0, -5.0):
+            blocks = _blocks(seed, H, sizes, V, slope)
+            for i, (got, _, _) in enumerate(_run(solution, blocks)):
+                m, last = _state(blocks[: i + 1])[0], _state(blocks[i : i + 1])[0]
+                suspects = {"new_m is the maximum of the new block alone: the old m counts too": last}
+                expect_close(
+                    got, m, EXACT, "h", "m is the largest logit of all blocks so far, each head its own", suspects
+                )
+
+
+def _after_rising_blocks(solution, part, name):
+    """The largest logit moves up with every block, so all that is old has to shrink."""
+    for seed, H, sizes, V in CASES:
+        blocks = _blocks(seed, H, sizes, V, slope=5.0)
+        for i, got in enumerate(_run(solution, blocks)):
+            expect_close(
+                got[part], _state(blocks[: i + 1])[part], EXACT, "h v"[: 2 * part - 1], NO_RESCALE.format(name)
+            )
+
+
+@online_update.property("l rescaled")
+def _(solution):
+    _after_rising_blocks(solution, 1, "l")
+
+
+@online_update.property("acc rescaled")
+def _(solution):
+    _after_rising_blocks(solution, 2, "acc")
+
+
+@online_update.property("any order")
+def _(solution):
+    cause = "right while m rises, wrong when an old m is the larger one: the new block is measured against new_m too"
+    for seed, H, sizes, V in CASES:
+        blocks = _blocks(seed, H, sizes, V, slope=3.0)
+        expected = _state(blocks)
+        for order in itertools.permutations(blocks):
+            *_, got = _run(solution, list(order))
+            for part, axes in enumerate(("h", "h", "h v")):
+                expect_close(got[part], expected[part], EXACT, axes, cause)
+
+
+@online_update.property("large logits")
+def _(solution):
+    cause = "exp of a bare number overflows at 710: take exp only of differences, m - new_m and logit - new_m"
+    for seed, H, sizes, V in CASES:
+        for slope, shift in ((3.0, 1000.0), (3.0, -1000.0), (1000.0, -1000.0)):
+            blocks = _blocks(seed, H, sizes, V, slope, shift)
+            *_, got = _run(solution, blocks)
+            for part, axes in enumerate(("h", "h", "h v")):
+                expect_close(got[part], _state(blocks)[part], EXACT, axes, cause)
+
+
+@online_update.property("empty block")
+def _(solution):
+    cause = "a block of -inf changes nothing: where new_m is -inf, subtract 0 instead, since -inf minus -inf is NaN"
+    for seed, H, sizes, V in CASES:
+        blocks = _blocks(seed, H, sizes, V)
+        nothing = (np.full((H, 4), -np.inf), np.zeros((4, V)))
+        partly = (blocks[1][0].copy(), blocks[1][1])
+        partly[0][0] = -np.inf  # the first head finds nothing here, the others do
+        for walk in ([blocks[0], nothing, blocks[1]], [nothing], [nothing, nothing, blocks[0]], [partly, blocks[2]]):
+            for i, got in enumerate(_run(solution, walk)):
+                expected = _state(walk[: i + 1])
+                for part, axes in enumerate(("h", "h", "h v")):
+                    expect_close(got[part], expected[part], EXACT, axes, cause)
+
+
+# --- block_attention -----------------------------------------------------------------------------------------------
+
+
+def _row(seed, H=2, S=29, D=6, n=13, k=13):
+    """One query's q [H, D], kv [S, D] and indices [k], of which the first n are real and distinct."""
+    rng = np.random.default_rng(seed)
+    indices = np.full(k, -1, dtype=np.int32)
+    indices[:n] = rng.permutation(np.arange(1, S - 1))[:n]  # never the last row, where a stray -1 would land
+    indices[n // 2] = 0  # a key like any other
+    return _array(H, D, seed=seed), _array(S, D, seed=seed + 50), indices
+
+
+def _expect_attention(solution, q, kv, indices, block, cause, scale=0.4, v_dim=4):
+    out, lse = _pair(solution(q, kv, indices, scale, v_dim, block), "out, lse", 2)
+    row = (torch.from_numpy(q)[None], torch.from_numpy(kv), torch.from_numpy(indices)[None])
+    expected_out, expected_lse = (x[0] for x in sparse_attention(*row, scale, v_dim))
+    expect_shape(out, expected_out.shape, name="out")
+    expect_shape(lse, expected_lse.shape, name="lse")
+    padded = indices.clip(min=0) if (indices < 0).any() else None
+    suspects = {}
+    if padded is not None:
+        for wraps, filled in (("-1 was taken for the last row of kv", indices), ("-1 was taken for row 0", padded)):
+            rows = torch.from_numpy(kv[filled])
+            everything = torch.arange(len(filled), dtype=torch.int32)[None]
+            suspects[wraps] = sparse_attention(row[0], rows, everything, scale, v_dim)[0][0]
+        zeros = torch.from_numpy(np.where((indices >= 0)[:, None], kv[indices], 0.0))
+        zeros = sparse_attention(row[0], zeros, everything, scale, v_dim)[0][0]
+        suspects["padding got a logit of 0, so exp(0 - m) was summed for it: its logit is -inf"] = zeros
+    expect_close(out, expected_out, EXACT, "h v", cause, suspects)
+    expect_close(lse, expected_lse, EXACT, "h", f"lse is m + log(l): {cause}", {BASE_2: expected_lse / np.log(2)})
+
+
+@block_attention.property("one block")
+def _(solution):
+    for seed in range(2):
+        _expect_attention(solution, *_row(seed), 16, "not the softmax of scale · q · kv over the selected rows' values")
+
+
+@block_attention.property("any block size")
+def _(solution):
+    for seed, H in ((1, 3), (2, 1)):
+        for block in (13, 1, 4, 5, 12):
+            cause = f"13 keys in blocks of {block}: the last, shorter block counts too, and old sums are rescaled"
+            _expect_attention(solution, *_row(seed, H=H), block, cause)
+
+
+@block_attention.property("large logits")
+def _(solution):
+    q, kv, indices = _row(5)
+    kv[:, 0], q[:, 0] = 1.0, (5000.0, -5000.0)  # adds 2000 to every logit of head 0, takes 2000 from those of head 1
+    for block in (4, 16):
+        cause = "exp overflows at 710 and is 0 below -746: measure each head against its own running maximum"
+        _expect_attention(solution, q, kv, indices, block, cause)
+    kv[indices, 0] = np.linspace(-1.0, 1.0, len(indices))
+    cause = "right for small logits, wrong where they rise by hundreds: the maximum must move with every block"
+    _expect_attention(solution, q, kv, indices, 4, cause)
+
+
+@block_attention.property("padding")
+def _(solution):
+    for seed, n in ((1, 9), (2, 2)):
+        for block in (4, 16):
+            _expect_attention(solution, *_row(seed, n=n), block, "-1 marks an empty place: no weight, no value, no key")
+
+
+@block_attention.property("empty blocks")
+def _(solution):
+    q, kv, indices = _row(3, n=5)
+    cause = "a block of padding changes nothing, and keys may follow it; where no key is at all: 0 and -inf"
+    for row in (np.full_like(indices, -1), indices[::-1].copy()):  # nothing selected; padding first
+        for block in (4, 16):
+            _expect_attention(solution, q, kv, row, block, cause)
+
+
+@block_attention.property("gather")
+def _(solution):
+    q, kv, indices = _row(6)
+    kv[~np.isin(np.arange(len(kv)), indices)] = np.nan
+    for got in _pair(solution(q, kv, indices, 0.4, 4, 5), "out, lse", 2):
+        cause = "rows that are not selected were read: gather the selected ones, do not mask the others"
+        expect(np.isfinite(got).all(), "rows of kv that are not selected hold NaN here: got NaN, expected none", cause)
+
+
+@block_attention.property("memory")
+def _(solution):
+    H, D, S, k = 8, 32, 64, 4096
+    q, kv, _ = _row(4, H=H, S=S, D=D)
+    indices = np.arange(k, dtype=np.int32) % S
+    running = tracemalloc.is_tracing()
+    if not running:
+        tracemalloc.start()
+    try:
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        solution(q, kv, indices, 0.4, 16, 16)
+        peak = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        if not running:
+            tracemalloc.stop()
+    limit = 160 * 1024  # half of what the logits of all keys alone would take, and 10 blocks of 16 keys
+    expect(
+        peak <= limit,
+        f"k={k}, block=16: got {peak // 1024} KiB at once, expected at most {limit // 1024} KiB",
+        "the memory grows with k: gather one block's rows inside the loop, and keep no logits of earlier blocks",
+    )
+
+
+# --- merge ---------------------------------------------------------------------------------------------------------
+
+
+def _parts(seed, H, V, sizes, shift=0.0, empty=()):
+    """Two parts' (out, lse) and those of their union; in part i the heads empty[i] see nothing."""
+    logits = [torch.from_numpy(_array(H, n, seed=seed + i) + shift) for i, n in enumerate(sizes)]
+    values = [torch.from_numpy(_array(n, V, seed=seed + 10 + i)) for i, n in enumerate(sizes)]
+    for i, heads in enumerate(empty):
+        logits[i][list(heads)] = -torch.inf
+
+    def attend(logits, values):
+        weights, lse = masked_softmax(logits, logits > -torch.inf)
+        return (weights @ values).numpy(), lse.numpy()
+
+    whole = attend(torch.cat(logits, dim=1), torch.cat(values))
+    return [attend(*part) for part in zip(logits, values, strict=True)], whole
+
+
+def _expect_merged(solution, parts, whole, cause, only=None):
+    (out_a, lse_a), (out_b, lse_b) = parts
+    out, lse = _pair(solution(out_a, lse_a, out_b, lse_b), "out, lse", 2)
+    expect_shape(out, whole[0].shape, name="out")
+    expect_shape(lse, whole[1].shape, name="lse")
+    with np.errstate(all="ignore"):
+        base_2 = np.log2(np.exp2(lse_a) + np.exp2(lse_b))
+        wrong_lse = {
+            BASE_2: base_2,
+            "two log-sum-exps were added: it is their exp that adds up": lse_a + lse_b,
+            "the larger lse was taken for the sum": np.maximum(lse_a, lse_b),
+        }
+        wrong_out = {
+            "the plain mean of the parts: each counts by exp(lse), its share of the sum": (out_a + out_b) / 2,
+            "weighted by lse itself, not by exp(lse)": (lse_a[:, None] * out_a + lse_b[:, None] * out_b)
+            / (lse_a + lse_b)[:, None],
+            BASE_2: np.exp2(lse_a - base_2)[:, None] * out_a + np.exp2(lse_b - base_2)[:, None] * out_b,
+            "the weights of the two parts are swapped": np.exp(lse_b - whole[1])[:, None] * out_a
+            + np.exp(lse_a - whole[1])[:, None] * out_b,
+        }
+    if only != "out":
+        expect_close(lse, whole[1], EXACT, "h", cause, wrong_lse)
+    if only != "lse":
+        expect_close(out, whole[0], EXACT, "h v", cause, wrong_out)
+
+
+MERGES = ((1, 3, 4, (5, 9)), (2, 1, 3, (1, 30)))  # seed, H, V, keys in each part
+
+
+@merge_parts.property("lse")
+def _(solution):
+    for case in MERGES:
+        _expect_merged(solution, *_parts(*case), "the merged lse is log(exp(lse_a) + exp(lse_b))", only="lse")
+
+
+@merge_parts.property("weights")
+def _(solution):
+    for case in MERGES:
+        _expect_merged(
+            solution, *_parts(*case), "a part's weight is exp(lse_part - lse), each head its own", only="out"
+        )
+
+
+@merge_parts.property("large lse")
+def _(solution):
+    for shift in (1000.0, -1000.0):
+        for case in MERGES:
+            cause = "exp(lse) overflows or vanishes: subtract the larger lse first, as in log_sum_exp"
+            _expect_merged(solution, *_parts(*case, shift=shift), cause)
+    heads = np.array([[1000.0], [0.0], [-1000.0]])
+    _expect_merged(solution, *_parts(5, 3, 4, (5, 9), shift=heads), "each head subtracts the larger of its own two lse")
+
+
+@merge_parts.property("empty part")
+def _(solution):
+    for empty in (((0,), ()), ((), (0,)), ((0, 1, 2), ())):
+        cause = "a part that saw nothing has lse -inf and weight 0: the other part is the answer"
+        _expect_merged(solution, *_parts(3, 3, 4, (5, 9), empty=empty), cause)
+
+
+@merge_parts.property("both empty")
+def _(solution):
+    for empty in (((1,), (1,)), ((0, 1, 2), (0, 1, 2))):
+        cause = "where neither part saw a key the result is 0 and -inf: -inf minus -inf is NaN, so subtract 0 there"
+        _expect_merged(solution, *_parts(4, 3, 4, (5, 9), empty=empty), cause)

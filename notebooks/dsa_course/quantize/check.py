@@ -1,0 +1,392 @@
+"""Notebook 07: FP8 with a power-of-two scale, the rotation, where the scales go, and what the selection loses."""
+
+import collections
+
+import numpy as np
+import torch
+
+from dsa_ref.hadamard import hadamard as rotate
+from dsa_ref.index_scores import index_scores
+from dsa_ref.quantize import AMAX_FLOOR, E4M3_MAX, power_of_two_at_least
+from dsa_ref.quantize import quantize as reference
+from dsa_ref.testing import Failed, overlap
+
+from ..checking import Check, expect, expect_close, expect_shape, normal, whole
+
+quantize = Check("quantize")  # quantize(x [..., D]) -> x8 float8_e4m3fn [..., D], scale fp32 [...]
+hadamard = Check("hadamard")  # hadamard(x [..., D]) -> [..., D]
+scores_from_fp8 = Check("scores_from_fp8")  # (q8 [T, Hi, D], q_scale [T, Hi], k8 [S, D], k_scale [S], w) -> [T, S]
+flips = Check("flips")  # flips(selected [T, k], reference [T, k]) -> float
+
+VECTORS, SCALES = {2: "t d", 3: "t h d"}, {1: "t", 2: "t h"}  # the axes of a result, by their number
+
+
+# quantize
+
+
+def _rows(seed, *shape, dtype=torch.float32):
+    """Vectors whose sizes differ by factors of up to 2^20."""
+    spread = np.random.default_rng(seed + 100).integers(-8, 12, shape[:-1])
+    return (normal(*shape, seed=seed) * torch.as_tensor(2.0**spread)[..., None]).to(dtype)
+
+
+def _quantized(solution, x):
+    """(values as fp32, scale as fp32) once shapes and types are right."""
+    result = solution(x)
+    expect(
+        isinstance(result, tuple) and len(result) == 2,
+        f"got {type(result).__name__}, expected the pair (x8, scale)",
+        "the numbers mean nothing without their scale: return both",
+    )
+    x8, scale = result
+    expect_shape(x8, x.shape, torch.float8_e4m3fn, "x8")
+    expect_shape(scale, x.shape[:-1], torch.float32, "scale")
+    return x8.float(), scale
+
+
+@quantize.property("shapes and types")
+def _(solution):
+    for seed, shape, dtype in ((1, (5, 8), torch.float32), (2, (3, 2, 37), torch.bfloat16), (3, (7,), torch.float32)):
+        _quantized(solution, _rows(seed, *shape, dtype=dtype))
+
+
+@quantize.property("zero row")
+def _(solution):
+    for row in (0, 2):
+        x = _rows(4, 3, 16)
+        x[row] = 0.0
+        values, scale = _quantized(solution, x)
+        expect(
+            values[row].eq(0).all() and scale[row].isfinite() and scale[row] > 0,
+            f"row {row} holds only zeros: got x8 {_number(values[row, 0])} with scale {_number(scale[row])}, "
+            "expected 0 with a positive scale",
+            "0 / 0: the largest magnitude needs a floor before it becomes a scale",
+        )
+
+
+@quantize.property("power of two")
+def _(solution):
+    for seed, shape in ((5, (37, 16)), (6, (4, 3, 5))):
+        _, scale = _quantized(solution, _rows(seed, *shape))
+        mantissa, _ = torch.frexp(scale)
+        bad = scale[mantissa != 0.5]
+        cause = "amax / 448 itself became the scale: round it up to a power of two"
+        expect(len(bad) == 0, f"got the scale {_number(bad)}, expected 2^n", cause)
+
+
+@quantize.property("one scale a vector")
+def _(solution):
+    for seed, shape in ((7, (4, 16)), (8, (2, 3, 5))):
+        x = _rows(seed, *shape).abs()
+        rows = x.view(-1, shape[-1])
+        rows[1] = 64.0 * rows[0]  # the same vector, larger
+        first, second = _quantized(solution, x)[1].flatten()[:2]
+        expect(
+            first != second,
+            f"vector 1 is 64 times vector 0: got the scale {_number(first)} for both",
+            "the largest magnitude was taken over more than the last axis: each vector has its own scale",
+        )
+
+
+@quantize.property("scale")
+def _(solution):
+    edges = torch.tensor([448.0, -448.0, 450.0, 1.75]) * 2.0**12  # 448 · 2^n needs 2^n, 450 · 2^n more
+    for seed, shape, dtype in (
+        (8, (37, 16), torch.float32),
+        (9, (2, 3, 5), torch.float32),
+        (9, (6, 8), torch.bfloat16),
+    ):
+        x = _rows(seed, *shape, dtype=dtype)
+        x.view(-1, shape[-1])[:4, 0] = edges.to(dtype)
+        _, scale = _quantized(solution, x)
+        amax, expected = x.float().abs().amax(dim=-1), reference(x)[1]
+        exponent = (amax / E4M3_MAX).log2()
+        suspects = {
+            "the exponent was rounded down: amax / scale passes 448 and is clipped": 2.0 ** exponent.floor(),
+            "the exponent was rounded to the nearest: amax / scale passes 448 in some rows": 2.0 ** exponent.round(),
+            "the scale is upside down: x is divided by it, so that x is about x8 · scale": 1.0 / expected,
+            "the sign got lost: the largest magnitude counts, not the largest number": reference(x.clamp(min=0.0))[1],
+            "divided by 127, int8's largest value: e4m3's is 448": power_of_two_at_least(amax / 127.0),
+            "the exponent is one too high: half of the range stays empty": expected * 2,
+            "one too high where amax / 448 is a power of two already": 2.0 ** (exponent.floor() + 1),
+        }
+        cause = "is the scale the smallest power of two that keeps |x / scale| <= 448?"
+        if dtype == torch.bfloat16:
+            cause = "right for fp32, wrong for bf16: its logarithm is too coarse, so convert with .float() first"
+        expect_close(scale, expected, 0.0, SCALES[scale.dim()], cause, suspects)
+
+
+@quantize.property("amax floor")
+def _(solution):
+    x = normal(5, 16, seed=10) * torch.tensor([1e-3, 1e-5, 1e-7, 0.0, 1e-30])[:, None]
+    _, scale = _quantized(solution, x)
+    cause = f"amax is at least {AMAX_FLOOR}, for a vector of small numbers as for one of zeros"
+    expect_close(scale, reference(x)[1], 0.0, "t", cause)
+
+
+@quantize.property("nearest value")
+def _(solution):
+    for seed, shape, dtype in ((11, (37, 16), torch.float32), (12, (3, 2, 5), torch.bfloat16)):
+        x = _rows(seed, *shape, dtype=dtype)
+        values, scale = _quantized(solution, x)
+        y = x.float() / reference(x)[1][..., None]
+        _, exponent = torch.frexp(y)
+        step = 2.0 ** (exponent - 4).clamp(min=-9)
+        suspects = {
+            "digits were cut off instead of rounded to the nearest": (y / step).trunc() * step,
+            "only whole numbers came out: e4m3 has fractions too": y.round().to(torch.float8_e4m3fn).float(),
+            "large ones wrapped around, as 8-bit integers do beyond 127": ((y.round() + 128) % 256 - 128)
+            .to(torch.float8_e4m3fn)
+            .float(),
+        }
+        cause = "x8 is not x / scale: clamp to +-448, then cast to torch.float8_e4m3fn, which rounds to the nearest"
+        expect_close(values, reference(x)[0].float(), 0.0, VECTORS[x.dim()], cause, suspects)
+
+
+@quantize.property("small values")
+def _(solution):
+    x = torch.tensor([448.0, *(m * 2.0**-9 for m in (1, 2, 3, 5, 7, -1, -6, 0.4, 0.6))])[None].repeat(3, 1)
+    x = x * torch.tensor([1.0, 2.0**-8, 2.0**5])[:, None]  # a scale of its own for each row
+    values, _ = _quantized(solution, x)
+    cause = "numbers below 2^-6 became zero: e4m3 goes on in steps of 2^-9 (subnormals)"
+    expect_close(values * 512, reference(x)[0].float() * 512, 0.0, "t d", cause)
+
+
+# hadamard
+
+
+@hadamard.property("shape")
+def _(solution):
+    for seed, shape in ((1, (5, 8)), (2, (3, 2, 16)), (3, (4,))):
+        expect_shape(solution(whole(*shape, seed=seed)), shape)
+
+
+@hadamard.property("last axis")
+def _(solution):
+    for seed, shape in ((4, (8, 8)), (5, (4, 4, 4))):
+        x = torch.zeros(shape)
+        x.view(-1, shape[-1])[0] = whole(shape[-1], seed=seed) + 0.5
+        empty = x.eq(0).all(dim=-1)
+        expect(
+            torch.as_tensor(solution(x))[empty].eq(0).all(),
+            f"x {list(shape)} with a single vector that is not zero: got other vectors that are not zero",
+            "vectors were mixed with each other: each is turned by itself, along the last axis",
+        )
+
+
+@hadamard.property("length kept")
+def _(solution):
+    for seed, shape in ((6, (7, 16)), (7, (2, 3, 4))):
+        x, places = whole(*shape, seed=seed), range(shape[-1])
+        lost = torch.tensor([[float(i & j == 0) for j in places] for i in places])  # a + b, then (a + b) - b
+        suspects = {
+            "a was overwritten with a + b before a - b was computed: a slice shares its tensor's memory, so copy it "
+            "first": (x @ lost).norm(dim=-1) / shape[-1] ** 0.5
+        }
+        cause = "the lengths of the vectors are named. A rotation keeps them: divide by sqrt(D), once"
+        length = torch.as_tensor(solution(x)).norm(dim=-1)
+        expect_close(length, x.norm(dim=-1), 1e-5, SCALES[length.dim()], cause, suspects)
+
+
+@hadamard.property("Sylvester order")
+def _(solution):
+    for seed, shape in ((8, (9, 2)), (9, (5, 8)), (10, (2, 3, 64))):
+        x = whole(*shape, seed=seed)
+        expected = rotate(x)
+        D = shape[-1]
+        mirrored = [int(f"{i:0{D.bit_length() - 1}b}"[::-1], 2) for i in range(D)]
+        suspects = {
+            "the right numbers in the wrong order (bits of the index reversed): a butterfly joins i and i + width, and "
+            "its results stay in those two places": expected[..., mirrored],
+            "a - b came out as b - a": expected * torch.tensor([(-1.0) ** bin(i).count("1") for i in range(D)]),
+        }
+        cause = "H[i, j] is (-1)^popcount(i & j) / sqrt(D): other signs, or another order of the rows"
+        expect_close(solution(x), expected, 1e-5, VECTORS[x.dim()], cause, suspects)
+
+
+@hadamard.property("any power of two")
+def _(solution):
+    for D in (1, 4, 32, 128, 256):
+        x = whole(3, D, seed=11 + D)
+        cause = "D = 1 is a rotation too, by nothing" if D == 1 else f"wrong for D = {D}, right for other sizes"
+        expect_close(solution(x), rotate(x), 1e-5, "t d", cause)
+
+
+# scores_from_fp8
+
+SQUARE = ((1, 6, 6, 3), (2, 7, 7, 1))  # seed, T, S, Hi
+OTHER = ((3, 5, 37, 2), (4, 9, 4, 1))
+Given = collections.namedtuple("Given", "q8 q_scale k8 k_scale w")
+
+
+def _given(seed, T, S, Hi, positive_w=False, q_scale=True, k_scale=True):
+    """Whole numbers and powers of two, so that every sum is exact in any order."""
+    rng = np.random.default_rng(seed)
+    q_scales, k_scales = (torch.from_numpy(2.0 ** rng.integers(-12, 3, shape)).float() for shape in ((T, Hi), (S,)))
+    weights = whole(T, Hi, seed=seed + 30)
+    return Given(
+        whole(T, Hi, 8, seed=seed + 10).to(torch.float8_e4m3fn),
+        q_scales if q_scale else torch.ones(T, Hi),
+        whole(S, 8, seed=seed + 20).to(torch.float8_e4m3fn),
+        k_scales if k_scale else torch.ones(S),
+        weights.abs() + 1.0 if positive_w else weights,
+    )
+
+
+def _scores(given, **changed):
+    """The right scores of all pairs, of these inputs or of `changed` ones."""
+    q8, q_scale, k8, k_scale, w = given._replace(**changed)
+    T, S = len(q8), len(k8)
+    everything = {"start": torch.zeros(T, dtype=torch.int32), "end": torch.full((T,), S, dtype=torch.int32)}
+    return index_scores(q8, k8, w * q_scale, k_scale, **everything)
+
+
+def _compare_scores(solution, cause, suspects, sizes=SQUARE, **which):
+    """suspects: {cause: function of the inputs that gives the scores of this mistake}."""
+    for size in sizes:
+        given = _given(*size, **which)
+        answers = {why: wrong(given) for why, wrong in suspects.items()}
+        expect_close(solution(*given), _scores(given), 1e-6, "t s", cause, answers)
+
+
+def _weighted_dots(given):
+    """w · (q8 · k8) [T, Hi, S], without any relu."""
+    return torch.einsum("thd,sd,th->ths", given.q8.float(), given.k8.float(), given.w)
+
+
+@scores_from_fp8.property("relu per head")
+def _(solution):
+    suspects = {
+        "no relu: a head that dislikes a key may then cancel one that likes it": lambda g: _weighted_dots(g).sum(dim=1),
+        "the relu came after the sum over heads": lambda g: _weighted_dots(g).sum(dim=1).relu(),
+        "the future was hidden: this exercise scores every pair": lambda g: index_scores(g.q8, g.k8, g.w),
+    }
+    cause = "with all scales 1 and positive weights: not the sum over heads of w · relu(q8 · k8)"
+    _compare_scores(solution, cause, suspects, positive_w=True, q_scale=False, k_scale=False)
+
+
+@scores_from_fp8.property("weights keep their sign")
+def _(solution):
+    suspects = {
+        "the weight went inside the relu: only a positive factor may": lambda g: _weighted_dots(g).relu().sum(dim=1),
+        "the sign of the weights got lost": lambda g: _scores(g, w=g.w.abs()),
+    }
+    cause = "right for positive weights, wrong for negative ones"
+    _compare_scores(solution, cause, suspects, q_scale=False, k_scale=False)
+
+
+@scores_from_fp8.property("k_scale")
+def _(solution):
+    suspects = {
+        "k_scale was left out": lambda g: _scores(g, k_scale=torch.ones_like(g.k_scale)),
+        "divided by k_scale: the value is k8 · k_scale": lambda g: _scores(g, k_scale=1 / g.k_scale),
+        "k_scale was applied twice": lambda g: _scores(g, k_scale=g.k_scale**2),
+        "k_scale went along the queries: it has one entry a key, so it scales columns": lambda g: (
+            _scores(g, k_scale=torch.ones_like(g.k_scale)) * g.k_scale[:, None]
+        ),
+    }
+    _compare_scores(solution, "score (t, s) is not proportional to k_scale[s]", suspects, q_scale=False)
+
+
+@scores_from_fp8.property("q_scale")
+def _(solution):
+    suspects = {
+        "q_scale was left out": lambda g: _scores(g, q_scale=torch.ones_like(g.q_scale)),
+        "q_scale was applied twice, in the relu and in the weight": lambda g: _scores(g, q_scale=g.q_scale**2),
+        "divided by q_scale: the value is q8 · q_scale": lambda g: _scores(g, q_scale=1 / g.q_scale),
+        "one q_scale for all heads: each head's vector has its own": lambda g: _scores(
+            g, q_scale=g.q_scale.mean(dim=1, keepdim=True)
+        ),
+    }
+    _compare_scores(solution, "head h of query t is not proportional to q_scale[t, h]", suspects)
+
+
+@scores_from_fp8.property("T is not S")
+def _(solution):
+    _compare_scores(solution, "right where there are as many queries as keys, wrong elsewhere", {}, OTHER)
+
+
+# flips
+
+
+def _selections(seed, T, k, S=40):
+    """Two selections as the contract has them: row t keeps min(k, t + 1) keys, the rest is -1."""
+    rng = np.random.default_rng(seed)
+    rows = np.full((2, T, k), -1, dtype=np.int32)
+    for side in rows:
+        for t, row in enumerate(side):
+            n = min(k, t + 1)
+            row[:n] = np.sort(rng.choice(max(n, min(S, 2 * n)), n, replace=False))
+    return torch.from_numpy(rows[0]), torch.from_numpy(rows[1])
+
+
+def _expect_flips(solution, selected, reference, cause, suspects=None):
+    got = solution(selected, reference)
+    if not isinstance(got, (int, float, np.floating)) and not (isinstance(got, torch.Tensor) and got.numel() == 1):
+        raise Failed(f"got {type(got).__name__}, expected one number", "return the mean over the rows")
+    expected = 1.0 - overlap(reference, selected)
+    expect_close(torch.as_tensor(float(got)), torch.tensor(expected), 1e-6, "", cause, suspects)
+
+
+@flips.property("nothing changed")
+def _(solution):
+    for seed, T, k in ((1, 9, 3), (2, 5, 8)):
+        one, _ = _selections(seed, T, k)
+        suspects = {"got the share that stayed, not the share that changed": torch.tensor(1.0)}
+        _expect_flips(solution, one, one, "the two selections are equal, so nothing changed", suspects)
+
+
+@flips.property("order is free")
+def _(solution):
+    for seed, T, k in ((3, 9, 5), (4, 7, 6)):
+        one, other = _selections(seed, T, k)
+        one, other = one[k - 1 :], other[k - 1 :]  # full rows: no padding yet
+        _expect_flips(solution, one.flip(1), one, "the same keys in another order: compare sets, not places")
+
+
+@flips.property("share of the keys")
+def _(solution):
+    for seed, T, k in ((5, 12, 5), (6, 9, 4)):
+        one, other = _selections(seed, T, k)
+        one, other = one[k - 1 :], other[k - 1 :]
+        share = 1.0 - overlap(other, one)
+        suspects = {
+            "each exchange was counted twice, as one key gone and one key come": torch.tensor(2 * share),
+            "got the number of keys, not their share": torch.tensor(share * k),
+            "got the share that stayed, not the share that changed": torch.tensor(1.0 - share),
+            "got the sum over the rows, not their mean": torch.tensor(share * len(one)),
+        }
+        _expect_flips(solution, one, other, "not the mean over rows of (changed keys) / (keys)", suspects)
+
+
+@flips.property("-1 ignored")
+def _(solution):
+    for seed, T, keys, k in ((7, 9, 3, 9), (8, 4, 2, 37)):  # every row holds the same number of keys, then -1
+        one, other = (
+            torch.nn.functional.pad(side[keys - 1 :], (0, k - keys), value=-1) for side in _selections(seed, T, keys)
+        )
+        share = 1.0 - overlap(other, one)
+        suspects = {
+            "divided by k: a row that sees few keys holds fewer": torch.tensor(share * keys / k),
+            "-1 was counted as a key, once a row": torch.tensor(share * keys / (keys + 1)),
+        }
+        _expect_flips(solution, one, other, "-1 fills a row up and is no key: leave it out on both sides", suspects)
+
+
+@flips.property("mean over rows")
+def _(solution):
+    for seed, T, k in ((9, 16, 12), (10, 7, 3)):  # short rows and long ones
+        one, other = _selections(seed, T, k)
+        one[-1] = other[-1]
+        _expect_flips(solution, one, other, "every row counts the same, however many keys it holds")
+
+
+@flips.property("empty row")
+def _(solution):
+    one, other = _selections(11, 6, 4)
+    one[0], other[0] = -1, -1
+    _expect_flips(solution, one, other, "a row without keys has nothing that could change: it counts 0, not 0 / 0")
+
+
+def _number(x):
+    return f"{float(x.flatten()[0]) if x.numel() else float('nan'):.6g}"

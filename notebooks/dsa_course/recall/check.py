@@ -1,0 +1,140 @@
+"""Notebook 03: recall of attention mass, and the window, the control that it is compared with."""
+
+import torch
+
+from dsa_ref.testing import attention_recall, compare_selection
+
+from ..checking import Check, expect, expect_shape, normal
+from ..select_topk.check import judging
+
+recall = Check("recall")  # (weights [T, S], indices int32 [T, k]) -> float
+window_selection = Check("window_selection")  # (T, k) -> indices int32 [T, k]
+
+
+# ------------------------------------------------------------------------------------------------------------ recall
+
+
+def _weights(T, S, seed):
+    """Rows like attention's: positive, summing to 1, the last column and the first never negligible."""
+    weights = normal(T, S, seed=seed).double().exp()
+    weights[:, [0, -1]] += 1.0
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def _rows(rows):
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def _recall(solution, weights, indices, cause, suspects=None):
+    """suspects: {cause: the number that this mistake gives}."""
+    expected = attention_recall(weights, indices)
+    for dtype in (torch.float64, torch.float32):
+        got = solution(weights.to(dtype), indices)
+        try:
+            got = float(got)
+        except (TypeError, ValueError):
+            expect(False, f"got {type(got).__name__}, expected one number", "return the mean over rows, as a float")
+        if abs(got - expected) <= 1e-5:
+            continue
+        for suspicion, answer in (suspects or {}).items():
+            if abs(got - answer) <= 1e-5:
+                cause = suspicion
+        shape = f"T={weights.shape[0]}, S={weights.shape[1]}, k={indices.shape[1]}"
+        expect(False, f"{shape}, first row {indices[0].tolist()}: got {got:.4f}, expected {expected:.4f}", cause)
+
+
+@recall.property("one row")
+def _(solution):
+    for seed, row in ((1, [3, 1, 0]), (2, [5])):
+        weights, indices = _weights(1, 6, seed), _rows([row])
+        mass = float(weights[0, row].sum())
+        suspects = {"divided by k: recall is the sum of the weights, not their mean": mass / len(row)}
+        _recall(solution, weights, indices, "add up the row's weights at the selected keys", suspects)
+
+
+@recall.property("mean over rows")
+def _(solution):
+    for seed, T in ((1, 4), (2, 37)):
+        weights = _weights(T, 9, seed)
+        indices = torch.arange(3, dtype=torch.int32).expand(T, 3) + (torch.arange(T, dtype=torch.int32) % 6)[:, None]
+        suspects = {"summed over rows: take the mean": attention_recall(weights, indices) * T}
+        _recall(
+            solution, weights, indices, "each row has its own weights and indices; the mean goes over rows", suspects
+        )
+
+
+@recall.property("padding")
+def _(solution):
+    for seed in (1, 2):
+        weights = _weights(3, 6, seed)
+        indices = _rows([[2, -1, -1, -1], [1, 2, -1, -1], [1, 2, 3, 4]])
+        last, first = indices.long() % 6, indices.clamp(min=0)
+        suspects = {
+            "-1 was taken for the last column: Python counts from the end": attention_recall(weights, last.int()),
+            "-1 was taken for key 0 (clamp)": attention_recall(weights, first),
+        }
+        suspects |= {
+            "-1 was taken for the last column, once for each -1": _gathered(weights, last),
+            "-1 was taken for key 0 (clamp), once for each -1": _gathered(weights, first),
+        }
+        _recall(solution, weights, indices, "-1 is no key: it catches nothing", suspects)
+
+
+def _gathered(weights, indices):
+    return float(weights.gather(1, indices.long()).sum(dim=1).mean())
+
+
+@recall.property("duplicates")
+def _(solution):
+    for seed in (1, 2):
+        weights, indices = _weights(3, 6, seed), _rows([[2, 2, -1], [1, 1, 1], [0, 4, 5]])
+        _recall(solution, weights, indices, "a key named twice catches its weight once")
+
+
+@recall.property("empty row")
+def _(solution):
+    for seed in (1, 2):
+        weights, indices = _weights(3, 6, seed), _rows([[-1, -1], [-1, -1], [0, 4]])
+        cause = "a row that selects nothing catches 0, and counts in the mean"
+        _recall(solution, weights, indices, cause)
+
+
+# -------------------------------------------------------------------------------------------------- window_selection
+
+
+def _by_recency(got, T, k):
+    """A window is a selection too: by the score s, the position itself."""
+    compare_selection(got, torch.arange(T, dtype=torch.float32).expand(T, T), k)
+
+
+@window_selection.property("shape")
+def _(solution):
+    for T, k in ((1, 1), (4, 3), (3, 5)):
+        got = solution(T, k)
+        cause = "a row is k wide even where k > T: pad it with -1"
+        expect(
+            list(getattr(got, "shape", [])) != [T, min(T, k)] or k <= T, f"T={T}, k={k}: got {T} places a row", cause
+        )
+        expect_shape(got, (T, k), torch.int32)
+
+
+@window_selection.property("future")
+def _(solution):
+    for T, k in ((6, 2), (37, 5)):
+        with judging("future", "row t ends with its own key, t: nothing later", ["future"]):
+            _by_recency(solution(T, k), T, k)
+
+
+@window_selection.property("padding")
+def _(solution):
+    for T, k in ((4, 3), (3, 5)):
+        cause = "row t has only t + 1 keys: fill with -1, and only at the end of the row"
+        with judging("padding", cause, ["range", "padding", "duplicates"]):
+            _by_recency(solution(T, k), T, k)
+
+
+@window_selection.property("last keys")
+def _(solution):
+    for T, k in ((37, 5), (9, 1), (3, 5)):
+        with judging("last keys", "row t keeps keys t - k + 1 to t, its own among them"):
+            _by_recency(solution(T, k), T, k)

@@ -1,0 +1,312 @@
+"""Notebook 03: the selection contract, and a check of it that the learner writes."""
+
+import contextlib
+
+import torch
+
+from dsa_ref.select_topk import select_topk as reference
+from dsa_ref.testing import Failed, compare_selection
+
+from ..checking import GENERAL, Check, expect, normal, whole
+
+select_topk = Check("select_topk")  # (scores [T, S], k) -> indices int32 [T, k]
+check_selection = Check("check_selection")  # (indices, scores, k) -> True, or False or an AssertionError
+
+
+# ------------------------------------------------------------------------------------------------------- select_topk
+# Most properties have the names that compare_selection gives to what it finds broken.
+
+
+@contextlib.contextmanager
+def judging(name, cause, words=None):
+    """Report what compare_selection finds broken as property `name`; with `words`, pass over any other fault."""
+    try:
+        yield
+    except Failed as failure:
+        if failure.property in GENERAL:
+            raise
+        if words is None or failure.property in words:
+            failure.property, failure.cause = name, cause
+            raise
+
+
+def _distinct(T, S, seed):
+    """Scores without ties, negative ones among them."""
+    return normal(T, S, seed=seed)
+
+
+@select_topk.property("type")
+def _(solution):
+    scores = _distinct(6, 6, seed=1)
+    got = solution(scores, 1)
+    cause = "did you forget the return?" if got is None else "return one torch tensor for all rows"
+    expect(isinstance(got, torch.Tensor), f"got {type(got).__name__}, expected a tensor", cause)
+    compare_selection(got, scores, 1)
+
+
+@select_topk.property("future")
+def _(solution):
+    for T, S, seed in ((6, 6, 1), (3, 8, 2), (1, 5, 3)):
+        scores = _distinct(T, S, seed)
+        future = torch.arange(S) > S - T + torch.arange(T)[:, None]
+        compare_selection(solution(scores + 100 * future, 1), scores, 1)  # the best of all are those to come
+
+
+@select_topk.property("padding")
+def _(solution):
+    for T, S, k, seed in ((6, 6, 4, 1), (5, 7, 6, 2)):
+        scores = _distinct(T, S, seed)
+        compare_selection(solution(scores, k), scores, k)
+
+
+@select_topk.property("count")
+def _(solution):
+    for T, S, k, seed in ((6, 6, 3, 1), (4, 9, 3, 2), (3, 5, 8, 3)):  # with ties, and k > S
+        scores = whole(T, S, seed=seed, largest=1)
+        got = solution(scores, k)
+        try:
+            compare_selection(got, scores, k)
+        except Failed as failure:
+            if failure.property != "ties":  # judged below
+                raise
+
+
+@select_topk.property("scores")
+def _(solution):
+    for T, S, k, seed in ((37, 37, 5, 1), (9, 64, 16, 2), (1, 100, 1, 3)):
+        for shift in (0.0, -10.0):  # and all of them below 0
+            scores = _distinct(T, S, seed) + shift
+            compare_selection(solution(scores, k), scores, k)
+        scores = 1 + scores.argsort(dim=1) * 2.0**-23  # distinct, but next to each other: no rounding, no small change
+        with judging("scores", "nearly equal is not equal: scores must be compared as they are, unrounded, unchanged"):
+            compare_selection(solution(scores, k), scores, k)
+
+
+@select_topk.property("ties")
+def _(solution):
+    for T, S, k, seed in ((12, 12, 4, 1), (5, 300, 100, 2), (3, 9, 16, 3)):
+        scores = whole(T, S, seed=seed, largest=1) + 1.0  # 0, 1 and 2, but never -0.0
+        compare_selection(solution(scores, k), scores, k)
+
+
+@select_topk.property("signed zeros")
+def _(solution):
+    for T, S, k, seed in ((8, 8, 3, 1), (2, 40, 9, 2)):
+        scores = torch.where(normal(T, S, seed=seed) > 0, 0.0, -0.0)
+        with judging("signed zeros", "-0.0 equals 0.0: compare the numbers, and not their bits"):
+            compare_selection(solution(scores, k), scores, k)
+
+
+@select_topk.property("infinite scores")
+def _(solution):
+    for T, S, k, seed in ((6, 6, 3, 1), (3, 9, 5, 2)):
+        scores = _distinct(T, S, seed)
+        scores[:, ::2] = -torch.inf
+        scores[:, 1] = torch.inf
+        with judging("infinite scores", "a visible score may be -inf: it still counts, and ranks before hidden keys"):
+            compare_selection(solution(scores, k), scores, k)
+
+
+@select_topk.property("NaN refused")
+def _(solution):
+    scores = _distinct(5, 7, seed=1)
+    hidden = scores.clone()
+    hidden[0, 6] = torch.nan  # row 0 sees keys 0 to 2
+    try:
+        compare_selection(solution(hidden, 2), scores, 2)
+    except Failed as failure:
+        failure.property, failure.cause = "NaN refused", "here the NaN is in the future, where nothing may matter"
+        raise
+    scores[3, 1] = torch.nan
+    try:
+        got = solution(scores, 2)
+    except Failed as failure:
+        error = failure.__cause__
+        cause = "raise ValueError where a visible score is NaN"
+        expect(isinstance(error, ValueError), f"got {type(error).__name__}: {error}, expected a ValueError", cause)
+        return
+    row = torch.as_tensor(got)[3].tolist()
+    expect(False, f"row t=3 holds a NaN in s=1: got {row}, expected a ValueError", "NaN is no number: it has no rank")
+
+
+# --------------------------------------------------------------------------------------------------- check_selection
+
+
+def _verdict(solution, indices, scores, k):
+    """True where the learner's check accepts; any error on a wrong selection counts as rejecting it."""
+    try:
+        got = solution(indices, scores, k)
+    except Failed as failure:
+        if failure.property == "inputs":
+            raise
+        return failure
+    cause = "did you forget to return True at the end?"
+    expect(got is not None and hasattr(got, "__bool__"), f"got {type(got).__name__}, expected True or False", cause)
+    return bool(got)
+
+
+def _tied_scores():
+    """(scores, k): whole numbers, ties everywhere; square, T < S, k above S, one row."""
+    for seed in (1, 2):
+        for T, S, k in ((8, 8, 3), (4, 9, 6), (3, 5, 7), (1, 12, 4), (37, 37, 5)):
+            yield whole(T, S, seed=seed + 10 * T, largest=2), k
+
+
+def _accepts(solution, name, arrange):
+    for scores, k in _tied_scores():
+        indices = arrange(reference(scores, k))
+        verdict = _verdict(solution, indices, scores, k)
+        if isinstance(verdict, Failed):
+            if not isinstance(verdict.__cause__, AssertionError):
+                raise verdict  # a crash on a right selection
+            verdict = False
+        T, S = scores.shape
+        expect(verdict, f"T={T}, S={S}, k={k}: your check rejects {name}", "it asks for more than the contract does")
+
+
+@check_selection.property("accepts the right one")
+def _(solution):
+    _accepts(solution, "the reference's own selection", lambda indices: indices)
+
+
+@check_selection.property("accepts any order")
+def _(solution):
+    def turned_round(indices):
+        for row in indices:
+            kept = row[row >= 0]
+            row[: len(kept)] = kept.flip(0)  # -1 stays at the end
+        return indices
+
+    _accepts(solution, "a right selection in descending order", turned_round)
+
+
+def _kills(name, cause):
+    """Decorator of mutate(row, scores of its visible keys, of all its keys), which yields wrong rows if it can."""
+
+    def add(mutate):
+        def test(solution):
+            tried = 0
+            for scores, k in _tied_scores():
+                T, S = scores.shape
+                indices = reference(scores, k)
+                for t in reversed(range(T)):  # one row is wrong, a late one
+                    rows = list(mutate(indices[t].tolist(), scores[t, : S - T + t + 1].tolist(), scores[t].tolist()))
+                    for row in rows:
+                        wrong = indices.clone()
+                        wrong[t] = torch.tensor(row, dtype=torch.int32)
+                        tried += 1
+                        verdict = _verdict(solution, wrong, scores, k)
+                        what = (
+                            f"T={T}, S={S}, k={k}: your check accepts row t={t} as {row}, expected it to say no (it "
+                            f"should hold {indices[t].tolist()}, the scores are {[int(x) for x in scores[t].tolist()]})"
+                        )
+                        expect(verdict is not True, what, cause)
+                    if rows:
+                        break
+            assert tried >= 3, name
+
+        check_selection.property(name)(test)
+
+    return add
+
+
+@check_selection.property("type")
+def _(solution):
+    scores = whole(8, 8, seed=1)
+    verdict = _verdict(solution, reference(scores, 3).long(), scores, 3)
+    expect(
+        verdict is not True,
+        "your check accepts an int64 tensor",
+        "the contract says int32: nothing looked at the dtype",
+    )
+
+
+@check_selection.property("count")
+def _(solution):
+    for scores, k in _tied_scores():
+        T, S = scores.shape
+        right = reference(scores, k)
+        wide = torch.cat((right, torch.full((T, 1), -1, dtype=torch.int32)), dim=1)
+        shapes = (wide, f"{k + 1} places a row"), (right[: T - 1], f"{T - 1} rows")
+        for wrong, what in (*shapes, (torch.cat((right, right[-1:])), f"{T + 1} rows")):
+            verdict = _verdict(solution, wrong, scores, k)
+            cause = "nothing looked at the shape, [T, k]"
+            expect(verdict is not True, f"T={T}, S={S}, k={k}: your check accepts {what}", cause)
+    few = right_without_the_last(scores := whole(8, 8, seed=3, largest=2), 3)
+    verdict = _verdict(solution, few, scores, 3)
+    what = f"T=8, S=8, k=3: your check accepts row t=7 as {few[7].tolist()}, though it sees 8 keys"
+    expect(verdict is not True, what, "count the keys: min(k, visible) of them, no fewer")
+
+
+def right_without_the_last(scores, k):
+    """A right selection, except that the last row leaves out a key that only just got in."""
+    few = reference(scores, k)
+    row, numbers = few[-1].tolist(), scores[-1]
+    row.remove(min(row, key=lambda s: (numbers[s], -s)))
+    few[-1] = torch.tensor([*row, -1], dtype=torch.int32)
+    return few
+
+
+def _last_in(row, visible):
+    """The key that only just got in: of the smallest score kept, the largest index."""
+    return min((s for s in row if s >= 0), key=lambda s: (visible[s], -s))
+
+
+def _swapped(row, old, new):
+    return [new if s == old else s for s in row]
+
+
+@_kills("padding", "-1 fills the end of a row, and only the end; no other number fills it")
+def _(row, visible, everything):
+    if -1 in row:
+        yield [-1, *row[:-1]]
+        yield [s if s >= 0 else 0 for s in row]
+        yield [s if s >= 0 else -2 for s in row]
+
+
+@_kills("range", "an index must be -1, or point at a key: 0 <= s < S (Python takes negative ones from the end)")
+def _(row, visible, everything):
+    n, S = len(visible), len(everything)
+    if -1 not in row:
+        last = _last_in(row, visible)
+        yield [*row[:-1], S]
+        yield from (_swapped(row, last, last - size) for size in {n, S} if last - size != -1)  # has the score of `last`
+
+
+@_kills("future", "row t sees keys up to S - T + t only, whatever the later ones score")
+def _(row, visible, everything):
+    if -1 not in row:
+        last = _last_in(row, visible)
+        for s in range(len(visible), len(everything)):
+            if everything[s] >= visible[last]:  # as good as the one that it replaces, or better
+                yield _swapped(row, last, s)
+
+
+@_kills("duplicates", "the indices of a row must be distinct: naming a key twice drops another one")
+def _(row, visible, everything):
+    kept = [s for s in row if s >= 0]
+    for i, a in enumerate(kept):
+        for b in kept[:i]:
+            if visible[a] == visible[b]:  # so that the scores look right
+                yield _swapped(row, a, b)
+
+
+@_kills("scores", "the kept scores must be the largest ones")
+def _(row, visible, everything):
+    worst, best = (
+        min(range(len(visible)), key=visible.__getitem__),
+        max(row, key=lambda s: visible[s] if s >= 0 else -9),
+    )
+    if worst not in row and visible[best] > visible[worst]:
+        yield _swapped(row, best, worst)
+    below = [s for s in range(len(visible)) if -1 not in row and visible[s] < visible[_last_in(row, visible)]]
+    if below:  # the next best instead of the last one in
+        yield _swapped(row, _last_in(row, visible), max(below, key=visible.__getitem__))
+
+
+@_kills("ties", "of equal scores at the threshold the smallest index must win: comparing scores alone cannot see it")
+def _(row, visible, everything):
+    if -1 not in row:
+        last = _last_in(row, visible)
+        left = [s for s, score in enumerate(visible) if score == visible[last] and s not in row]
+        yield from (_swapped(row, last, s) for s in left)

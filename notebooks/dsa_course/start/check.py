@@ -1,0 +1,121 @@
+"""Notebook 00: the three lines of DSA."""
+
+import torch
+
+from dsa_ref.dense_attention import dense_attention
+from dsa_ref.index_scores import index_scores
+from dsa_ref.select_topk import select_topk
+from dsa_ref.sparse_attention import sparse_attention
+from dsa_ref.testing import Failed, compare_selection
+
+from ..checking import Check, expect, expect_close, expect_shape, normal, whole
+
+three_lines = Check("three_lines")  # dsa(q_idx, k_idx, w, q, kv, k, scale, v_dim) -> indices, out
+
+CASES = ((1, 37, 37, 5), (2, 3, 9, 16))  # seed, T, S, k: square, and fewer keys than k for the last queries of nine
+
+
+def _inputs(seed, T, S, k, positive, draw=normal):
+    w = draw(T, 16, seed=seed)
+    return {
+        "q_idx": draw(T, 16, 8, seed=seed + 10),
+        "k_idx": draw(S, 8, seed=seed + 20),
+        "w": w.abs() if positive else w,
+        "q": normal(T, 2, 6, seed=seed + 30),
+        "kv": normal(S, 6, seed=seed + 40),
+        "k": k,
+        "scale": 0.4,
+        "v_dim": 4,
+    }
+
+
+def _two(solution, given):
+    """(indices, out), once it is certain that two tensors came back, in this order."""
+    got = solution(**given)
+    expect(
+        isinstance(got, (tuple, list)) and len(got) == 2,
+        f"got {type(got).__name__}, expected two tensors",
+        "the last line is: return indices, out",
+    )
+    for name, value in zip(("indices", "out"), got, strict=True):
+        cause = "a step that gives two results: sparse_attention returns (out, lse), and only out is asked for"
+        expect(isinstance(value, torch.Tensor), f"{name}: got {type(value).__name__}, expected a tensor", cause)
+    indices, out = got
+    swapped = indices.is_floating_point() and not out.is_floating_point()
+    expect(not swapped, "got (out, indices), expected (indices, out)", "the two results are in the wrong order")
+    return indices, out
+
+
+def _select(solution, positive, suspects):
+    """Compare the selection; where it is that of other weights (suspects: {cause: weights from weights}), say so."""
+    for case in CASES:
+        given = _inputs(*case, positive)
+        k, w = given["k"], given["w"]
+        indices, _ = _two(solution, given)
+        try:
+            compare_selection(indices, index_scores(given["q_idx"], given["k_idx"], w), k)
+        except Failed as failure:
+            for cause, change in suspects.items():
+                other = select_topk(index_scores(given["q_idx"], given["k_idx"], change(w)), k)
+                if torch.equal(other.sort().values, torch.as_tensor(indices).sort().values):
+                    failure.cause = cause
+                    break
+            raise
+
+
+@three_lines.property("selection")
+def _(solution):
+    suspects = {
+        "the weights w are not used": torch.ones_like,
+        "a softmax over the weights: w is used as it is": lambda w: w.softmax(dim=-1),
+    }
+    _select(solution, positive=True, suspects=suspects)
+
+
+@three_lines.property("negative weights")
+def _(solution):
+    suspects = {
+        "w.abs(): a head of negative weight speaks against a key, and its sign was lost": torch.abs,
+        "negative weights became 0: such a head speaks against a key": torch.relu,
+    }
+    try:
+        _select(solution, positive=False, suspects=suspects)
+    except Failed as failure:
+        if failure.cause not in suspects:
+            failure.cause = "right where all weights are positive, wrong where some are negative"
+        raise
+
+
+@three_lines.property("ties")
+def _(solution):
+    for case in CASES:
+        given = _inputs(*case, positive=False, draw=whole)
+        given["w"][:, 1:] = 0.0  # one head, whole numbers: many equal scores
+        indices, _ = _two(solution, given)
+        compare_selection(indices, index_scores(given["q_idx"], given["k_idx"], given["w"]), given["k"])
+
+
+@three_lines.property("value")
+def _(solution):
+    for case in CASES:
+        given = _inputs(*case, positive=False)
+        q, kv, k, scale, v_dim = (given[name] for name in ("q", "kv", "k", "scale", "v_dim"))
+        chosen = select_topk(index_scores(given["q_idx"], given["k_idx"], given["w"]), k)
+        expected, _ = sparse_attention(q, kv, chosen, scale, v_dim)
+        suspects = {
+            "the scale is missing: the softmax is of scale · q·k": sparse_attention(q, kv, chosen, 1.0, v_dim)[0],
+            "the width of q is not the scale: use the argument": sparse_attention(
+                q, kv, chosen, q.shape[-1] ** -0.5, v_dim
+            )[0],
+            "all visible keys were attended to, not the selected ones": dense_attention(q, kv, scale, v_dim)[0],
+        }
+        _, out = _two(solution, given)
+        whole_row = out.dim() == 3 and out.shape[-1] == kv.shape[1]
+        expect(
+            not whole_row,
+            f"out: got shape {list(out.shape)}, expected {list(expected.shape)}",
+            "the whole row was taken for the value: only its first v_dim numbers are",
+        )
+        expect_shape(out, expected.shape, name="out")
+        cause = "the indices are right, and out is not the attention over just those keys"
+        expect_close(out, expected, 1e-5, "t h v", cause, suspects)

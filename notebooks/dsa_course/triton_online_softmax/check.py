@@ -1,0 +1,192 @@
+"""Notebook 09, the two kernels without a gather: the log-sum-exp of a row in blocks, and the merge of parts."""
+
+import math
+
+import torch
+
+from dsa_ref.sparse_attention import masked_softmax
+
+from .. import launching
+from ..checking import Check, expect, expect_close, normal
+from ..triton_sparse_attention.check import CLOSE, SEEDS, number, padded, recorded
+
+row_lse_kernel = Check("row_lse_kernel")  # (x_ptr, lse_ptr, n, x_row, BLOCK), grid (R,)
+merge_kernel = Check("merge_kernel")  # (outs_ptr, lses_ptr, out_ptr, lse_ptr, P, R, V, VP), grid (R,)
+
+BASE_2 = "that is the log-sum-exp in base 2: exp and log are asked for, or exp2 and log2 with the factor log(2)"
+
+# ---------------------------------------------------------------------------------------------------------- row lse
+
+
+def _row_lse(kernel, x, gap=0, launch=launching.launch):
+    x, lse = launching.guarded(x, gap), launching.output(x.shape[0])
+    launch(kernel, (x.shape[0],), x, lse, x.shape[1], x.stride(0), BLOCK=16)
+    return number(lse)
+
+
+def _lse(x):
+    return masked_softmax(x, x > -torch.inf)[1]
+
+
+def _expect_lse(kernel, x, cause, suspects=None, gap=0):
+    expected = _lse(x)
+    suspects = {BASE_2: expected / math.log(2), **(suspects or {})}
+    expect_close(_row_lse(kernel, x, gap), expected, CLOSE, "r", cause, suspects)
+
+
+@row_lse_kernel.property("one block")
+def _(kernel):
+    for seed in SEEDS:
+        x = normal(3, 16, seed=seed)
+        suspects = {"that is the maximum: the sum is missing": x.amax(1), "m was not added again": _lse(x) - x.amax(1)}
+        _expect_lse(kernel, x, "m + log of the sum of exp(x - m)", suspects)
+
+
+def _slope(n, step):
+    return torch.arange(n) // 16 * step
+
+
+@row_lse_kernel.property("rising blocks")
+def _(kernel):
+    for seed in SEEDS:
+        x = normal(3, 48, seed=seed) + _slope(48, 2.0)
+        cause = "when m rises, the old l must shrink: l · exp(m - new_m)"
+        _expect_lse(kernel, x, cause, {"only the last block counts: add to l, do not replace it": _lse(x[:, 32:])})
+    with recorded() as seen:
+        _row_lse(kernel, x)
+    cause = "one pass is asked for: read each number once, and rescale l when m rises"
+    expect(len(seen) <= x.numel() + 3, f"{len(seen) - 3} numbers were read, the rows have {x.numel()}", cause)
+
+
+@row_lse_kernel.property("falling blocks")
+def _(kernel):
+    for seed in SEEDS:
+        x = normal(3, 48, seed=seed) - _slope(48, 2.0)
+        suspects = {"only the first block was read": _lse(x[:, :16])}
+        _expect_lse(
+            kernel, x, "new_m is the larger of m and the block's maximum, and exp(x - new_m) is summed", suspects
+        )
+
+
+@row_lse_kernel.property("large logits")
+def _(kernel):
+    for seed, shift in zip((*SEEDS, 3), (500.0, -500.0, -20000.0), strict=True):
+        cause = "fp32's exp overflows at 88 and vanishes below -104: m starts at -inf, and is subtracted before exp"
+        _expect_lse(kernel, normal(3, 32, seed=seed) + shift, cause)
+
+
+@row_lse_kernel.property("tail")
+def _(kernel):
+    for seed, n in zip(SEEDS, (37, 3), strict=True):
+        x = normal(3, n, seed=seed) - 4.0
+        zeros = torch.cat([x, torch.zeros(3, -n % 16)], 1)
+        suspects = {"masked places were loaded as 0, and exp(0 - m) was summed: `other` is -inf": _lse(zeros)}
+        cause = "the last block reaches past the row: mask the load with i < n, and -inf as `other`"
+        _expect_lse(kernel, x, cause, suspects)
+
+
+@row_lse_kernel.property("row stride")
+def _(kernel):
+    for seed in SEEDS:
+        cause = "rows are x_row apart, which need not be n: here 7 elements of NaN lie between two rows"
+        _expect_lse(kernel, normal(5, 37, seed=seed), cause, gap=7)
+    _row_lse(kernel, normal(5, 37, seed=3), 7, launching.expect_reads_inside)
+
+
+@row_lse_kernel.property("empty blocks")
+def _(kernel):
+    for seed in SEEDS:
+        x = normal(4, 37, seed=seed)
+        x[0] = -torch.inf
+        x[1, :16] = x[2, 16:32] = x[3, 20:] = -torch.inf
+        cause = (
+            "where new_m is -inf subtract 0, for -inf minus -inf is NaN; a row of nothing gives -inf, no number near it"
+        )
+        _expect_lse(kernel, x, cause)
+
+
+# ------------------------------------------------------------------------------------------------------------ merge
+
+
+def _merge(kernel, outs, lses, launch=launching.launch):
+    P, R, V = outs.shape
+    out, lse = launching.output(R, V), launching.output(R)
+    launch(
+        kernel, (R,), launching.guarded(outs), launching.guarded(lses), out, lse, P, R, V, VP=padded(V)
+    )  # fmt: skip
+    return number(out), number(lse)
+
+
+def _parts(seed, P, R, V, spread=2.0, shift=0.0, empty=()):
+    """outs [P, R, V] and lses [P, R] of parts, in part p without keys for row r where (p, r) is in `empty`."""
+    outs, lses = normal(P, R, V, seed=seed), spread * normal(P, R, seed=seed + 10) + shift
+    for p, r in empty:
+        outs[p, r], lses[p, r] = 0.0, -torch.inf
+    return outs, lses
+
+
+def _expect_merged(kernel, outs, lses, cause, which="out lse"):
+    weights, lse = masked_softmax(lses.T, lses.T > -torch.inf)
+    out = torch.einsum("rp,prv->rv", weights, outs)
+    got_out, got_lse = _merge(kernel, outs, lses)
+    weights_2, lse_2 = masked_softmax(lses.T * math.log(2), lses.T > -torch.inf)
+    finite = lses.masked_fill(lses == -torch.inf, 0.0)
+    if "out" in which:
+        suspects = {
+            "the plain mean of the parts: each counts by exp(lse), its share of the sum": outs.mean(0),
+            "weighted by lse itself, not by exp(lse)": (finite[:, :, None] * outs).sum(0) / finite.sum(0)[:, None],
+            "2 to the power of lse instead of e": torch.einsum("rp,prv->rv", weights_2, outs),
+            "only the first two parts were merged: there are P": torch.einsum(
+                "rp,prv->rv", lses[:2].T.softmax(1), outs[:2]
+            ),
+        }
+        expect_close(got_out, out, CLOSE, "r v", cause, suspects)
+    if "lse" in which:
+        suspects = {
+            "2 to the power of lse instead of e": lse_2 / math.log(2),
+            "the largest lse was handed on: the merged one is m + log(l)": lses.amax(0),
+        }
+        expect_close(got_lse, lse, CLOSE, "r", cause, suspects)
+
+
+@merge_kernel.property("out")
+def _(kernel):
+    for seed in SEEDS:
+        _expect_merged(kernel, *_parts(seed, 2, 3, 16), "a part weighs exp(lse_p - lse)", "out")
+
+
+@merge_kernel.property("lse")
+def _(kernel):
+    for seed in SEEDS:
+        _expect_merged(kernel, *_parts(seed, 2, 3, 16), "the merged lse is log of the sum of exp(lse_p)", "lse")
+
+
+@merge_kernel.property("many parts")
+def _(kernel):
+    for seed, P in zip(SEEDS, (7, 1), strict=True):
+        outs, lses = _parts(seed, P, 3, 16)
+        for order in (lses[:, 0].argsort(), lses[:, 0].argsort(descending=True)):
+            cause = "P parts, in any order: when a later lse is larger, what was summed before must shrink"
+            _expect_merged(kernel, outs[order], lses[order], cause)
+
+
+@merge_kernel.property("large lse")
+def _(kernel):
+    for seed, shift in zip(SEEDS, (500.0, -500.0), strict=True):
+        cause = "exp(lse) overflows at 88 and vanishes below -104: subtract the largest lse first"
+        _expect_merged(kernel, *_parts(seed, 3, 3, 16, shift=shift), cause)
+
+
+@merge_kernel.property("narrow values")
+def _(kernel):
+    for seed, V in zip(SEEDS, (12, 5), strict=True):
+        _expect_merged(kernel, *_parts(seed, 3, 4, V), "V is smaller than VP: mask the lanes, rows are V apart")
+    _merge(kernel, *_parts(3, 3, 4, 5), launching.expect_reads_inside)
+
+
+@merge_kernel.property("empty parts")
+def _(kernel):
+    for seed in SEEDS:
+        empty = [(0, 0), (2, 1), (0, 2), (1, 2), (2, 2)]
+        cause = "a part without keys has lse -inf and weighs 0; where all are empty the result is 0 and -inf, not NaN"
+        _expect_merged(kernel, *_parts(seed, 3, 4, 16, empty=empty), cause)

@@ -1,0 +1,352 @@
+"""Notebook 09: the gather and sparse attention as Triton launching. `triton_online_softmax` has the other two."""
+
+import ast
+import contextlib
+import math
+from unittest import mock
+
+import numpy as np
+import torch
+
+from dsa_ref.sparse_attention import sparse_attention
+
+from .. import launching
+from ..checking import Check, expect, expect_close, normal, whole
+from ..toy import toy
+
+gather_kernel = Check("gather_kernel")  # (kv_ptr, indices_ptr, out_ptr, k, D, kv_row, BK, DP), grid (cdiv(k, BK),)
+sparse_attention_kernel = Check("sparse_attention_kernel")  # see `_attend`, grid (T,)
+
+SEEDS = (1, 2)
+CLOSE = 2e-5  # fp32, and exp is approximate on a GPU
+
+
+def padded(n):
+    """The power of two that a tile takes for n lanes; tl.dot wants at least 16."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def number(got):
+    """NaN as a huge number, so that the property's own cause is reported and not that a place was never written."""
+    return torch.where(got.isnan(), 1e30, got).cpu()
+
+
+@contextlib.contextmanager
+def recorded(real=True):
+    """The addresses of every float that the interpreter loads or stores, a list; compiled, it stays empty.
+
+    real: False records only. Nothing is stored and each float loaded is 0, so offsets may lead anywhere.
+    """
+    seen, builder = [], launching._interpreter()
+    if builder is None:
+        yield seen
+        return
+
+    def watched(access):
+        def record(ptrs, *rest):
+            (place,) = [i for i, x in enumerate(rest) if getattr(x, "data", None) is not None and x.data.dtype == bool]
+            mask, floats = rest[place], ptrs.get_element_ty().is_floating()
+            if floats:
+                seen.extend(np.asarray(ptrs.data)[np.asarray(mask.data)].ravel().tolist())
+            if floats and not real:
+                rest = list(rest)
+                rest[place] = type(mask)(np.zeros_like(mask.data), mask.dtype)
+            return access(ptrs, *rest)
+
+        return record
+
+    with contextlib.ExitStack() as stack:
+        for name in ("create_masked_load", "create_masked_store"):
+            stack.enter_context(mock.patch.object(builder, name, watched(getattr(builder, name))))
+        yield seen
+
+
+def _expect_wide(kernel, grid, *args, reached, cause, **constants):
+    """Offsets that end at 2^31 elements are seen by the addresses that they give; compiled, by the source alone.
+
+    reached: {tensor's name: (tensor, offsets in elements)}, what the kernel must load or store.
+    """
+    with recorded(real=False) as seen:
+        if launching._interpreter() is not None and launching.device() == "cpu":
+            launching.launch(kernel, grid, *args, **constants)
+    for name, (x, offsets) in reached.items():
+        missed = set((x.data_ptr() + x.element_size() * offsets).ravel().tolist()) - set(seen)
+        narrow = missed if seen else "int64" not in ast.unparse(ast.parse(launching.source(kernel)))
+        expect(not narrow, f"offsets into {name} in int32, which ends at 2^31 elements", cause)
+
+
+def _guarded_indices(indices):
+    """Indices with row 1 on either side instead of the largest integer, which would send a stray gather to a crash."""
+    inside = launching.guarded(indices)
+    inside.untyped_storage().copy_(torch.ones_like(_buffer(inside)).untyped_storage())
+    return inside.copy_(indices)
+
+
+def _buffer(tensor):
+    return torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+
+
+def _pick(S, *shape, seed):
+    """int32 [*shape], distinct in a row, of rows 1 to S - 2, but for one 0: neither end is a key by accident."""
+    rng = np.random.default_rng(seed)
+    *rows, k = shape
+    picked = np.stack([1 + rng.permutation(S - 2)[:k] for _ in range(math.prod(rows))])
+    picked[:, k // 2] = 0
+    return torch.from_numpy(picked.astype(np.int32).reshape(shape))
+
+
+# ----------------------------------------------------------------------------------------------------------- gather
+
+
+def _gather(kernel, kv, indices, gap=0, launch=launching.launch, BK=16, programs=None):
+    k, D = len(indices), kv.shape[1]
+    kv, out = launching.guarded(kv, gap), launching.output(k, D)
+    launch(
+        kernel, (programs or math.ceil(k / BK),), kv, _guarded_indices(indices), out, k, D, kv.stride(0),
+        BK=BK, DP=padded(D),
+    )  # fmt: skip
+    return number(out)
+
+
+def _rows(kv, indices):
+    return torch.where(indices[:, None] < 0, 0.0, kv[indices.clamp(min=0)])
+
+
+def _expect_rows(kernel, kv, indices, cause, gap=0):
+    got = _gather(kernel, kv, indices, gap)
+    suspects = {
+        "those are the first rows of kv: the indices were not looked up": kv[torch.arange(len(indices)) % len(kv)],
+        "-1 was taken for row 0: a clamped index is inside the tensor, but it is a key": kv[indices.clamp(min=0)],
+        "-1 was taken for the last row of kv": kv[indices],
+    }
+    expect_close(got, _rows(kv, indices), 0.0, "j d", cause, suspects)
+
+
+@gather_kernel.property("rows")
+def _(kernel):
+    for seed in SEEDS:
+        kv = whole(29, 16, seed=seed, largest=99)
+        _expect_rows(kernel, kv, _pick(29, 16, seed=seed), "row j of the output is kv[indices[j]]")
+
+
+@gather_kernel.property("every tile")
+def _(kernel):
+    for seed in SEEDS:
+        kv = whole(50, 16, seed=seed, largest=99)
+        _expect_rows(kernel, kv, _pick(50, 48, seed=seed), "program p owns the places j from p · BK on")
+        others = _gather(kernel, kv, _pick(50, 48, seed=seed), programs=1)[16:]
+        cause = "a program copies its own BK places: if each copies all, many programs are no faster than one"
+        expect((others == 1e30).all(), "program 0 wrote places from j=16 on, which are not its own", cause)
+
+
+@gather_kernel.property("padding")
+def _(kernel):
+    for seed in SEEDS:
+        kv, indices = whole(29, 16, seed=seed, largest=99), _pick(29, 16, seed=seed)
+        indices[[0, 5, 15]] = -1
+        cause = "-1 has no row: mask the load (else it reads what lies before kv, here NaN), with other=0.0"
+        _expect_rows(kernel, kv, indices, cause)
+
+
+@gather_kernel.property("row stride")
+def _(kernel):
+    for seed in SEEDS:
+        kv = whole(29, 16, seed=seed, largest=99)
+        cause = "rows of kv are kv_row apart, which need not be D: here 5 elements of NaN lie between two rows"
+        _expect_rows(kernel, kv, _pick(29, 16, seed=seed), cause, gap=5)
+
+
+@gather_kernel.property("narrow rows")
+def _(kernel):
+    for seed, D in zip(SEEDS, (12, 3), strict=True):
+        kv = whole(29, D, seed=seed, largest=99)
+        cause = "D is smaller than the tile's DP lanes: mask them, and let the output's rows be D apart"
+        _expect_rows(kernel, kv, _pick(29, 16, seed=seed), cause)
+
+
+@gather_kernel.property("tail")
+def _(kernel):
+    for seed, k in zip(SEEDS, (21, 1), strict=True):
+        kv = whole(29, 16, seed=seed, largest=99)
+        _expect_rows(kernel, kv, _pick(29, k, seed=seed), "k is no multiple of BK: the last tile is partly filled")
+    x = toy()
+    _expect_rows(kernel, x.kv, torch.tensor([0, 2, 5, -1], dtype=torch.int32), "the toy's row {0, 2, 5}")
+    indices = _pick(29, 21, seed=3)
+    indices[[0, 7]] = -1
+    _gather(kernel, whole(29, 12, seed=3), indices, 5, launching.expect_reads_inside)
+
+
+@gather_kernel.property("wide offsets")
+def _(kernel):
+    kv, out, indices = launching.guarded(whole(29, 16, seed=1)), launching.output(3, 16), _pick(29, 3, seed=1)
+    far = 2**30
+    _expect_wide(
+        kernel, (1,), kv, _guarded_indices(indices), out, 3, 16, far, BK=16, DP=16,
+        reached={"kv": (kv, indices.numpy().astype(np.int64)[:, None] * far + np.arange(16))},
+        cause="indices are int32, and index · kv_row passes 2^31 in a large cache: widen the index with .to(tl.int64) "
+        "before the product, not the product",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- sparse attention
+
+
+def _attend(kernel, q, kv, indices, v_dim, scale=0.4, gap=0, BK=16, launch=launching.launch):
+    (T, H, D), k = q.shape, indices.shape[1]
+    out, lse = launching.output(T, H, v_dim), launching.output(T, H)
+    kv = launching.guarded(kv, gap)
+    launch(
+        kernel, (T,), launching.guarded(q), kv, _guarded_indices(indices), out, lse, scale, H, D, v_dim, k,
+        kv.stride(0), BH=padded(H), BK=BK, DP=padded(D),
+    )  # fmt: skip
+    return number(out), number(lse)
+
+
+def _expect_attention(kernel, q, kv, indices, v_dim, cause, suspects=None, which="out lse", **options):
+    expected = sparse_attention(q, kv, indices, 0.4, v_dim)
+    got = _attend(kernel, q, kv, indices, v_dim, **options)
+    if "out" in which:
+        expect_close(got[0], expected[0], CLOSE, "t h v", cause, suspects)
+    if "lse" in which:
+        expect_close(got[1], expected[1], CLOSE, "t h", cause, {"that is the lse in base 2": expected[1] / math.log(2)})
+
+
+def _inputs(seed, T, H, S, D, k):
+    """Small whole numbers: their products are exact in any precision, which has a property of its own."""
+    return whole(T, H, D, seed=seed, largest=2), whole(S, D, seed=seed + 10, largest=2), _pick(S, T, k, seed=seed + 20)
+
+
+@sparse_attention_kernel.property("one tile")
+def _(kernel):
+    for seed in SEEDS:
+        q, kv, indices = _inputs(seed, 3, 16, 29, 16, 16)
+        suspects = {
+            "the logits were not scaled": sparse_attention(q, kv, indices, 1.0, 16)[0],
+            "every program took query 0": sparse_attention(q[:1].expand_as(q), kv, indices, 0.4, 16)[0],
+            "every program took the indices of query 0": sparse_attention(q, kv, indices[:1].repeat(3, 1), 0.4, 16)[0],
+        }  # fmt: skip
+        cause = "program t: softmax over its selected rows of scale · q[t] · rows, times the rows"
+        _expect_attention(kernel, q, kv, indices, 16, cause, suspects, "out")
+
+
+@sparse_attention_kernel.property("natural lse")
+def _(kernel):
+    for seed in SEEDS:
+        q, kv, indices = _inputs(seed, 3, 16, 29, 16, 16)
+        _expect_attention(kernel, q, kv, indices, 16, "lse is m + log(l), in natural logarithms", which="lse")
+
+
+@sparse_attention_kernel.property("value columns")
+def _(kernel):
+    for seed, V in zip(SEEDS, (8, 5), strict=True):
+        q, kv, indices = _inputs(seed, 3, 16, 29, 16, 16)
+        cause = "the value is the first V columns of a row, and the output's rows are V long"
+        _expect_attention(kernel, q, kv, indices, V, cause)
+
+
+@sparse_attention_kernel.property("several tiles")
+def _(kernel):
+    for seed in SEEDS:
+        q, kv, indices = _inputs(seed, 2, 16, 80, 16, 64)
+        order = (q[:, :1] @ kv.T)[:, 0].gather(1, indices.long()).argsort(1)  # head 0's logits rise, others are mixed
+        indices = indices.gather(1, order)
+        for BK in (16, 32, 64):
+            cause = f"64 keys in tiles of {BK}: m, l and acc go on, and l and acc are rescaled when m rises"
+            suspects = {
+                "only the last tile counts": sparse_attention(q, kv, indices[:, -BK:].contiguous(), 0.4, 16)[0],
+                "only the first tile counts": sparse_attention(q, kv, indices[:, :BK].contiguous(), 0.4, 16)[0],
+            }
+            _expect_attention(kernel, q, kv, indices, 16, cause, suspects, BK=BK)
+
+
+@sparse_attention_kernel.property("tail")
+def _(kernel):
+    for seed, k in zip(SEEDS, (33, 3), strict=True):
+        q, kv, indices = _inputs(seed, 3, 16, 80, 16, k)
+        zeros = torch.cat([kv, torch.zeros(1, 16)])
+        lanes = torch.cat([indices, torch.full((3, -k % 16), 80, dtype=torch.int32)], 1)
+        suspects = {
+            "lanes past k got a logit of 0 and a share of the sum: their logit is -inf":
+            sparse_attention(q, zeros, lanes, 0.4, 16)[0],
+        }  # fmt: skip
+        cause = "k is no multiple of BK: lanes from k on get index -1, a row of zeros (both by `other`), logit -inf"
+        _expect_attention(kernel, q, kv, indices, 16, cause, suspects)
+
+
+@sparse_attention_kernel.property("padding")
+def _(kernel):
+    for seed in SEEDS:
+        q, kv, indices = _inputs(seed, 3, 16, 80, 16, 32)
+        indices[0, 20:] = indices[1, 3:12] = -1
+        zeros = torch.cat([kv, torch.zeros(1, 16)])
+        suspects = {
+            "-1 got a logit of 0 and a share of the sum: its logit is -inf":
+            sparse_attention(q, zeros, torch.where(indices < 0, 80, indices), 0.4, 16)[0],
+            "-1 was taken for row 0": sparse_attention(q, kv, indices.clamp(min=0), 0.4, 16)[0],
+        }  # fmt: skip
+        cause = "-1 has no row: mask the gather (without, it reads what lies before kv, here NaN) and the logit"
+        _expect_attention(kernel, q, kv, indices, 16, cause, suspects)
+
+
+@sparse_attention_kernel.property("empty row")
+def _(kernel):
+    for seed in SEEDS:
+        q, kv, indices = _inputs(seed, 3, 16, 80, 16, 32)
+        indices[0] = -1
+        indices[1, :16] = -1
+        cause = (
+            "no key so far: m stays -inf, and -inf minus -inf is NaN; no key at all: out is 0, lse -inf and no number"
+        )
+        _expect_attention(kernel, q, kv, indices, 16, cause)
+
+
+@sparse_attention_kernel.property("few heads, odd sizes")
+def _(kernel):
+    for seed, H, D, V in zip(SEEDS, (3, 1), (12, 21), (7, 21), strict=True):
+        q, kv, indices = _inputs(seed, 2, H, 80, D, 21)
+        cause = "H and D are smaller than the tile: lanes past them load 0 and are not stored"
+        _expect_attention(kernel, q, kv, indices, V, cause)
+        cause = "rows of kv are kv_row apart, which need not be D: here NaN lies between two rows"
+        _expect_attention(kernel, q, kv, indices, V, cause, gap=5)
+    x = toy()
+    indices = torch.tensor([[0, 2, 5]] * 8, dtype=torch.int32)
+    _expect_attention(kernel, x.q, x.kv, indices, 2, "the toy with {0, 2, 5} for all: 2 heads of 4 numbers, value 2")
+
+
+@sparse_attention_kernel.property("large logits")
+def _(kernel):
+    for seed in SEEDS:
+        q, kv, indices = _inputs(seed, 2, 16, 29, 16, 16)
+        cause = "fp32's exp overflows at 88 and vanishes below -104: before exp subtract m, to every head its own"
+        _expect_attention(kernel, 100 * q, kv, indices, 16, cause)
+        cause = "every logit lies far below 0 here: m starts at -inf, so that the first tile sets it"
+        _expect_attention(kernel, -8192 * q.abs().clamp(min=1), kv.abs().clamp(min=1), indices, 16, cause)
+
+
+@sparse_attention_kernel.property("full precision")
+def _(kernel):
+    expect(
+        launching.dots_are_exact(kernel),
+        'a tl.dot without input_precision="ieee"',
+        "on a GPU, tl.dot cuts fp32 numbers to TF32's 10 bits unless told otherwise; the interpreter does not show it",
+    )
+    q, kv, indices = normal(2, 3, 12, seed=3), normal(80, 12, seed=4), _pick(80, 2, 21, seed=5)
+    _expect_attention(kernel, q, kv, indices, 7, "sums in less than fp32")
+    indices[:, ::4] = -1
+    _attend(kernel, q, kv, indices, 7, gap=5, launch=launching.expect_reads_inside)
+
+
+@sparse_attention_kernel.property("wide offsets")
+def _(kernel):
+    q, kv = launching.guarded(whole(3, 1, 16, seed=1)), launching.guarded(whole(29, 16, seed=2))
+    out, lse, indices, far = launching.output(3, 1, 16), launching.output(3, 1), _pick(29, 3, 3, seed=1), 2**30
+    row, columns = np.arange(3)[:, None] * far, np.arange(16)
+    _expect_wide(
+        kernel, (3,), q, kv, _guarded_indices(indices), out, lse, 0.4, 1, far, far, 3, far, BH=16, BK=16, DP=16,
+        reached={
+            "kv": (kv, indices.numpy().astype(np.int64).reshape(-1, 1) * far + columns),
+            "q": (q, row + columns),
+            "out": (out, row + columns),
+        },
+        cause="widen before the product, as in one_head_kernel: the program id and the index are int32",
+    )  # fmt: skip

@@ -1,0 +1,232 @@
+"""The machinery under the exercises' checks: what it catches on its own, and what it says."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import rungs
+import torch
+from dsa_course import checking as core
+from dsa_course import launching, toy
+from dsa_course.checking import Check, expect, expect_close, expect_shape
+
+from dsa_ref.testing import Failed
+
+
+def double_check():
+    """A check of `double(x)`, with two properties."""
+    check = Check("double")
+
+    @check.property("shape")
+    def _(solution):
+        expect_shape(solution(torch.ones(2, 3)), (2, 3), torch.float32)
+
+    @check.property("value")
+    def _(solution):
+        x = core.whole(5, 3, seed=1)
+        squares = {"that is the square": x * x}
+        expect_close(solution(x), 2 * x, 0.0, "t d", "every entry counts twice", squares)
+
+    return check
+
+
+def reported(solution, check=None):
+    with pytest.raises(Failed) as failure:
+        (check or double_check())(solution)
+    return failure.value
+
+
+def never_written(x):
+    return torch.empty_like(x)
+
+
+def in_place(x):
+    return x.mul_(2)
+
+
+@pytest.mark.parametrize(
+    ("solution", "property", "words"),
+    [
+        (lambda x: 2 * x[0], "shape", r"got shape \[3\], expected \[2, 3\]"),
+        (lambda x: None, "shape", "got NoneType, expected a tensor"),
+        (lambda x: (2 * x).double(), "shape", "got torch.float64, expected torch.float32"),
+        (lambda x: 2 * x + (len(x) == 5), "value", r"t=0, d=0: got -?\d, expected -?\d .*every entry counts twice"),
+        (lambda x: x * x, "value", "that is the square"),
+        (lambda x: 2 * x if len(x) == 2 else never_written(x), "value", "a place was never written"),
+        (in_place, "inputs", "x was changed by the call"),
+        (lambda x: x.to(torch.float8_e4m3fn).relu(), "runs", "NotImplementedError: .*Float8"),
+        (lambda x: x @ x, "runs", r"RuntimeError: .*\(called with \[2, 3\]\)"),
+    ],
+)
+def test_what_is_wrong_is_said(solution, property, words):
+    failure = reported(solution)
+    assert failure.property == property
+    assert re.search(words, str(failure)), str(failure)
+
+
+def test_what_holds_is_printed(capsys):
+    double_check()(lambda x: x + x)
+    assert capsys.readouterr().out == "✓ double: shape · value\n"
+
+
+def test_a_crash_shows_the_learners_own_line_and_a_failure_does_not_show_ours():
+    def my_double(x):
+        return x.no_such_thing()
+
+    lines = reported(my_double)._render_traceback_()
+    assert "x.no_such_thing()" in lines[0] and lines[1].startswith("✗ runs: AttributeError")
+    assert reported(lambda x: x)._render_traceback_()[0].startswith("✗ value: ")
+
+
+def test_a_stub_is_no_failure_and_a_number_no_solution():
+    def stub(x):
+        raise NotImplementedError()
+
+    with pytest.raises(NotImplementedError):
+        double_check()(stub)
+    with pytest.raises(TypeError, match="solution must be your function, got float"):
+        double_check()(2.0)
+
+
+def test_a_word_of_compare_selection_stays_beside_the_checks_own():
+    check = Check("nested")
+
+    @check.property("own")
+    def _(solution):
+        raise Failed("row 3 is bad", "a reason", "future")
+
+    failure = reported(lambda: None, check)
+    assert (failure.property, failure.what) == ("own", "future, row 3 is bad")
+
+
+def test_a_property_has_one_name():
+    check = double_check()
+    with pytest.raises(ValueError, match="name must be new in check 'double', got 'value' again"):
+        check.property("value")(lambda solution: None)
+
+
+def test_a_suspect_that_is_right_here_is_not_suspected():
+    """Where the mistake makes no difference on these inputs it cannot be the cause."""
+    expected = torch.tensor([1.0, 2.0])
+    with pytest.raises(Failed, match="plain cause"):
+        expect_close(torch.tensor([1.0, 3.0]), expected, 0.0, "i", "plain cause", {"suspect": expected})
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "close"),
+    [
+        ([1.0, np.inf], [1.0, np.inf], True),
+        ([1.0, -np.inf], [1.0, np.inf], False),
+        ([1.0, np.nan], [1.0, 2.0], False),
+        ([1.0, np.nan], [1.0, np.nan], False),
+        ([1.0, 2.0 + 1e-3], [1.0, 2.0], True),
+        ([1.0, 2.0 + 3e-3], [1.0, 2.0], False),
+        ([0.001, 0.0], [0.0, 0.0], True),
+        ([np.inf, 0.0], [0.0, 0.0], False),
+    ],
+)
+def test_expect_close(got, expected, close):
+    if close:
+        return expect_close(np.array(got), torch.tensor(expected), 1.2e-3, "i", "far off")
+    with pytest.raises(Failed):
+        expect_close(np.array(got), torch.tensor(expected), 1.2e-3, "i", "far off")
+
+
+@pytest.mark.parametrize("number", [2, 2.0, np.float64(2), np.float32(2)])
+def test_a_single_number_may_come_as_it_is(number):
+    expect_close(number, torch.tensor(2.0), 0.0, "", "far off")
+    with pytest.raises(Failed, match=r"got shape \[\], expected \[1\]"):
+        expect_close(number, torch.tensor([2.0]), 0.0, "i", "far off")
+
+
+def test_expect():
+    expect(True, "this", "that")
+    with pytest.raises(Failed, match="this. Likely cause: that"):
+        expect(False, "this", "that")
+
+
+def test_memory_is_poisoned_inside_only():
+    with core.poisoned():
+        assert torch.empty(3).isnan().all() and torch.empty_like(torch.ones(2)).isnan().all()
+        assert np.isnan(np.empty(3)).all() and torch.ones(2).new_empty(4).isnan().all()
+        assert (torch.empty(3, dtype=torch.int32) == 2**31 - 1).all()
+        assert (np.empty(3, dtype=np.int64) == 2**63 - 1).all()
+    assert torch.empty is not None and "made" not in torch.empty.__name__
+
+
+def test_the_checks_do_not_import_triton():
+    """Else `import dsa_kernels` would come too late to choose the interpreter."""
+    code = "import sys, dsa_course.checks; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_toy_is_what_its_text_says():
+    import dsa_ref
+
+    given = toy.toy()
+    scores = dsa_ref.index_scores(given.q_idx, given.k_idx, given.w)
+    assert scores[7].tolist() == [7, 0, 1, -3, 0, 8, 0, 1]
+    assert dsa_ref.select_topk(scores, given.k)[7].tolist() == [0, 2, 5]
+    assert given.scale == given.kv.shape[1] ** -0.5
+
+
+def test_guarded_memory():
+    values = core.normal(4, 5, seed=0)
+    x = launching.guarded(values, row_gap=3)
+    assert x.shape == (4, 5) and x.stride() == (8, 1) and x.cpu().equal(values)
+    whole = torch.as_strided(x, (4 * 8 + 2 * launching.GUARD,), (1,), 0)
+    assert int(whole.isnan().sum()) == len(whole) - 20
+    assert launching.output(3, 4).isnan().all()
+
+
+if rungs.has_triton():
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def masked(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(y_ptr + i, tl.load(x_ptr + i, i < n, 0.0), i < n)
+
+    @triton.jit
+    def unmasked(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(y_ptr + i, tl.load(x_ptr + i, i < n, 0.0))
+
+    @triton.jit
+    def untouched(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+        raise NotImplementedError()
+
+    @triton.jit
+    def tf32(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+        i = tl.arange(0, 16)
+        x = tl.load(x_ptr + i[:, None] * 16 + i[None, :])
+        tl.store(y_ptr + i[:, None] * 16 + i[None, :], tl.dot(x, x))
+
+
+needs_triton = pytest.mark.skipif(not rungs.has_triton(), reason="kernels need triton, which cannot be imported here")
+
+
+@needs_triton
+def test_a_launch_sees_writes_outside():
+    x, y = launching.guarded(core.normal(10, seed=0)), launching.output(10)
+    launching.launch(masked, (2,), x, y, 10, BLOCK=8)
+    assert y.equal(x)
+    with pytest.raises(Failed, match=r"bounds: y_ptr: memory outside the tensor of shape \[10\] was written"):
+        launching.launch(unmasked, (2,), x, y, 10, BLOCK=8)
+
+
+@needs_triton
+def test_a_launch_tells_a_stub_from_a_crash():
+    x, y = launching.guarded(core.normal(10, seed=0)), launching.output(10)
+    with pytest.raises(NotImplementedError):
+        launching.launch(untouched, (2,), x, y, 10, BLOCK=8)
+    with pytest.raises(Failed, match="^runs: "):
+        launching.launch(masked, (2,), x, y, 10, BLOCK=7)  # no power of two
+
+
+@needs_triton
+def test_a_dot_in_tf32_is_seen_in_the_source():
+    assert launching.dots_are_exact(masked) and not launching.dots_are_exact(tf32)

@@ -1,0 +1,45 @@
+"""The exercises' checks can fail: each rejects its wrong solutions, every one for the stated property."""
+
+import importlib
+import pathlib
+
+import pytest
+from conftest import NEEDS_TRITON
+from dsa_course import checks
+
+from dsa_ref.testing import Failed
+
+HERE = pathlib.Path(__file__).parent
+for path in sorted((HERE.parent / "wrong_solutions").glob("[a-z]*.py")):
+    importlib.import_module(f"wrong_solutions.{path.stem}")
+from wrong_solutions import WRONG  # noqa: E402 (filled by the imports above)
+
+CASES = [(exercise, property, solution) for exercise, found in sorted(WRONG.items()) for property, solution in found]
+
+
+@pytest.mark.parametrize(
+    ("exercise", "property", "solution"), CASES, ids=[f"{e}-{getattr(s, '__name__', s)}" for e, _, s in CASES]
+)
+def test_a_wrong_solution_is_rejected_for_its_fault(exercise, property, solution, capsys):
+    if getattr(solution, "needs_triton", False):
+        pytest.skip(NEEDS_TRITON)
+    with pytest.raises(Failed) as failure:
+        checks.ALL[exercise](solution)
+    assert failure.value.property == property, str(failure.value)
+    assert failure.value.what and failure.value.cause
+    assert capsys.readouterr().out == ""  # no ✓ beside a ✗
+
+
+@pytest.mark.parametrize("exercise", checks.ALL)
+def test_every_property_has_a_wrong_solution_that_breaks_it(exercise):
+    assert len(WRONG[exercise]) >= 3
+    assert {property for property, _ in WRONG[exercise]} >= set(checks.ALL[exercise].properties)
+
+
+@pytest.mark.parametrize("exercise", checks.ALL)
+def test_an_untouched_stub_is_told_apart_from_a_wrong_answer(exercise):
+    def stub(*args, **kwargs):
+        raise NotImplementedError()
+
+    with pytest.raises(NotImplementedError):
+        checks.ALL[exercise](stub)

@@ -1,0 +1,151 @@
+"""What strict nbval cannot see: notebooks were executed, stay small and quick, describe their pictures, are live."""
+
+import time
+
+import ipywidgets
+import nbformat
+import numpy as np
+import pytest
+import rungs
+import torch
+from conftest import NEEDS_TRITON
+from dsa_course.viz import LiveFigure
+from IPython.core.interactiveshell import InteractiveShell
+from traitlets.config import Config
+
+from notebooks.conftest import WRITE_KERNELS
+from notebooks.maintain.learner import LEARNER, SOURCE
+
+SOURCES = sorted(SOURCE.glob("*.ipynb"))
+EDITIONS = [*SOURCES, *sorted(LEARNER.glob("*.ipynb"))]
+every_notebook = pytest.mark.parametrize("path", EDITIONS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+
+SECONDS = 10  # of one core's time for a notebook, without the start of a kernel
+
+
+def code_cells(path):
+    return [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+
+
+def test_there_are_notebooks():
+    assert [path.stem[:2] for path in SOURCES] == [f"{i:02}" for i in range(11)] + ["15"]
+
+
+@every_notebook
+def test_every_cell_was_executed_in_order(path):
+    """A stripped notebook passes nbval without comparing anything."""
+    assert [cell.execution_count for cell in code_cells(path)] == list(range(1, len(code_cells(path)) + 1))
+    for cell in code_cells(path):
+        prints = any(line.startswith("print(") for line in cell.source.splitlines())
+        assert cell.outputs or not prints, cell.source
+
+
+@every_notebook
+def test_size_and_metadata(path):
+    assert path.stat().st_size <= 500_000
+    assert "widgets" not in nbformat.read(path, 4).metadata  # GitHub's viewer fails on it
+
+
+@every_notebook
+def test_pictures_are_described(path):
+    pictures = [
+        output
+        for cell in code_cells(path)
+        for output in cell.outputs
+        if output.output_type in ("display_data", "execute_result") and "image/png" in output.data
+    ]
+    for output in pictures:
+        assert len(output.metadata["image/png"]["alt"].split()) > 8
+    assert pictures
+
+
+@every_notebook
+def test_nothing_that_differs_from_run_to_run_is_stored(path):
+    for cell in code_cells(path):
+        if "# NBVAL_IGNORE_OUTPUT" not in cell.source:
+            for output in cell.outputs:
+                shown = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
+                assert " at 0x" not in shown.replace("<IPython.core.display", ""), cell.source
+                assert "tensor(" not in shown and "array(" not in shown, cell.source
+
+
+@every_notebook
+def test_nbval_sees_its_markers(path):
+    """nbval knows a marker only where it is alone on its line."""
+    marked = [line for cell in code_cells(path) for line in cell.source.splitlines() if "NBVAL_" in line]
+    assert marked and set(marked) == {"# NBVAL_IGNORE_OUTPUT"}  # the environment's card
+
+
+@every_source
+def test_every_control_of_every_live_figure(path, monkeypatch):
+    """Run the notebook as Jupyter would, keep its live figures, move each control: the data and the picture change."""
+    if path.name.startswith(WRITE_KERNELS) and not rungs.has_triton():
+        pytest.skip(NEEDS_TRITON)
+    monkeypatch.chdir(path.parent)
+    shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))
+    began, figures = time.process_time(), []
+    for cell in code_cells(path):
+        ran = shell.run_cell(cell.source)
+        ran.raise_error()
+        if isinstance(ran.result, LiveFigure):
+            figures.append(ran.result)
+    seconds = time.process_time() - began
+    assert figures
+    for figure in figures:
+        for control in figure.children[:-1]:
+            check_control(figure, control)
+    # A GPU's compiler takes its own time at the first call of each kernel.
+    assert seconds <= SECONDS or torch.cuda.is_available(), f"{path.stem} took {seconds:.1f} s"
+
+
+def check_control(figure, control):
+    first, data, picture = control.value, figure.data, figure.png
+    control.value = another_value(control)
+    assert not same(figure.data, data), f"{control.description} of {figure!r} changes no data"
+    assert figure.png != picture, f"{control.description} of {figure!r} changes no picture"
+    assert figure.children[-1].value.count("<img") == 1 and len(figure.alt.split()) > 8
+    assert str(control.value) in repr(figure)
+    control.value = first
+    assert same(figure.data, data) and figure.png == picture  # nothing is left over
+
+
+def another_value(control):
+    if isinstance(control, ipywidgets.Checkbox | ipywidgets.ToggleButton):
+        return not control.value
+    if hasattr(control, "options"):  # values, or (label, value) pairs
+        values = [option[1] if isinstance(option, tuple) else option for option in control.options]
+        place = values.index(control.value)
+        return values[place - 1 if place else 1]
+    return control.min if control.value != control.min else control.max
+
+
+def same(a, b):
+    """Equality of nested data that may hold tensors, arrays and figures' text."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, torch.Tensor | np.ndarray):
+        a, b = np.asarray(a), np.asarray(b)
+        return a.shape == b.shape and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+    return a == b
+
+
+def test_the_slider_of_notebook_00():
+    """The numbers behind the first live figure of the course, not only that they change."""
+    path = next(path for path in SOURCES if path.stem == "00_start_here")
+    shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))
+    for cell in code_cells(path):
+        ran = shell.run_cell(cell.source)
+        ran.raise_error()
+        if isinstance(figure := ran.result, LiveFigure):
+            break
+    controls = {control.description: control for control in figure.children[:-1]}
+    controls["byte t"].value = 300
+    chosen = figure.data["chosen"]
+    assert figure.data["byte"] == 300 and "300" in repr(figure) and "300" in figure.alt
+    assert chosen.max() <= 300 and len(set(chosen.tolist())) == 64
+    assert figure.data["weights"].sum().item() == pytest.approx(1, abs=1e-4)
+    controls["layer"].value = 0
+    assert not chosen.equal(figure.data["chosen"]) and figure.data["layer"] == 0
