@@ -1,4 +1,4 @@
-"""Judge results: selections by the contract, with a diagnosis, and numbers by their distance.
+"""Judge results: selections by the contract, with a diagnosis, numbers by their distance, memory by poisoning it.
 
 `compare_selection` is what both packages' tests and the exercises' checks stand on. It compares scores, not index
 lists, so that it knows a tie from a fault, and it says which property broke, where, and what the likely cause is.
@@ -6,8 +6,10 @@ lists, so that it knows a tie from a fault, and it says which property broke, wh
 Tensors and arrays are both taken. Source: SPEC section 4.
 """
 
+import contextlib
 import math
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 import torch
@@ -256,3 +258,30 @@ def _ranges(k, start, end):
     T = check_shapes(start=(start, "T"), end=(end, "T"))["T"]
     S = int(end.max()) if T else 0
     return row_ranges(T, S, start.device, start, end)
+
+
+@contextlib.contextmanager
+def poisoned():
+    """Memory asked for without a value holds NaN, or the largest integer, instead of lucky zeros."""
+    with contextlib.ExitStack() as stack:
+        for owner, name in (
+            (torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"), (np, "empty"), (np, "empty_like"),
+        ):  # fmt: skip
+            stack.enter_context(mock.patch.object(owner, name, _poison(getattr(owner, name))))
+        yield
+
+
+def _poison(make):
+    def made(*args, **kwargs):
+        fresh = make(*args, **kwargs)
+        if isinstance(fresh, torch.Tensor):
+            if fresh.is_floating_point() or fresh.is_complex():
+                return fresh.fill_(torch.nan)
+            return fresh.fill_(True if fresh.dtype == torch.bool else torch.iinfo(fresh.dtype).max)
+        if fresh.dtype.kind in "fc":
+            fresh.fill(np.nan)
+        elif fresh.dtype.kind in "iu":
+            fresh.fill(np.iinfo(fresh.dtype).max)
+        return fresh
+
+    return made

@@ -10,7 +10,8 @@ import importlib
 import pytest
 import rungs
 import torch
-from dsa_course import checking as core
+
+from dsa_ref import testing
 
 torch.set_num_threads(1)  # pytest -n runs one process a core
 
@@ -74,7 +75,7 @@ def device():
 @pytest.fixture
 def poisoned():
     """Memory asked for without a value holds NaN or the largest integer, never lucky zeros."""
-    with core.poisoned():
+    with testing.poisoned():
         yield
 
 

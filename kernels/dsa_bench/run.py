@@ -4,7 +4,8 @@ import functools
 import gc
 
 import torch
-from dsa_course.checking import poisoned
+
+from dsa_ref.testing import poisoned
 
 from . import measure
 from .cases import CASES, public_function

@@ -1,5 +1,5 @@
-"""What notebooks and tests look and check with. The steps themselves never import this package.
+"""What only the course needs: the exercises' checks, live figures, pictures, the toy and the trap museum.
 
-`cost` counts FLOPs and bytes, `compare` judges results, `viz` draws. Import the module you need: only `viz` loads
-matplotlib and ipywidgets.
+One folder a topic: `check` judges its exercises, `live` draws its figures. Import the module you need: only `viz` and
+the `live` modules load matplotlib and ipywidgets.
 """

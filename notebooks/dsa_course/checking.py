@@ -3,7 +3,7 @@
     attention = Check("dense_attention")
 
     @attention.property("future hidden")
-    def _(solution):
+    def dense_attention_future_hidden(solution):
         got = solution(q, kv)
         expect_close(got, expected, 1e-6, "t h", "your query saw keys after its own position")
 
@@ -14,12 +14,11 @@ that holds NaN wherever it was asked for without a value, so nothing passes by l
 import contextlib
 import inspect
 import traceback
-from unittest import mock
 
 import numpy as np
 import torch
 
-from dsa_ref.testing import Failed
+from dsa_ref.testing import Failed, poisoned
 
 GENERAL = ("runs", "inputs", "bounds")  # what any check may report: a crash, changed arguments, a write out of bounds
 NOT_WRITTEN = "a place was never written (fresh memory holds NaN here), or inf - inf, or 0 / 0"
@@ -141,33 +140,6 @@ def expect_close(got, expected, tolerance, axes, cause, suspects=None):
         f"({int(bad.sum())} of {bad.numel()} are wrong, first bad place named)",
         cause,
     )
-
-
-@contextlib.contextmanager
-def poisoned():
-    """Memory asked for without a value holds NaN, or the largest integer, instead of lucky zeros."""
-    with contextlib.ExitStack() as stack:
-        for owner, name in (
-            (torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"), (np, "empty"), (np, "empty_like"),
-        ):  # fmt: skip
-            stack.enter_context(mock.patch.object(owner, name, _poison(getattr(owner, name))))
-        yield
-
-
-def _poison(make):
-    def made(*args, **kwargs):
-        fresh = make(*args, **kwargs)
-        if isinstance(fresh, torch.Tensor):
-            if fresh.is_floating_point() or fresh.is_complex():
-                return fresh.fill_(torch.nan)
-            return fresh.fill_(True if fresh.dtype == torch.bool else torch.iinfo(fresh.dtype).max)
-        if fresh.dtype.kind in "fc":
-            fresh.fill(np.nan)
-        elif fresh.dtype.kind in "iu":
-            fresh.fill(np.iinfo(fresh.dtype).max)
-        return fresh
-
-    return made
 
 
 def normal(*shape, seed, dtype=torch.float32):

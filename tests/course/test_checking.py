@@ -12,7 +12,7 @@ from dsa_course import checking as core
 from dsa_course import launching, toy
 from dsa_course.checking import Check, expect, expect_close, expect_shape
 
-from dsa_ref.testing import Failed
+from dsa_ref.testing import Failed, poisoned
 
 
 def double_check():
@@ -20,11 +20,11 @@ def double_check():
     check = Check("double")
 
     @check.property("shape")
-    def _(solution):
+    def double_shape(solution):
         expect_shape(solution(torch.ones(2, 3)), (2, 3), torch.float32)
 
     @check.property("value")
-    def _(solution):
+    def double_value(solution):
         x = core.whole(5, 3, seed=1)
         squares = {"that is the square": x * x}
         expect_close(solution(x), 2 * x, 0.0, "t d", "every entry counts twice", squares)
@@ -94,7 +94,7 @@ def test_a_word_of_compare_selection_stays_beside_the_checks_own():
     check = Check("nested")
 
     @check.property("own")
-    def _(solution):
+    def nested_own(solution):
         raise Failed("row 3 is bad", "a reason", "future")
 
     failure = reported(lambda: None, check)
@@ -148,7 +148,7 @@ def test_expect():
 
 
 def test_memory_is_poisoned_inside_only():
-    with core.poisoned():
+    with poisoned():
         assert torch.empty(3).isnan().all() and torch.empty_like(torch.ones(2)).isnan().all()
         assert np.isnan(np.empty(3)).all() and torch.ones(2).new_empty(4).isnan().all()
         assert (torch.empty(3, dtype=torch.int32) == 2**31 - 1).all()

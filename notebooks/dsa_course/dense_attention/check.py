@@ -49,14 +49,14 @@ class _Watched(TorchFunctionMode):
 
 
 @dense_attention.property("shape")
-def _(solution):
+def dense_attention_shape(solution):
     for case in CASES:
         q, k, v = _qkv(*case)
         expect_shape(solution(q, k, v), q.shape)
 
 
 @dense_attention.property("weights sum to 1")
-def _(solution):
+def dense_attention_weights_sum_to_1(solution):
     for seed, T, H, D in CASES[:2]:
         q, k, _ = _qkv(seed, T, H, D)
         scores = torch.einsum("thd,shd->ths", q, k) * D**-0.5
@@ -81,7 +81,7 @@ def _(solution):
 
 
 @dense_attention.property("heads apart")
-def _(solution):
+def dense_attention_heads_apart(solution):
     q, k, v = _qkv(4, 11, 3, 4)
     before = torch.as_tensor(solution(q, k, v)).clone()
     k[:, 2], v[:, 2] = -1.0, 9.0
@@ -95,7 +95,7 @@ def _(solution):
 
 
 @dense_attention.property("future hidden")
-def _(solution):
+def dense_attention_future_hidden(solution):
     for seed, T, H, D in CASES[:2]:
         q, k, v = _qkv(seed, T, H, D)
         before = torch.as_tensor(solution(q, k, v))
@@ -114,7 +114,7 @@ def _(solution):
 
 
 @dense_attention.property("sees itself")
-def _(solution):
+def dense_attention_sees_itself(solution):
     for case in CASES:
         q, k, v = _qkv(*case)
         cause = (
@@ -126,7 +126,7 @@ def _(solution):
 
 
 @dense_attention.property("values")
-def _(solution):
+def dense_attention_values(solution):
     for seed, T, H, D in CASES:
         q, k, v = _qkv(seed, T, H, D)
         suspects = {
@@ -140,7 +140,7 @@ def _(solution):
 
 
 @dense_attention.property("large scores")
-def _(solution):
+def dense_attention_large_scores(solution):
     for seed, T, H, D in CASES:
         q, k, v = _qkv(seed, T, H, D)
         cause = (
@@ -154,7 +154,7 @@ def _(solution):
 
 
 @dense_attention.property("no loop over tokens")
-def _(solution):
+def dense_attention_no_loop_over_tokens(solution):
     counts = []
     for T in (5, 5, 45):  # the first call may load or compile something
         inputs = _qkv(5, T, 2, 4)
@@ -192,7 +192,7 @@ FLOPS = ((4096, 8, 64), (1000, 1, 128), (3001, 5, 32))  # T, H, D
 
 
 @attention_flops.property("growth with T")
-def _(solution):
+def attention_flops_growth_with_t(solution):
     for T, H, D in FLOPS:
         small, large = (float(_number(solution(n, H, D), f"T={n}")) for n in (T, 2 * T))
         cause = "twice the tokens see twice as many keys each: the bill must grow fourfold (T·T pairs, not T)"
@@ -200,7 +200,7 @@ def _(solution):
 
 
 @attention_flops.property("heads and width")
-def _(solution):
+def attention_flops_heads_and_width(solution):
     for T, H, D in FLOPS:
         once = float(solution(T, H, D))
         for name, other in (("H", (T, 2 * H, D)), ("D", (T, H, 2 * D))):
@@ -210,7 +210,7 @@ def _(solution):
 
 
 @attention_flops.property("amount")
-def _(solution):
+def attention_flops_amount(solution):
     for T, H, D in FLOPS:
         pairs = causal_pairs(T, T)
         suspects = {
@@ -225,7 +225,7 @@ def _(solution):
 
 
 @attention_flops.property("short texts")
-def _(solution):
+def attention_flops_short_texts(solution):
     for T in (1, 2, 3, 7):
         pairs = causal_pairs(T, T)
         suspects = {
@@ -267,13 +267,13 @@ def _no_number(got, what):
 
 
 @attention_bytes.property("two numbers")
-def _(solution):
+def attention_bytes_two_numbers(solution):
     for case in BYTES:
         _two_numbers(solution, case)
 
 
 @attention_bytes.property("cache")
-def _(solution):
+def attention_bytes_cache(solution):
     for T, H, D, n in BYTES:
         suspects = {
             "the two are in the wrong order: return cache, scores": H * T * T * n,
@@ -286,7 +286,7 @@ def _(solution):
 
 
 @attention_bytes.property("score matrix")
-def _(solution):
+def attention_bytes_score_matrix(solution):
     for T, H, D, n in BYTES:
         suspects = {
             "half of it is masked, but a matrix stores both halves": H * (T * (T + 1) // 2) * n,
@@ -313,7 +313,7 @@ def _growth(name):
     factor, cause = FACTORS[name]
 
     @bill_growth.property(name)
-    def _(solution):
+    def bill_growth_of_one_bill(solution):
         for short, long in SPANS:
             got = solution(short, long)
             if not isinstance(got, dict) or name not in got:

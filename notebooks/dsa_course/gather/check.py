@@ -53,7 +53,7 @@ def _rows(solution, kv, indices):
 
 
 @gather_rows.property("shapes")
-def _(solution):
+def gather_rows_shapes(solution):
     for seed, T, S, _, k in CASES:
         rows, there = _rows(solution, normal(S, D, seed=seed), _selection(seed, T, S, k))
         expect_shape(rows, [T, k, D], torch.float32, "rows")
@@ -61,7 +61,7 @@ def _(solution):
 
 
 @gather_rows.property("there")
-def _(solution):
+def gather_rows_there(solution):
     for seed, T, S, _, k in CASES:
         kv, indices = normal(S, D, seed=seed), _selection(seed, T, S, k)
         kv[indices[-1, 0]] = 0  # a row of zeros may be selected
@@ -76,7 +76,7 @@ def _(solution):
 
 
 @gather_rows.property("rows")
-def _(solution):
+def gather_rows_rows(solution):
     for seed, T, S, _, k in CASES:
         kv, indices = normal(S, D, seed=seed), _selection(seed, T, S, k)
         kv[indices[-1, 0]], kv[int(indices[-1].max())] = torch.nan, torch.inf  # selected rows go through as they are
@@ -91,7 +91,7 @@ def _(solution):
 
 
 @gather_rows.property("padding is zero")
-def _(solution):
+def gather_rows_padding_is_zero(solution):
     for seed, T, S, _, k in CASES[::2]:  # those with padding
         kv, indices = normal(S, D, seed=seed), _selection(seed, T, S, k)
         rows, _ = _rows(solution, kv, indices)
@@ -104,7 +104,7 @@ def _(solution):
 
 
 @gather_rows.property("NaN stays out")
-def _(solution):
+def gather_rows_nan_stays_out(solution):
     kv = normal(12, D, seed=5)
     kv[0], kv[-1] = torch.nan, torch.nan
     indices = torch.tensor([[3, 5, -1], [-1, -1, -1], [7, -1, -1], [1, 2, 3]], dtype=torch.int32)
@@ -135,7 +135,7 @@ def _full(case):
 
 
 @gathered_attention.property("shapes")
-def _(solution):
+def gathered_attention_shapes(solution):
     for case in CASES:
         given = _inputs(*case)
         T, H, _ = given["q"].shape
@@ -148,7 +148,7 @@ def _(solution):
 
 
 @gathered_attention.property("values")
-def _(solution):
+def gathered_attention_values(solution):
     for case in CASES[:2]:
         given, expected, _ = _full(case)
         q, rows = given["q"], given["kv"][given["indices"].long()]
@@ -176,7 +176,7 @@ def _(solution):
 
 
 @gathered_attention.property("log-sum-exp")
-def _(solution):
+def gathered_attention_log_sum_exp(solution):
     for case in CASES[:2]:
         given, _, expected = _full(case)
         logits = torch.einsum("thd,tkd->thk", given["q"], given["kv"][given["indices"].long()]) * SCALE
@@ -192,7 +192,7 @@ def _(solution):
 
 
 @gathered_attention.property("padding")
-def _(solution):
+def gathered_attention_padding(solution):
     for case in CASES:
         given = _inputs(*case)
         q, kv, indices = given["q"], given["kv"], given["indices"].long()
@@ -213,7 +213,7 @@ def _(solution):
 
 
 @gathered_attention.property("empty row")
-def _(solution):
+def gathered_attention_empty_row(solution):
     for case in CASES[:2]:
         given = _inputs(*case)
         given["indices"][::3] = -1
@@ -226,7 +226,7 @@ def _(solution):
 
 
 @gathered_attention.property("large scores")
-def _(solution):
+def gathered_attention_large_scores(solution):
     for case in CASES[:2]:
         given, *_ = _full(case)
         given["q"] *= 500
@@ -237,7 +237,7 @@ def _(solution):
 
 
 @gathered_attention.property("low scores")
-def _(solution):
+def gathered_attention_low_scores(solution):
     for case in CASES[::2]:  # those with padding
         given = _inputs(*case)
         given["q"], given["kv"] = -1e12 * given["q"].abs(), given["kv"].abs() + 1  # every score is far below -1e9
@@ -268,7 +268,7 @@ class Work(TorchDispatchMode):
 
 
 @gathered_attention.property("sparse work")
-def _(solution):
+def gathered_attention_sparse_work(solution):
     T, S, H, k = 64, 4096, 4, 8
     given = _inputs(7, T, S, H, k)
     end = torch.arange(S - T + 1, S + 1, dtype=torch.int32)
@@ -295,7 +295,7 @@ def _(solution):
 
 
 @gathered_attention.property("unselected rows")
-def _(solution):
+def gathered_attention_unselected_rows(solution):
     for case in CASES:
         given = _inputs(*case)
         chosen = torch.where(given["indices"] <= 0, len(given["kv"]), given["indices"]).sort(dim=1).values
@@ -321,7 +321,7 @@ def _count(solution, T, S, k, cause, suspects=None):
 
 
 @attended_pairs.property("one query")
-def _(solution):
+def attended_pairs_one_query(solution):
     for S, k in ((10, 4), (10, 10), (10, 30), (1, 1), (2048, 2048)):
         suspects = {
             "the query at position S - 1 sees S keys, itself included": min(k, S - 1),
@@ -333,14 +333,14 @@ def _(solution):
 
 
 @attended_pairs.property("full rows")
-def _(solution):
+def attended_pairs_full_rows(solution):
     for T, S, k in ((5, 100, 20), (64, 4096, 8), (3, 12, 10)):
         suspects = {"every pair of the rectangle was counted": T * S, "all visible pairs counted": causal_pairs(T, S)}
         _count(solution, T, S, k, "every row sees at least k keys here: T · k", suspects)
 
 
 @attended_pairs.property("short rows")
-def _(solution):
+def attended_pairs_short_rows(solution):
     for T, S, k in ((8, 8, 3), (37, 37, 5), (6, 8, 4), (9, 9, 9), (9, 9, 50)):
         suspects = {
             "the first rows see fewer than k keys: they attend to fewer": T * min(k, S),
@@ -350,7 +350,7 @@ def _(solution):
 
 
 @attended_pairs.property("exact at a million")
-def _(solution):
+def attended_pairs_exact_at_a_million(solution):
     million = 2**20
     cause = "right for small numbers only: fp32 and int32 cannot hold it, Python's own int can"
     for T, S, k in ((million, million, 2049), (million - 1, million, million)):
@@ -372,7 +372,7 @@ def _context(solution, index_flops, attention_flops, k, cause, suspects=None):
 
 
 @pays_from.property("V3.2")
-def _(solution):
+def pays_from_v3_2(solution):
     index_flops, attention_flops, k = 16_384, 278_528, 2048
     suspects = {
         "that is k: but the indexer has to be paid too": k,
@@ -386,12 +386,12 @@ def _(solution):
 
 
 @pays_from.property("other sizes")
-def _(solution):
+def pays_from_other_sizes(solution):
     for numbers in ((1024, 2304, 64), (1, 2, 5), (3, 1000, 7), (100, 101, 4)):
         _context(solution, *numbers, "right for V3.2 only: every number has to come from the arguments")
 
 
 @pays_from.property("never")
-def _(solution):
+def pays_from_never(solution):
     for numbers in ((5, 5, 3), (7, 5, 3)):
         _context(solution, *numbers, "an indexer as costly as attention never pays: return math.inf")

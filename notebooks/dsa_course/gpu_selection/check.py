@@ -51,7 +51,7 @@ def _rows_of_whole_groups():
 
 
 @lower_bound.property("never above")
-def _(solution):
+def lower_bound_never_above(solution):
     for scores, k, group in _rows_of_whole_groups():
         got, kth = _bound(solution, scores, k, group), float(scores.topk(k).values[-1])
         expect(
@@ -62,7 +62,7 @@ def _(solution):
 
 
 @lower_bound.property("tight")
-def _(solution):
+def lower_bound_tight(solution):
     for scores, k, group in _rows_of_whole_groups():
         got, best = _bound(solution, scores, k, group), _maxima(scores, group)[k - 1]
         left, fewest = int((scores >= got).sum()), int((scores >= best).sum())
@@ -91,7 +91,7 @@ def _(solution):
 
 
 @lower_bound.property("ragged end")
-def _(solution):
+def lower_bound_ragged_end(solution):
     for seed, S, k, group in ((1, 37, 2, 8), (2, 37, 5, 8), (3, 3, 1, 8), (4, 33, 3, 16), (5, 41, 3, 10)):
         scores = normal(S, seed=seed).abs().neg() - 1.0  # all negative: a 0 filled in would win
         scores[-1] = -0.5  # the largest of all stands alone at the end
@@ -107,7 +107,7 @@ def _(solution):
 
 
 @lower_bound.property("few groups")
-def _(solution):
+def lower_bound_few_groups(solution):
     for seed, S, k, group in ((1, 32, 5, 8), (2, 37, 20, 4), (3, 5, 9, 1)):
         got = _bound(solution, normal(S, seed=seed), k, group)
         expect(
@@ -145,7 +145,7 @@ def _rising(solution, x, cause):
 
 
 @ordered_bits.property("positive numbers")
-def _(solution):
+def ordered_bits_positive_numbers(solution):
     _rising(solution, POSITIVE, "the bits of positive floats are in order as they are")
     x = normal(7, 5, seed=1).abs() + 1e-3
     ranks = _integers(solution, x).flatten().argsort()
@@ -153,7 +153,7 @@ def _(solution):
 
 
 @ordered_bits.property("negative numbers")
-def _(solution):
+def ordered_bits_negative_numbers(solution):
     _rising(
         solution,
         -POSITIVE.flip(0),
@@ -162,7 +162,7 @@ def _(solution):
 
 
 @ordered_bits.property("both signs")
-def _(solution):
+def ordered_bits_both_signs(solution):
     x = torch.cat([-POSITIVE.flip(0), POSITIVE])
     _rising(
         solution,
@@ -176,7 +176,7 @@ def _(solution):
 
 
 @ordered_bits.property("zeros")
-def _(solution):
+def ordered_bits_zeros(solution):
     minus, plus = _integers(solution, torch.tensor([-0.0, 0.0])).tolist()
     cause = "-0.0 has a sign bit, but equals 0.0: replace it first"
     expect(minus == plus, f"got {minus} for -0.0 and {plus} for 0.0, expected one integer", cause)
@@ -184,7 +184,7 @@ def _(solution):
 
 
 @ordered_bits.property("number by number")
-def _(solution):
+def ordered_bits_number_by_number(solution):
     x = normal(100, seed=3)
     all_, some = _integers(solution, x), _integers(solution, x[::3].contiguous())
     expect(
@@ -226,27 +226,27 @@ def _last_bit(S, seed):
 
 
 @threshold_select.property("largest")
-def _(solution):
+def threshold_select_largest(solution):
     for seed, S, k in ((1, 300, 7), (2, 1000, 100), (3, 37, 5), (4, 64, 64)):
         _select(solution, normal(S, seed=seed), k)
     _select(solution, _last_bit(300, seed=5), 11)
 
 
 @threshold_select.property("exactly k")
-def _(solution):
+def threshold_select_exactly_k(solution):
     for seed, S, k in ((1, 300, 7), (2, 500, 61), (3, 37, 5)):
         _select(solution, whole(S, seed=seed), k, judge_ties=False)
 
 
 @threshold_select.property("smallest index")
-def _(solution):
+def threshold_select_smallest_index(solution):
     for seed, S, k in ((1, 300, 7), (2, 500, 61), (3, 37, 5)):
         _select(solution, whole(S, seed=seed), k)
     _select(solution, torch.full((100,), -2.0), 3)
 
 
 @threshold_select.property("zeros")
-def _(solution):
+def threshold_select_zeros(solution):
     for seed, S, k in ((1, 90, 7), (2, 37, 30)):
         row = whole(S, seed=seed, largest=1).clamp(max=0.0)
         row[row == 0] = torch.tensor([-0.0, -0.0, 0.0]).repeat(S)[: int((row == 0).sum())]
@@ -254,20 +254,20 @@ def _(solution):
 
 
 @threshold_select.property("minus infinity")
-def _(solution):
+def threshold_select_minus_infinity(solution):
     row = torch.full((80,), -INF)
     row[[3, 40, 79]] = torch.tensor([1.0, -5.0, 2.0])
     _select_for(solution, row, 7, "a score of -inf is a score: it is kept where nothing better is left")
 
 
 @threshold_select.property("short row")
-def _(solution):
+def threshold_select_short_row(solution):
     for seed, S, k in ((1, 5, 9), (2, 1, 3), (3, 40, 64)):
         _select(solution, whole(S, seed=seed), k)
 
 
 @threshold_select.property("ascending")
-def _(solution):
+def threshold_select_ascending(solution):
     for seed, S, k in ((1, 300, 7), (2, 5, 9)):
         scores = whole(S, seed=seed)
         got, expected = _select(solution, scores, k).tolist(), _whole_row(scores, k).tolist()
@@ -276,7 +276,7 @@ def _(solution):
 
 
 @threshold_select.property("few sorted")
-def _(solution):
+def threshold_select_few_sorted(solution):
     for seed, S, k in ((1, 4096, 64), (2, 4000, 99)):
         scores = normal(S, seed=seed)
         with _watched_sorts() as lengths:
@@ -353,7 +353,7 @@ def _launch(kernel, scores, k, block, cause, beyond=torch.nan):
 
 
 @selection_kernel.property("one block")
-def _(kernel):
+def selection_kernel_one_block(kernel):
     cause = "place = prefix sum of the kept keys, minus 1; kept = above the threshold, or equal to it while ties last"
     for seed, S, k in ((1, 32, 5), (2, 64, 13)):
         _launch(kernel, normal(S, seed=seed), k, S, cause)
@@ -361,14 +361,14 @@ def _(kernel):
 
 
 @selection_kernel.property("padding")
-def _(kernel):
+def selection_kernel_padding(kernel):
     cause = "after the last index -1 fills out[written] to out[k - 1], however many blocks that takes"
     for S, k, block in ((32, 37, 32), (8, 45, 8), (16, 17, 16)):
         _launch(kernel, normal(S, seed=S), k, block, cause)
 
 
 @selection_kernel.property("tail")
-def _(kernel):
+def selection_kernel_tail(kernel):
     cause = "lanes past the row's end were kept (mask the comparison, too), or a last block not full was left out"
     for seed, S, k, beyond in ((1, 13, 16, INF), (2, 29, 31, -0.5), (3, 13, 5, INF), (4, 29, 7, 0.0)):
         scores = normal(S, seed=seed).abs().neg() - 1.0  # all negative: a 0 loaded for a masked lane would win
@@ -377,14 +377,14 @@ def _(kernel):
 
 
 @selection_kernel.property("carry")
-def _(kernel):
+def selection_kernel_carry(kernel):
     cause = "carry two counts, how many were written and how many ties were met; and write s, not the lane"
     for seed, S, k, block in ((1, 96, 11, 16), (2, 151, 40, 32), (3, 64, 50, 8)):
         _launch(kernel, normal(S, seed=seed), k, block, cause)
 
 
 @selection_kernel.property("smallest index")
-def _(kernel):
+def selection_kernel_smallest_index(kernel):
     cause = "of the keys equal to the threshold the first `ties` are kept, counted over all blocks together"
     for seed, S, k, block in ((1, 32, 13, 32), (2, 151, 29, 16), (3, 100, 61, 32)):
         _launch(kernel, whole(S, seed=seed), k, block, cause)
@@ -392,7 +392,7 @@ def _(kernel):
 
 
 @selection_kernel.property("zeros")
-def _(kernel):
+def selection_kernel_zeros(kernel):
     cause = "-0.0 equals 0.0 as a float, not bit by bit"
     for seed, S, k, block in ((1, 60, 7, 16), (2, 37, 30, 64)):
         row = whole(S, seed=seed, largest=1).clamp(max=0.0)

@@ -50,7 +50,7 @@ def _hidden(solution, T, S, seed, cause):
 
 
 @index_scores.property("shape")
-def _(solution):
+def index_scores_shape(solution):
     for T, S in ((5, 9), (7, 7)):
         got = solution(*_numbers(T, S, 3, 4, seed=T))
         expect_shape(got, (T, S))
@@ -59,27 +59,27 @@ def _(solution):
 
 
 @index_scores.property("future hidden")
-def _(solution):
+def index_scores_future_hidden(solution):
     for seed in (1, 2):
         _hidden(solution, 6, 6, seed, "your scores show the future: where s > t there must be -inf, and only there")
 
 
 @index_scores.property("queries last")
-def _(solution):
+def index_scores_queries_last(solution):
     for T, S, seed in ((3, 8, 1), (2, 5, 2)):
         cause = "with T < S the queries are the *last* T positions: row t is position S - T + t"
         _hidden(solution, T, S, seed, cause)
 
 
 @index_scores.property("dot product")
-def _(solution):
+def index_scores_dot_product(solution):
     for T, S, seed in ((5, 5, 1), (4, 9, 2)):  # one head of weight 1 and positive dots: nothing else has an effect
         cause = "not the plain dot product over d: another sum, another axis, or a scale (w already holds them all)"
         _judge(solution, _numbers(T, S, 1, 4, seed, positive_dots=True, weights="one"), cause)
 
 
 @index_scores.property("weights")
-def _(solution):
+def index_scores_weights(solution):
     suspects = {
         "the weights were left out": lambda dots, w: dots.sum(1),
         "the weights were softmaxed: w is used as it is": lambda dots, w: (dots * w.softmax(1)).sum(1),
@@ -91,7 +91,7 @@ def _(solution):
 
 
 @index_scores.property("relu per head")
-def _(solution):
+def index_scores_relu_per_head(solution):
     suspects = {
         "the relu came after the sum over heads: rectify each head alone": lambda dots, w: (dots * w).sum(1).relu(),
         "there is no relu: a negative match must count nothing": lambda dots, w: (dots * w).sum(1),
@@ -103,7 +103,7 @@ def _(solution):
 
 
 @index_scores.property("negative weights")
-def _(solution):
+def index_scores_negative_weights(solution):
     suspects = {
         "weight and match were multiplied before the relu": lambda dots, w: (dots * w).relu().sum(1),
         "the sign of the weights got lost": lambda dots, w: (dots.relu() * w.abs()).sum(1),
@@ -116,7 +116,7 @@ def _(solution):
 
 
 @index_scores.property("fp32 sums")
-def _(solution):
+def index_scores_fp32_sums(solution):
     for T, S, seed in ((5, 5, 1), (3, 7, 2)):
         q, k = (normal(*shape, seed=seed, dtype=torch.bfloat16) for shape in ((T, 16, 64), (S, 64)))
         w = normal(T, 16, seed=seed + 5)
@@ -125,7 +125,7 @@ def _(solution):
 
 
 @index_scores.property("any size")
-def _(solution):
+def index_scores_any_size(solution):
     for T, S, Hi, Di in ((1, 1, 1, 1), (37, 37, 1, 5), (2, 37, 5, 1)):
         given = _numbers(T, S, Hi, Di, seed=T, weights="any")
         _judge(solution, given, f"wrong for T={T}, S={S}, Hi={Hi}, Di={Di}: is a size written into the code?")
@@ -148,7 +148,7 @@ def _product(T, dim, Hi, seed):
 
 
 @head_weights.property("shape")
-def _(solution):
+def head_weights_shape(solution):
     x, W_w, product = _product(5, 7, 3, seed=1)
     got = solution(x, W_w, _ones(5, 3), 3, 4)
     expect_shape(got, product.shape)
@@ -157,7 +157,7 @@ def _(solution):
 
 
 @head_weights.property("product")
-def _(solution):
+def head_weights_product(solution):
     for T, Hi, seed in ((37, 1, 1), (6, 3, 2)):  # the factor is left out: only the share of each weight is compared
         x, W_w, product = _product(T, 5, Hi, seed)
         got = torch.as_tensor(solution(x, W_w, _ones(T, Hi), Hi, 4)).double()
@@ -172,7 +172,7 @@ def _(solution):
 
 
 @head_weights.property("q_scale")
-def _(solution):
+def head_weights_q_scale(solution):
     for T, Hi, seed in ((37, 1, 1), (6, 3, 2)):
         x, W_w, product = _product(T, 5, Hi, seed)
         x, W_w = x.abs() + 1, W_w.abs() + 1  # no zeros to divide by
@@ -189,7 +189,7 @@ def _(solution):
 
 
 @head_weights.property("Hi factor")
-def _(solution):
+def head_weights_hi_factor(solution):
     for Hi in (4, 64, 1):
         x, W_w, product = _product(6, 5, Hi, seed=Hi)
         suspects = {
@@ -202,7 +202,7 @@ def _(solution):
 
 
 @head_weights.property("Di factor")
-def _(solution):
+def head_weights_di_factor(solution):
     for Di in (16, 128):
         x, W_w, product = _product(6, 5, 3, seed=Di)
         product = product * 3**-0.5
@@ -215,7 +215,7 @@ def _(solution):
 
 
 @head_weights.property("fp32 product")
-def _(solution):
+def head_weights_fp32_product(solution):
     for T, dim, Hi, seed in ((37, 96, 3, 1), (6, 512, 16, 2)):
         x, W_w = normal(T, dim, seed=seed, dtype=torch.bfloat16), normal(dim, Hi, seed=seed + 1, dtype=torch.bfloat16)
         q_scale = 2.0 ** whole(T, Hi, seed=seed + 2)
@@ -238,7 +238,7 @@ def _example(solution):
 
 
 @counterexample.property("shapes")
-def _(solution):
+def counterexample_shapes(solution):
     q_idx, k_idx, w_a, w_b = _example(solution)
     shapes = ", ".join(str(list(x.shape)) for x in (q_idx, k_idx, w_a, w_b))
     expect(
@@ -251,7 +251,7 @@ def _(solution):
 
 
 @counterexample.property("positive weights")
-def _(solution):
+def counterexample_positive_weights(solution):
     _, _, w_a, w_b = _example(solution)
     for name, w in (("w_a", w_a), ("w_b", w_b)):
         cause = "negative weights make it easy, and prove less: all weights must be above 0"
@@ -259,14 +259,14 @@ def _(solution):
 
 
 @counterexample.property("two heads")
-def _(solution):
+def counterexample_two_heads(solution):
     q_idx, *_ = _example(solution)
     cause = "with one head, w is only a positive factor: no ranking can change"
     expect(q_idx.shape[1] >= 2, f"got Hi = {q_idx.shape[1]}, expected at least 2", cause)
 
 
 @counterexample.property("not a rescale")
-def _(solution):
+def counterexample_not_a_rescale(solution):
     _, _, w_a, w_b = _example(solution)
     ratio = (w_b / w_a).flatten()
     cause = "w_b is w_a times one number: that leaves every ranking as it is"
@@ -274,7 +274,7 @@ def _(solution):
 
 
 @counterexample.property("another winner")
-def _(solution):
+def counterexample_another_winner(solution):
     q_idx, k_idx, w_a, w_b = _example(solution)
     a, b = (reference(q_idx, k_idx, w)[0] for w in (w_a, w_b))
     cause = "the scores differ, the best key does not: give each head another favourite key"
@@ -290,7 +290,7 @@ def _(solution):
 
 
 @counterexample.property("no tie")
-def _(solution):
+def counterexample_no_tie(solution):
     q_idx, k_idx, w_a, w_b = _example(solution)
     for name, w in (("w_a", w_a), ("w_b", w_b)):
         first, second = reference(q_idx, k_idx, w)[0].topk(2).values
@@ -317,7 +317,7 @@ def measured_zeros(Hi, seed, T=768, Di=32):
 
 
 @zero_probability.property("a probability")
-def _(solution):
+def zero_probability_a_probability(solution):
     for Hi in (1, 2, 37):
         got = _probability(solution, Hi)
         expect(
@@ -328,14 +328,14 @@ def _(solution):
 
 
 @zero_probability.property("one head")
-def _(solution):
+def zero_probability_one_head(solution):
     got, share = _probability(solution, 1), measured_zeros(1, seed=1)
     cause = "a dot product of random vectors is as often negative as positive, and relu turns all negative ones into 0"
     expect(abs(got - share) < 0.05 * share, f"Hi=1: got {got:.6g}, the reference measures {share:.3f}", cause)
 
 
 @zero_probability.property("more heads")
-def _(solution):
+def zero_probability_more_heads(solution):
     for Hi in (2, 3, 5):
         got, share = _probability(solution, Hi), measured_zeros(Hi, seed=10 * Hi)
         cause = "the sum is 0 only where *every* head is silent: independent events multiply"
@@ -345,7 +345,7 @@ def _(solution):
 
 
 @zero_probability.property("exact")
-def _(solution):
+def zero_probability_exact(solution):
     for Hi in (16, 64):
         got, expected = _probability(solution, Hi), 0.5**Hi
         cause = "a simulation, or a rounded number: give the formula"

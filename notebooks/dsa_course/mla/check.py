@@ -40,7 +40,7 @@ def _compare_bytes(solution, key, config, expected, suspects, cause):
 
 
 @cache_bytes.property("mha")
-def _(solution):
+def cache_bytes_mha(solution):
     for c in (V32, TINY, ODD):
         H, nope, rope, v = c.n_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
         suspects = {
@@ -57,7 +57,7 @@ def _(solution):
 
 
 @cache_bytes.property("mla")
-def _(solution):
+def cache_bytes_mla(solution):
     for c in (V32, TINY, ODD):
         H, latent, rope = c.n_heads, c.kv_lora_rank, c.qk_rope_head_dim
         suspects = {
@@ -71,7 +71,7 @@ def _(solution):
 
 
 @cache_bytes.property("fp8")
-def _(solution):
+def cache_bytes_fp8(solution):
     for c in (V32, dataclasses.replace(V32, kv_lora_rank=1024, n_heads=6, qk_rope_head_dim=32)):
         latent, rope, scales = c.kv_lora_rank, c.qk_rope_head_dim, 4 * (c.kv_lora_rank // 128)
         suspects = {
@@ -90,7 +90,7 @@ def _(solution):
 
 
 @cache_bytes.property("last scale")
-def _(solution):
+def cache_bytes_last_scale(solution):
     for c in (TINY, ODD, dataclasses.replace(ODD, kv_lora_rank=129)):
         latent, rope = c.kv_lora_rank, c.qk_rope_head_dim
         suspects = {
@@ -116,14 +116,14 @@ def _twice(W):
 
 
 @absorb.property("shape")
-def _(solution):
+def absorb_shape(solution):
     for seed, T, H, size in ((1, 5, 3, 6), (2, 1, 4, 2)):  # square, so that a transpose still runs
         q, W = whole(T, H, size, seed=seed), whole(H, size, size, seed=seed + 10)
         expect_shape(solution(q, _twice(W)), (T, H, size))
 
 
 @absorb.property("transpose")
-def _(solution):
+def absorb_transpose(solution):
     for seed, T, size in ((3, 4, 6), (4, 1, 3)):
         q, W = whole(T, 1, size, seed=seed), whole(1, size, size, seed=seed + 10)
         wrong = torch.einsum("thn,hcn->thc", q, W)
@@ -136,7 +136,7 @@ def _(solution):
 
 
 @absorb.property("own head")
-def _(solution):
+def absorb_own_head(solution):
     for seed, T, H, nope, latent in ((5, 7, 3, 4, 9), (6, 37, 2, 5, 1)):
         q, W = whole(T, H, nope, seed=seed), whole(H, nope, latent, seed=seed + 10)
         suspects = {
@@ -156,7 +156,7 @@ def _(solution):
 
 
 @absorb.property("key half")
-def _(solution):
+def absorb_key_half(solution):
     for seed, T, H, nope, v, latent in ((7, 5, 2, 4, 4, 9), (8, 3, 3, 4, 7, 6), (9, 3, 3, 5, 2, 8)):
         q, kv_b = whole(T, H, nope, seed=seed), whole(H, nope + v, latent, seed=seed + 10)
         suspects = {}
@@ -173,7 +173,7 @@ def _(solution):
 
 
 @absorb.property("same score")
-def _(solution):
+def absorb_same_score(solution):
     for seed, T, H, S, nope, v, latent in ((11, 37, 2, 11, 6, 5, 16), (12, 3, 5, 8, 32, 16, 64)):
         q, kv_b, c = (
             normal(T, H, nope, seed=seed),
@@ -201,7 +201,7 @@ def _positions(T, seed):
 
 
 @rope.property("rest unchanged")
-def _(solution):
+def rope_rest_unchanged(solution):
     for seed, T, heads, D in ((1, 5, 2, 11), (2, 37, 1, 16)):
         x = normal(T, heads, D, seed=seed)
         for layout in LAYOUTS:
@@ -212,7 +212,7 @@ def _(solution):
 
 
 @rope.property("norm")
-def _(solution):
+def rope_norm(solution):
     for seed, T, heads in ((3, 37, 1), (4, 5, 3)):  # one pair: both layouts mean the same
         x = normal(T, heads, 2, seed=seed)
         got = solution(x, _positions(T, seed), FREQS[1:2], "half")
@@ -224,7 +224,7 @@ def _(solution):
 
 
 @rope.property("one pair")
-def _(solution):
+def rope_one_pair(solution):
     for seed, T, heads in ((5, 37, 1), (6, 4, 2)):
         x, at = normal(T, heads, 2, seed=seed), _positions(T, seed)
         freqs, one = FREQS[1:2], torch.ones(1)
@@ -245,7 +245,7 @@ def _(solution):
 
 
 @rope.property("frequencies")
-def _(solution):
+def rope_frequencies(solution):
     for seed, T, freqs in ((7, 9, FREQS), (8, 5, FREQS[[1, 3]])):
         at, last = _positions(T, seed), 2 * len(freqs) - 1
         for layout in LAYOUTS:
@@ -259,7 +259,7 @@ def _(solution):
 
 
 @rope.property("relative position")
-def _(solution):
+def rope_relative_position(solution):
     for seed, heads, D in ((9, 2, 12), (10, 1, 8)):
         q, k, at = normal(7, heads, D, seed=seed), normal(7, heads, D, seed=seed + 10), _positions(7, seed)
         for layout in LAYOUTS:
@@ -278,7 +278,7 @@ def _(solution):
 
 
 @rope.property("layouts")
-def _(solution):
+def rope_layouts(solution):
     for seed, T, heads, D in ((11, 37, 3, 12), (12, 2, 1, 8)):
         x, at = normal(T, heads, D, seed=seed), _positions(T, seed)
         for layout, other in (LAYOUTS, LAYOUTS[::-1]):
@@ -297,7 +297,7 @@ def _(solution):
 
 
 @rope.property("angles in fp32")
-def _(solution):
+def rope_angles_in_fp32(solution):
     for seed, T in ((13, 9), (14, 37)):
         x, at = normal(T, 2, 12, seed=seed, dtype=torch.bfloat16), _positions(T, seed) * 100 + 7
         for layout in LAYOUTS:
@@ -325,7 +325,7 @@ def _compare_scale(solution, config, suspects, cause):
 
 
 @softmax_scale.property("key width")
-def _(solution):
+def softmax_scale_key_width(solution):
     for c in (TINY, ODD, V32):
         c = dataclasses.replace(c, max_seq_len=c.original_seq_len, rope_factor=1.0)  # with factor 1, m is 1 anyway
         suspects = {
@@ -340,7 +340,7 @@ def _(solution):
 
 
 @softmax_scale.property("yarn condition")
-def _(solution):
+def softmax_scale_yarn_condition(solution):
     for c in (
         TINY,
         dataclasses.replace(V32, max_seq_len=4096),
@@ -351,7 +351,7 @@ def _(solution):
 
 
 @softmax_scale.property("m squared")
-def _(solution):
+def softmax_scale_m_squared(solution):
     for c in (V32, dataclasses.replace(ODD, rope_factor=8.0), dataclasses.replace(TINY, max_seq_len=4097)):
         plain, log = (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5, math.log(c.rope_factor)
         suspects = {
@@ -365,7 +365,7 @@ def _(solution):
 
 
 @softmax_scale.property("mscale")
-def _(solution):
+def softmax_scale_mscale(solution):
     for mscale in (0.707, 0, 2.0):
         c = dataclasses.replace(V32, mscale=mscale)
         cause = f"mscale is {mscale} here: m = 0.1 · mscale · ln(rope_factor) + 1"

@@ -47,27 +47,27 @@ def _expect_lse(solution, x, cause):
 
 
 @log_sum_exp.property("value")
-def _(solution):
+def log_sum_exp_value(solution):
     for seed, shape in enumerate(((37,), (3, 5), (2, 3, 1))):
         _expect_lse(solution, _array(*shape, seed=seed), "not log of the sum of exp over the last axis")
 
 
 @log_sum_exp.property("large logits")
-def _(solution):
+def log_sum_exp_large_logits(solution):
     small = _array(4, 7, seed=0)
     for x in (small + 1000, small - 1000, 1000 * small):
         _expect_lse(solution, x, "exp overflows at 710 and is 0 below -746: shift by the largest logit, add it again")
 
 
 @log_sum_exp.property("each row's own largest")
-def _(solution):
+def log_sum_exp_each_rows_own_largest(solution):
     for seed in range(2):
         x = _array(3, 5, seed=seed) + np.array([[1000.0], [0.0], [-1000.0]])
         _expect_lse(solution, x, "one maximum was used for all rows: the small rows vanish beside the large ones")
 
 
 @log_sum_exp.property("empty rows")
-def _(solution):
+def log_sum_exp_empty_rows(solution):
     for seed in range(2):
         x = _array(4, 6, seed=seed)
         x[0, 1:4] = -np.inf
@@ -117,7 +117,7 @@ CASES = ((1, 3, (4, 4, 4), 2), (2, 1, (5, 1, 7), 3))  # seed, H, sizes of the bl
 
 
 @online_update.property("one block")
-def _(solution):
+def online_update_one_block(solution):
     for seed, H, sizes, V in CASES:
         blocks = _blocks(seed, H, sizes[:1], V)
         m, l, acc = _state(blocks)  # noqa: E741 (l is the field's name for it)
@@ -129,7 +129,7 @@ def _(solution):
 
 
 @online_update.property("running m")
-def _(solution):
+def online_update_running_m(solution):
     for seed, H, sizes, V in CASES:
         for slope in (5.0, -5.0):
             blocks = _blocks(seed, H, sizes, V, slope)
@@ -152,17 +152,17 @@ def _after_rising_blocks(solution, part, name):
 
 
 @online_update.property("l rescaled")
-def _(solution):
+def online_update_l_rescaled(solution):
     _after_rising_blocks(solution, 1, "l")
 
 
 @online_update.property("acc rescaled")
-def _(solution):
+def online_update_acc_rescaled(solution):
     _after_rising_blocks(solution, 2, "acc")
 
 
 @online_update.property("any order")
-def _(solution):
+def online_update_any_order(solution):
     cause = "right while m rises, wrong when an old m is the larger one: the new block is measured against new_m too"
     for seed, H, sizes, V in CASES:
         blocks = _blocks(seed, H, sizes, V, slope=3.0)
@@ -174,7 +174,7 @@ def _(solution):
 
 
 @online_update.property("large logits")
-def _(solution):
+def online_update_large_logits(solution):
     cause = "exp of a bare number overflows at 710: take exp only of differences, m - new_m and logit - new_m"
     for seed, H, sizes, V in CASES:
         for slope, shift in ((3.0, 1000.0), (3.0, -1000.0), (1000.0, -1000.0)):
@@ -185,7 +185,7 @@ def _(solution):
 
 
 @online_update.property("empty block")
-def _(solution):
+def online_update_empty_block(solution):
     cause = "a block of -inf changes nothing: where new_m is -inf, subtract 0 instead, since -inf minus -inf is NaN"
     for seed, H, sizes, V in CASES:
         blocks = _blocks(seed, H, sizes, V)
@@ -232,13 +232,13 @@ def _expect_attention(solution, q, kv, indices, block, cause, scale=0.4, v_dim=4
 
 
 @block_attention.property("one block")
-def _(solution):
+def block_attention_one_block(solution):
     for seed in range(2):
         _expect_attention(solution, *_row(seed), 16, "not the softmax of scale · q · kv over the selected rows' values")
 
 
 @block_attention.property("any block size")
-def _(solution):
+def block_attention_any_block_size(solution):
     for seed, H in ((1, 3), (2, 1)):
         for block in (13, 1, 4, 5, 12):
             cause = f"13 keys in blocks of {block}: the last, shorter block counts too, and old sums are rescaled"
@@ -246,7 +246,7 @@ def _(solution):
 
 
 @block_attention.property("large logits")
-def _(solution):
+def block_attention_large_logits(solution):
     q, kv, indices = _row(5)
     kv[:, 0], q[:, 0] = 1.0, (5000.0, -5000.0)  # adds 2000 to every logit of head 0, takes 2000 from those of head 1
     for block in (4, 16):
@@ -258,14 +258,14 @@ def _(solution):
 
 
 @block_attention.property("padding")
-def _(solution):
+def block_attention_padding(solution):
     for seed, n in ((1, 9), (2, 2)):
         for block in (4, 16):
             _expect_attention(solution, *_row(seed, n=n), block, "-1 marks an empty place: no weight, no value, no key")
 
 
 @block_attention.property("empty blocks")
-def _(solution):
+def block_attention_empty_blocks(solution):
     q, kv, indices = _row(3, n=5)
     cause = "a block of padding changes nothing, and keys may follow it; where no key is at all: 0 and -inf"
     for row in (np.full_like(indices, -1), indices[::-1].copy()):  # nothing selected; padding first
@@ -274,7 +274,7 @@ def _(solution):
 
 
 @block_attention.property("gather")
-def _(solution):
+def block_attention_gather(solution):
     q, kv, indices = _row(6)
     kv[~np.isin(np.arange(len(kv)), indices)] = np.nan
     for got in _pair(solution(q, kv, indices, 0.4, 4, 5), "out, lse", 2):
@@ -283,7 +283,7 @@ def _(solution):
 
 
 @block_attention.property("memory")
-def _(solution):
+def block_attention_memory(solution):
     H, D, S, k = 8, 32, 64, 4096
     q, kv, _ = _row(4, H=H, S=S, D=D)
     indices = np.arange(k, dtype=np.int32) % S
@@ -354,13 +354,13 @@ MERGES = ((1, 3, 4, (5, 9)), (2, 1, 3, (1, 30)))  # seed, H, V, keys in each par
 
 
 @merge_parts.property("lse")
-def _(solution):
+def merge_parts_lse(solution):
     for case in MERGES:
         _expect_merged(solution, *_parts(*case), "the merged lse is log(exp(lse_a) + exp(lse_b))", only="lse")
 
 
 @merge_parts.property("weights")
-def _(solution):
+def merge_parts_weights(solution):
     for case in MERGES:
         _expect_merged(
             solution, *_parts(*case), "a part's weight is exp(lse_part - lse), each head its own", only="out"
@@ -368,7 +368,7 @@ def _(solution):
 
 
 @merge_parts.property("large lse")
-def _(solution):
+def merge_parts_large_lse(solution):
     for shift in (1000.0, -1000.0):
         for case in MERGES:
             cause = "exp(lse) overflows or vanishes: subtract the larger lse first, as in log_sum_exp"
@@ -378,14 +378,14 @@ def _(solution):
 
 
 @merge_parts.property("empty part")
-def _(solution):
+def merge_parts_empty_part(solution):
     for empty in (((0,), ()), ((), (0,)), ((0, 1, 2), ())):
         cause = "a part that saw nothing has lse -inf and weight 0: the other part is the answer"
         _expect_merged(solution, *_parts(3, 3, 4, (5, 9), empty=empty), cause)
 
 
 @merge_parts.property("both empty")
-def _(solution):
+def merge_parts_both_empty(solution):
     for empty in (((1,), (1,)), ((0, 1, 2), (0, 1, 2))):
         cause = "where neither part saw a key the result is 0 and -inf: -inf minus -inf is NaN, so subtract 0 there"
         _expect_merged(solution, *_parts(4, 3, 4, (5, 9), empty=empty), cause)

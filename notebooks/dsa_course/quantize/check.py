@@ -45,13 +45,13 @@ def _quantized(solution, x):
 
 
 @quantize.property("shapes and types")
-def _(solution):
+def quantize_shapes_and_types(solution):
     for seed, shape, dtype in ((1, (5, 8), torch.float32), (2, (3, 2, 37), torch.bfloat16), (3, (7,), torch.float32)):
         _quantized(solution, _rows(seed, *shape, dtype=dtype))
 
 
 @quantize.property("zero row")
-def _(solution):
+def quantize_zero_row(solution):
     for row in (0, 2):
         x = _rows(4, 3, 16)
         x[row] = 0.0
@@ -65,7 +65,7 @@ def _(solution):
 
 
 @quantize.property("power of two")
-def _(solution):
+def quantize_power_of_two(solution):
     for seed, shape in ((5, (37, 16)), (6, (4, 3, 5))):
         _, scale = _quantized(solution, _rows(seed, *shape))
         mantissa, _ = torch.frexp(scale)
@@ -75,7 +75,7 @@ def _(solution):
 
 
 @quantize.property("one scale a vector")
-def _(solution):
+def quantize_one_scale_a_vector(solution):
     for seed, shape in ((7, (4, 16)), (8, (2, 3, 5))):
         x = _rows(seed, *shape).abs()
         rows = x.view(-1, shape[-1])
@@ -89,7 +89,7 @@ def _(solution):
 
 
 @quantize.property("scale")
-def _(solution):
+def quantize_scale(solution):
     edges = torch.tensor([448.0, -448.0, 450.0, 1.75]) * 2.0**12  # 448 · 2^n needs 2^n, 450 · 2^n more
     for seed, shape, dtype in (
         (8, (37, 16), torch.float32),
@@ -117,7 +117,7 @@ def _(solution):
 
 
 @quantize.property("amax floor")
-def _(solution):
+def quantize_amax_floor(solution):
     x = normal(5, 16, seed=10) * torch.tensor([1e-3, 1e-5, 1e-7, 0.0, 1e-30])[:, None]
     _, scale = _quantized(solution, x)
     cause = f"amax is at least {AMAX_FLOOR}, for a vector of small numbers as for one of zeros"
@@ -125,7 +125,7 @@ def _(solution):
 
 
 @quantize.property("nearest value")
-def _(solution):
+def quantize_nearest_value(solution):
     for seed, shape, dtype in ((11, (37, 16), torch.float32), (12, (3, 2, 5), torch.bfloat16)):
         x = _rows(seed, *shape, dtype=dtype)
         values, scale = _quantized(solution, x)
@@ -144,7 +144,7 @@ def _(solution):
 
 
 @quantize.property("small values")
-def _(solution):
+def quantize_small_values(solution):
     x = torch.tensor([448.0, *(m * 2.0**-9 for m in (1, 2, 3, 5, 7, -1, -6, 0.4, 0.6))])[None].repeat(3, 1)
     x = x * torch.tensor([1.0, 2.0**-8, 2.0**5])[:, None]  # a scale of its own for each row
     values, _ = _quantized(solution, x)
@@ -156,13 +156,13 @@ def _(solution):
 
 
 @hadamard.property("shape")
-def _(solution):
+def hadamard_shape(solution):
     for seed, shape in ((1, (5, 8)), (2, (3, 2, 16)), (3, (4,))):
         expect_shape(solution(whole(*shape, seed=seed)), shape)
 
 
 @hadamard.property("last axis")
-def _(solution):
+def hadamard_last_axis(solution):
     for seed, shape in ((4, (8, 8)), (5, (4, 4, 4))):
         x = torch.zeros(shape)
         x.view(-1, shape[-1])[0] = whole(shape[-1], seed=seed) + 0.5
@@ -175,7 +175,7 @@ def _(solution):
 
 
 @hadamard.property("length kept")
-def _(solution):
+def hadamard_length_kept(solution):
     for seed, shape in ((6, (7, 16)), (7, (2, 3, 4))):
         x, places = whole(*shape, seed=seed), range(shape[-1])
         lost = torch.tensor([[float(i & j == 0) for j in places] for i in places])  # a + b, then (a + b) - b
@@ -189,7 +189,7 @@ def _(solution):
 
 
 @hadamard.property("Sylvester order")
-def _(solution):
+def hadamard_sylvester_order(solution):
     for seed, shape in ((8, (9, 2)), (9, (5, 8)), (10, (2, 3, 64))):
         x = whole(*shape, seed=seed)
         expected = rotate(x)
@@ -205,7 +205,7 @@ def _(solution):
 
 
 @hadamard.property("any power of two")
-def _(solution):
+def hadamard_any_power_of_two(solution):
     for D in (1, 4, 32, 128, 256):
         x = whole(3, D, seed=11 + D)
         cause = "D = 1 is a rotation too, by nothing" if D == 1 else f"wrong for D = {D}, right for other sizes"
@@ -255,7 +255,7 @@ def _weighted_dots(given):
 
 
 @scores_from_fp8.property("relu per head")
-def _(solution):
+def scores_from_fp8_relu_per_head(solution):
     suspects = {
         "no relu: a head that dislikes a key may then cancel one that likes it": lambda g: _weighted_dots(g).sum(dim=1),
         "the relu came after the sum over heads": lambda g: _weighted_dots(g).sum(dim=1).relu(),
@@ -266,7 +266,7 @@ def _(solution):
 
 
 @scores_from_fp8.property("weights keep their sign")
-def _(solution):
+def scores_from_fp8_weights_keep_their_sign(solution):
     suspects = {
         "the weight went inside the relu: only a positive factor may": lambda g: _weighted_dots(g).relu().sum(dim=1),
         "the sign of the weights got lost": lambda g: _scores(g, w=g.w.abs()),
@@ -276,7 +276,7 @@ def _(solution):
 
 
 @scores_from_fp8.property("k_scale")
-def _(solution):
+def scores_from_fp8_k_scale(solution):
     suspects = {
         "k_scale was left out": lambda g: _scores(g, k_scale=torch.ones_like(g.k_scale)),
         "divided by k_scale: the value is k8 · k_scale": lambda g: _scores(g, k_scale=1 / g.k_scale),
@@ -289,7 +289,7 @@ def _(solution):
 
 
 @scores_from_fp8.property("q_scale")
-def _(solution):
+def scores_from_fp8_q_scale(solution):
     suspects = {
         "q_scale was left out": lambda g: _scores(g, q_scale=torch.ones_like(g.q_scale)),
         "q_scale was applied twice, in the relu and in the weight": lambda g: _scores(g, q_scale=g.q_scale**2),
@@ -302,7 +302,7 @@ def _(solution):
 
 
 @scores_from_fp8.property("T is not S")
-def _(solution):
+def scores_from_fp8_t_is_not_s(solution):
     _compare_scores(solution, "right where there are as many queries as keys, wrong elsewhere", {}, OTHER)
 
 
@@ -329,7 +329,7 @@ def _expect_flips(solution, selected, reference, cause, suspects=None):
 
 
 @flips.property("nothing changed")
-def _(solution):
+def flips_nothing_changed(solution):
     for seed, T, k in ((1, 9, 3), (2, 5, 8)):
         one, _ = _selections(seed, T, k)
         suspects = {"got the share that stayed, not the share that changed": torch.tensor(1.0)}
@@ -337,7 +337,7 @@ def _(solution):
 
 
 @flips.property("order is free")
-def _(solution):
+def flips_order_is_free(solution):
     for seed, T, k in ((3, 9, 5), (4, 7, 6)):
         one, other = _selections(seed, T, k)
         one, other = one[k - 1 :], other[k - 1 :]  # full rows: no padding yet
@@ -345,7 +345,7 @@ def _(solution):
 
 
 @flips.property("share of the keys")
-def _(solution):
+def flips_share_of_the_keys(solution):
     for seed, T, k in ((5, 12, 5), (6, 9, 4)):
         one, other = _selections(seed, T, k)
         one, other = one[k - 1 :], other[k - 1 :]
@@ -360,7 +360,7 @@ def _(solution):
 
 
 @flips.property("-1 ignored")
-def _(solution):
+def flips_1_ignored(solution):
     for seed, T, keys, k in ((7, 9, 3, 9), (8, 4, 2, 37)):  # every row holds the same number of keys, then -1
         one, other = (
             torch.nn.functional.pad(side[keys - 1 :], (0, k - keys), value=-1) for side in _selections(seed, T, keys)
@@ -374,7 +374,7 @@ def _(solution):
 
 
 @flips.property("mean over rows")
-def _(solution):
+def flips_mean_over_rows(solution):
     for seed, T, k in ((9, 16, 12), (10, 7, 3)):  # short rows and long ones
         one, other = _selections(seed, T, k)
         one[-1] = other[-1]
@@ -382,7 +382,7 @@ def _(solution):
 
 
 @flips.property("empty row")
-def _(solution):
+def flips_empty_row(solution):
     one, other = _selections(11, 6, 4)
     one[0], other[0] = -1, -1
     _expect_flips(solution, one, other, "a row without keys has nothing that could change: it counts 0, not 0 / 0")

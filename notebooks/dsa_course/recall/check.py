@@ -44,7 +44,7 @@ def _recall(solution, weights, indices, cause, suspects=None):
 
 
 @recall.property("one row")
-def _(solution):
+def recall_one_row(solution):
     for seed, row in ((1, [3, 1, 0]), (2, [5])):
         weights, indices = _weights(1, 6, seed), _rows([row])
         mass = float(weights[0, row].sum())
@@ -53,7 +53,7 @@ def _(solution):
 
 
 @recall.property("mean over rows")
-def _(solution):
+def recall_mean_over_rows(solution):
     for seed, T in ((1, 4), (2, 37)):
         weights = _weights(T, 9, seed)
         indices = torch.arange(3, dtype=torch.int32).expand(T, 3) + (torch.arange(T, dtype=torch.int32) % 6)[:, None]
@@ -64,7 +64,7 @@ def _(solution):
 
 
 @recall.property("padding")
-def _(solution):
+def recall_padding(solution):
     for seed in (1, 2):
         weights = _weights(3, 6, seed)
         indices = _rows([[2, -1, -1, -1], [1, 2, -1, -1], [1, 2, 3, 4]])
@@ -85,14 +85,14 @@ def _gathered(weights, indices):
 
 
 @recall.property("duplicates")
-def _(solution):
+def recall_duplicates(solution):
     for seed in (1, 2):
         weights, indices = _weights(3, 6, seed), _rows([[2, 2, -1], [1, 1, 1], [0, 4, 5]])
         _recall(solution, weights, indices, "a key named twice catches its weight once")
 
 
 @recall.property("empty row")
-def _(solution):
+def recall_empty_row(solution):
     for seed in (1, 2):
         weights, indices = _weights(3, 6, seed), _rows([[-1, -1], [-1, -1], [0, 4]])
         cause = "a row that selects nothing catches 0, and counts in the mean"
@@ -108,7 +108,7 @@ def _by_recency(got, T, k):
 
 
 @window_selection.property("shape")
-def _(solution):
+def window_selection_shape(solution):
     for T, k in ((1, 1), (4, 3), (3, 5)):
         got = solution(T, k)
         cause = "a row is k wide even where k > T: pad it with -1"
@@ -119,14 +119,14 @@ def _(solution):
 
 
 @window_selection.property("future")
-def _(solution):
+def window_selection_future(solution):
     for T, k in ((6, 2), (37, 5)):
         with judging("future", "row t ends with its own key, t: nothing later", ["future"]):
             _by_recency(solution(T, k), T, k)
 
 
 @window_selection.property("padding")
-def _(solution):
+def window_selection_padding(solution):
     for T, k in ((4, 3), (3, 5)):
         cause = "row t has only t + 1 keys: fill with -1, and only at the end of the row"
         with judging("padding", cause, ["range", "padding", "duplicates"]):
@@ -134,7 +134,7 @@ def _(solution):
 
 
 @window_selection.property("last keys")
-def _(solution):
+def window_selection_last_keys(solution):
     for T, k in ((37, 5), (9, 1), (3, 5)):
         with judging("last keys", "row t keeps keys t - k + 1 to t, its own among them"):
             _by_recency(solution(T, k), T, k)

@@ -36,7 +36,7 @@ def _distinct(T, S, seed):
 
 
 @select_topk.property("type")
-def _(solution):
+def select_topk_type(solution):
     scores = _distinct(6, 6, seed=1)
     got = solution(scores, 1)
     cause = "did you forget the return?" if got is None else "return one torch tensor for all rows"
@@ -45,7 +45,7 @@ def _(solution):
 
 
 @select_topk.property("future")
-def _(solution):
+def select_topk_future(solution):
     for T, S, seed in ((6, 6, 1), (3, 8, 2), (1, 5, 3)):
         scores = _distinct(T, S, seed)
         future = torch.arange(S) > S - T + torch.arange(T)[:, None]
@@ -53,14 +53,14 @@ def _(solution):
 
 
 @select_topk.property("padding")
-def _(solution):
+def select_topk_padding(solution):
     for T, S, k, seed in ((6, 6, 4, 1), (5, 7, 6, 2)):
         scores = _distinct(T, S, seed)
         compare_selection(solution(scores, k), scores, k)
 
 
 @select_topk.property("count")
-def _(solution):
+def select_topk_count(solution):
     for T, S, k, seed in ((6, 6, 3, 1), (4, 9, 3, 2), (3, 5, 8, 3)):  # with ties, and k > S
         scores = whole(T, S, seed=seed, largest=1)
         got = solution(scores, k)
@@ -72,7 +72,7 @@ def _(solution):
 
 
 @select_topk.property("scores")
-def _(solution):
+def select_topk_scores(solution):
     for T, S, k, seed in ((37, 37, 5, 1), (9, 64, 16, 2), (1, 100, 1, 3)):
         for shift in (0.0, -10.0):  # and all of them below 0
             scores = _distinct(T, S, seed) + shift
@@ -83,14 +83,14 @@ def _(solution):
 
 
 @select_topk.property("ties")
-def _(solution):
+def select_topk_ties(solution):
     for T, S, k, seed in ((12, 12, 4, 1), (5, 300, 100, 2), (3, 9, 16, 3)):
         scores = whole(T, S, seed=seed, largest=1) + 1.0  # 0, 1 and 2, but never -0.0
         compare_selection(solution(scores, k), scores, k)
 
 
 @select_topk.property("signed zeros")
-def _(solution):
+def select_topk_signed_zeros(solution):
     for T, S, k, seed in ((8, 8, 3, 1), (2, 40, 9, 2)):
         scores = torch.where(normal(T, S, seed=seed) > 0, 0.0, -0.0)
         with judging("signed zeros", "-0.0 equals 0.0: compare the numbers, and not their bits"):
@@ -98,7 +98,7 @@ def _(solution):
 
 
 @select_topk.property("infinite scores")
-def _(solution):
+def select_topk_infinite_scores(solution):
     for T, S, k, seed in ((6, 6, 3, 1), (3, 9, 5, 2)):
         scores = _distinct(T, S, seed)
         scores[:, ::2] = -torch.inf
@@ -108,7 +108,7 @@ def _(solution):
 
 
 @select_topk.property("NaN refused")
-def _(solution):
+def select_topk_nan_refused(solution):
     scores = _distinct(5, 7, seed=1)
     hidden = scores.clone()
     hidden[0, 6] = torch.nan  # row 0 sees keys 0 to 2
@@ -165,12 +165,12 @@ def _accepts(solution, name, arrange):
 
 
 @check_selection.property("accepts the right one")
-def _(solution):
+def check_selection_accepts_the_right_one(solution):
     _accepts(solution, "the reference's own selection", lambda indices: indices)
 
 
 @check_selection.property("accepts any order")
-def _(solution):
+def check_selection_accepts_any_order(solution):
     def turned_round(indices):
         for row in indices:
             kept = row[row >= 0]
@@ -211,7 +211,7 @@ def _kills(name, cause):
 
 
 @check_selection.property("type")
-def _(solution):
+def check_selection_type(solution):
     scores = whole(8, 8, seed=1)
     verdict = _verdict(solution, reference(scores, 3).long(), scores, 3)
     expect(
@@ -222,7 +222,7 @@ def _(solution):
 
 
 @check_selection.property("count")
-def _(solution):
+def check_selection_count(solution):
     for scores, k in _tied_scores():
         T, S = scores.shape
         right = reference(scores, k)
@@ -257,7 +257,7 @@ def _swapped(row, old, new):
 
 
 @_kills("padding", "-1 fills the end of a row, and only the end; no other number fills it")
-def _(row, visible, everything):
+def misplaced_padding(row, visible, everything):
     if -1 in row:
         yield [-1, *row[:-1]]
         yield [s if s >= 0 else 0 for s in row]
@@ -265,7 +265,7 @@ def _(row, visible, everything):
 
 
 @_kills("range", "an index must be -1, or point at a key: 0 <= s < S (Python takes negative ones from the end)")
-def _(row, visible, everything):
+def indices_out_of_range(row, visible, everything):
     n, S = len(visible), len(everything)
     if -1 not in row:
         last = _last_in(row, visible)
@@ -274,7 +274,7 @@ def _(row, visible, everything):
 
 
 @_kills("future", "row t sees keys up to S - T + t only, whatever the later ones score")
-def _(row, visible, everything):
+def keys_of_the_future(row, visible, everything):
     if -1 not in row:
         last = _last_in(row, visible)
         for s in range(len(visible), len(everything)):
@@ -283,7 +283,7 @@ def _(row, visible, everything):
 
 
 @_kills("duplicates", "the indices of a row must be distinct: naming a key twice drops another one")
-def _(row, visible, everything):
+def duplicated_keys(row, visible, everything):
     kept = [s for s in row if s >= 0]
     for i, a in enumerate(kept):
         for b in kept[:i]:
@@ -292,7 +292,7 @@ def _(row, visible, everything):
 
 
 @_kills("scores", "the kept scores must be the largest ones")
-def _(row, visible, everything):
+def smaller_scores(row, visible, everything):
     worst, best = (
         min(range(len(visible)), key=visible.__getitem__),
         max(row, key=lambda s: visible[s] if s >= 0 else -9),
@@ -305,7 +305,7 @@ def _(row, visible, everything):
 
 
 @_kills("ties", "of equal scores at the threshold the smallest index must win: comparing scores alone cannot see it")
-def _(row, visible, everything):
+def later_ties(row, visible, everything):
     if -1 not in row:
         last = _last_in(row, visible)
         left = [s for s, score in enumerate(visible) if score == visible[last] and s not in row]

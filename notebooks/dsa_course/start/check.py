@@ -64,7 +64,7 @@ def _select(solution, positive, suspects):
 
 
 @three_lines.property("selection")
-def _(solution):
+def three_lines_selection(solution):
     suspects = {
         "the weights w are not used": torch.ones_like,
         "a softmax over the weights: w is used as it is": lambda w: w.softmax(dim=-1),
@@ -73,7 +73,7 @@ def _(solution):
 
 
 @three_lines.property("negative weights")
-def _(solution):
+def three_lines_negative_weights(solution):
     suspects = {
         "w.abs(): a head of negative weight speaks against a key, and its sign was lost": torch.abs,
         "negative weights became 0: such a head speaks against a key": torch.relu,
@@ -87,7 +87,7 @@ def _(solution):
 
 
 @three_lines.property("ties")
-def _(solution):
+def three_lines_ties(solution):
     for case in CASES:
         given = _inputs(*case, positive=False, draw=whole)
         given["w"][:, 1:] = 0.0  # one head, whole numbers: many equal scores
@@ -96,7 +96,7 @@ def _(solution):
 
 
 @three_lines.property("value")
-def _(solution):
+def three_lines_value(solution):
     for case in CASES:
         given = _inputs(*case, positive=False)
         q, kv, k, scale, v_dim = (given[name] for name in ("q", "kv", "k", "scale", "v_dim"))

@@ -36,7 +36,7 @@ def _last_dims_first(x, positions, freqs):
 
 
 @rope_probe.property("sizes")
-def _(solution):
+def rope_probe_sizes(solution):
     got = solution()
     expect(isinstance(got, tuple) and len(got) == 3, f"got {type(got).__name__}", "return x, positions, freqs")
     x, positions, freqs = got
@@ -57,7 +57,7 @@ def _(solution):
 
 def _told_apart(name):
     @rope_probe.property(name)
-    def _(solution):
+    def rope_probe_tells_one_apart(solution):
         x, positions, freqs = solution()
         right, wrong = rope(x, positions, freqs, "half"), ROPES[name](x, positions, freqs)
         largest = float((right - wrong).abs().max())
@@ -114,7 +114,7 @@ MISSED = {
 
 
 @diagnose.property("names")
-def _(solution):
+def diagnose_names(solution):
     got = solution(_anonymous(index_scores))
     expect(
         isinstance(got, str) and got in FAULTS,
@@ -125,7 +125,7 @@ def _(solution):
 
 def _diagnosed(name):
     @diagnose.property(name)
-    def _(solution):
+    def diagnose_names_one_fault(solution):
         for implementation in FAULTS[name]:
             probed = _anonymous(implementation)
             got = solution(probed)
@@ -181,7 +181,7 @@ def patient(letter):
 
 
 @match_symptoms.property("patients")
-def _(solution):
+def match_symptoms_patients(solution):
     got = solution()
     expect(isinstance(got, dict), f"got {type(got).__name__}, expected a dict", "{'A': 'name of the trap', ...}")
     missing, extra = sorted(set(_PATIENTS) - set(got)), sorted(set(map(str, got)) - set(_PATIENTS))
@@ -190,20 +190,20 @@ def _(solution):
 
 
 @match_symptoms.property("known names")
-def _(solution):
+def match_symptoms_known_names(solution):
     for letter, name in sorted(solution().items()):
         expect(name in SUSPECTS, f"{letter}: got {name!r}, which is no suspect", f"choose among {', '.join(SUSPECTS)}")
 
 
 @match_symptoms.property("each once")
-def _(solution):
+def match_symptoms_each_once(solution):
     names = list(solution().values())
     twice = sorted({name for name in names if names.count(name) > 1})
     expect(not twice, f"got {', '.join(twice)} for more than one patient", "no two patients have the same fault")
 
 
 @match_symptoms.property("evidence")
-def _(solution):
+def match_symptoms_evidence(solution):
     got = solution()
     for letter, name in _PATIENTS.items():
         if got[letter] != name:

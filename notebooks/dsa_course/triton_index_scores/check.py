@@ -47,7 +47,7 @@ def _copy(kernel, values, BLOCK, programs=None):
 
 
 @copy_kernel.property("every block")
-def _(kernel):
+def copy_kernel_every_block(kernel):
     for seed in SEEDS:
         x = normal(48, seed=seed)
         got = _copy(kernel, x, 16)
@@ -55,14 +55,14 @@ def _(kernel):
 
 
 @copy_kernel.property("last element")
-def _(kernel):
+def copy_kernel_last_element(kernel):
     for n in (48, 37, 1, 33):
         x = normal(n, seed=n)
         expect_close(_copy(kernel, x, 16), x, 0.0, "i", "the mask is i < n: the elements are 0 to n - 1")
 
 
 @copy_kernel.property("own block only")
-def _(kernel):
+def copy_kernel_own_block_only(kernel):
     x = normal(37, seed=3)
     for BLOCK in (16, 8):
         got = _copy(kernel, x, BLOCK, programs=1)
@@ -86,7 +86,7 @@ def _row_sum(kernel, x, launch=launching.launch, BLOCK=16):
 
 
 @row_sum_kernel.property("sum of a row")
-def _(kernel):
+def row_sum_kernel_sum_of_a_row(kernel):
     for seed in SEEDS:
         x = whole(16, 16, seed=seed, largest=1000) / 8
         suspects = {"that is the mean": x.mean(1), "those are the sums of the columns": x.sum(0)}
@@ -95,7 +95,7 @@ def _(kernel):
 
 
 @row_sum_kernel.property("all tiles")
-def _(kernel):
+def row_sum_kernel_all_tiles(kernel):
     for seed, BLOCK in zip(SEEDS, (16, 32), strict=True):
         x = whole(5, 3 * BLOCK, seed=seed)
         suspects = {
@@ -107,7 +107,7 @@ def _(kernel):
 
 
 @row_sum_kernel.property("tail")
-def _(kernel):
+def row_sum_kernel_tail(kernel):
     for seed, C in zip(SEEDS, (37, 3), strict=True):
         x = whole(5, C, seed=seed)
         suspects = {
@@ -120,7 +120,7 @@ def _(kernel):
 
 
 @row_sum_kernel.property("row stride")
-def _(kernel):
+def row_sum_kernel_row_stride(kernel):
     for seed in SEEDS:
         x = whole(5, 37, seed=seed)
         got = _row_sum(kernel, launching.guarded(x, row_gap=7))
@@ -129,7 +129,7 @@ def _(kernel):
 
 
 @row_sum_kernel.property("column stride")
-def _(kernel):
+def row_sum_kernel_column_stride(kernel):
     for seed in SEEDS:
         x = whole(37, 5, seed=seed)
         got = _row_sum(kernel, launching.guarded(x, row_gap=2).T)
@@ -160,7 +160,7 @@ def _expect_count(got, expected, case, cause, suspects):
 
 
 @tile_cost.property("flops")
-def _(solution):
+def tile_cost_flops(solution):
     for case in TILES:
         BQ, BK, Hi, Di, size = case
         pairs = BQ * BK * Hi * Di
@@ -175,7 +175,7 @@ def _(solution):
 
 
 @tile_cost.property("bytes")
-def _(solution):
+def tile_cost_bytes(solution):
     for case in TILES:
         BQ, BK, Hi, Di, size = case
         keys, scores = BK * Di * size, 4 * BQ * BK
@@ -222,7 +222,7 @@ def _expect_past(kernel, q, k, w, cause, suspects=None):
 
 
 @index_scores_kernel.property("dot products")
-def _(kernel):
+def index_scores_kernel_dot_products(kernel):
     for seed in SEEDS:
         q, k = _positive(16, 16, 16, seed=seed), _positive(16, 16, seed=seed + 10)
         w, cause = torch.ones(16, 16), "numbers positive, weights 1: the score is the sum over heads of q · k"
@@ -235,14 +235,14 @@ def _(kernel):
 
 
 @index_scores_kernel.property("every tile")
-def _(kernel):
+def index_scores_kernel_every_tile(kernel):
     q, k, w = _positive(32, 16, 16, seed=1), _positive(32, 16, seed=2), torch.ones(32, 16)
     suspects = {"every program took the keys of tile 0": index_scores(q, k[:16].repeat(2, 1), w)}
     _expect_past(kernel, q, k, w, "program (t, j) owns query t and the keys from j · BK on", suspects)
 
 
 @index_scores_kernel.property("own tile only")
-def _(kernel):
+def index_scores_kernel_own_tile_only(kernel):
     q, k, w = _positive(3, 16, 16, seed=1), _positive(32, 16, seed=2), torch.ones(3, 16)
     got = _scores(kernel, q, k, w, grid=(2, 1))
     got[:2, :16] = torch.nan
@@ -254,7 +254,7 @@ def _(kernel):
 
 
 @index_scores_kernel.property("weights")
-def _(kernel):
+def index_scores_kernel_weights(kernel):
     for seed in SEEDS:
         q, k = _positive(16, 16, 16, seed=seed), _positive(16, 16, seed=seed + 10)
         w, plain = _positive(16, 16, seed=seed + 20), index_scores(q, k, torch.ones(16, 16))
@@ -267,7 +267,7 @@ def _(kernel):
 
 
 @index_scores_kernel.property("relu")
-def _(kernel):
+def index_scores_kernel_relu(kernel):
     for seed in SEEDS:
         q, k, w = whole(16, 16, 16, seed=seed), whole(16, 16, seed=seed + 10), _positive(16, 16, seed=seed + 20)
         q[:, 1:] = 0  # one head alone
@@ -276,7 +276,7 @@ def _(kernel):
 
 
 @index_scores_kernel.property("relu per head")
-def _(kernel):
+def index_scores_kernel_relu_per_head(kernel):
     for seed in SEEDS:
         q, k, w = whole(16, 16, 16, seed=seed), whole(16, 16, seed=seed + 10), whole(16, 16, seed=seed + 20)
         weighted = torch.einsum("thd,sd,th->ths", q, k, w)
@@ -289,13 +289,13 @@ def _(kernel):
 
 
 @index_scores_kernel.property("future hidden")
-def _(kernel):
+def index_scores_kernel_future_hidden(kernel):
     for seed, T in zip(SEEDS, (16, 32), strict=True):
         _expect_causal(kernel, T, T, seed)
 
 
 @index_scores_kernel.property("queries last")
-def _(kernel):
+def index_scores_kernel_queries_last(kernel):
     for seed, (T, S) in zip(SEEDS, ((5, 32), (1, 16)), strict=True):
         _expect_causal(kernel, T, S, seed)
 
@@ -323,7 +323,7 @@ def _expect_all(kernel, q, k, w, cause, gap=0, BK=16):
 
 
 @index_scores_kernel.property("strides")
-def _(kernel):
+def index_scores_kernel_strides(kernel):
     for seed in SEEDS:
         q, k, w = whole(5, 16, 16, seed=seed), whole(32, 16, seed=seed + 10), whole(5, 16, seed=seed + 20)
         cause = "rows lie further apart than they are long (NaN between them): use the strides that were passed"
@@ -331,7 +331,7 @@ def _(kernel):
 
 
 @index_scores_kernel.property("tails")
-def _(kernel):
+def index_scores_kernel_tails(kernel):
     for seed, (T, S, Hi, Di) in zip(SEEDS, ((5, 37, 3, 12), (2, 20, 1, 5)), strict=True):
         q, k, w = whole(T, Hi, Di, seed=seed), whole(S, Di, seed=seed + 10), whole(T, Hi, seed=seed + 20)
         cause = "lanes past Hi, Di or S must load 0: a mask with other=0.0, or they take in what lies behind"
@@ -341,13 +341,13 @@ def _(kernel):
 
 
 @index_scores_kernel.property("larger tiles")
-def _(kernel):
+def index_scores_kernel_larger_tiles(kernel):
     q, k, w = whole(2, 20, 24, seed=1), whole(70, 24, seed=2), whole(2, 20, seed=3)
     _expect_all(kernel, q, k, w, "BK, HP and DP are 32 here: take the sizes of tiles from the arguments", BK=32)
 
 
 @index_scores_kernel.property("full precision")
-def _(kernel):
+def index_scores_kernel_full_precision(kernel):
     expect(
         launching.dots_are_exact(kernel),
         'a tl.dot without input_precision="ieee"',
@@ -381,19 +381,19 @@ def _expect_lengths(kernel, k, cause, gap=0):
 
 
 @planted_bug_kernel.property("full tiles")
-def _(kernel):
+def planted_bug_kernel_full_tiles(kernel):
     for seed in SEEDS:
         _expect_lengths(kernel, whole(32, 16, seed=seed), "what the given kernel did right must stay right")
 
 
 @planted_bug_kernel.property("last keys")
-def _(kernel):
+def planted_bug_kernel_last_keys(kernel):
     for seed, S in zip(SEEDS, (37, 1), strict=True):
         _expect_lengths(kernel, whole(S, 16, seed=seed), "S is no multiple of BK: the last tile is partly filled")
 
 
 @planted_bug_kernel.property("narrow keys")
-def _(kernel):
+def planted_bug_kernel_narrow_keys(kernel):
     cause = "Di is no power of two: the lanes from Di on must count 0, but took in what lies behind the key"
     _expect_lengths(kernel, whole(37, 12, seed=1), cause)
     strangers = "between two keys lie 4 numbers that are nobody's: step by row_stride, mask by Di"

@@ -35,7 +35,7 @@ def _expect_lse(kernel, x, cause, suspects=None, gap=0):
 
 
 @row_lse_kernel.property("one block")
-def _(kernel):
+def row_lse_kernel_one_block(kernel):
     for seed in SEEDS:
         x = normal(3, 16, seed=seed)
         suspects = {"that is the maximum: the sum is missing": x.amax(1), "m was not added again": _lse(x) - x.amax(1)}
@@ -47,7 +47,7 @@ def _slope(n, step):
 
 
 @row_lse_kernel.property("rising blocks")
-def _(kernel):
+def row_lse_kernel_rising_blocks(kernel):
     for seed in SEEDS:
         x = normal(3, 48, seed=seed) + _slope(48, 2.0)
         cause = "when m rises, the old l must shrink: l · exp(m - new_m)"
@@ -59,7 +59,7 @@ def _(kernel):
 
 
 @row_lse_kernel.property("falling blocks")
-def _(kernel):
+def row_lse_kernel_falling_blocks(kernel):
     for seed in SEEDS:
         x = normal(3, 48, seed=seed) - _slope(48, 2.0)
         suspects = {"only the first block was read": _lse(x[:, :16])}
@@ -69,14 +69,14 @@ def _(kernel):
 
 
 @row_lse_kernel.property("large logits")
-def _(kernel):
+def row_lse_kernel_large_logits(kernel):
     for seed, shift in zip((*SEEDS, 3), (500.0, -500.0, -20000.0), strict=True):
         cause = "fp32's exp overflows at 88 and vanishes below -104: m starts at -inf, and is subtracted before exp"
         _expect_lse(kernel, normal(3, 32, seed=seed) + shift, cause)
 
 
 @row_lse_kernel.property("tail")
-def _(kernel):
+def row_lse_kernel_tail(kernel):
     for seed, n in zip(SEEDS, (37, 3), strict=True):
         x = normal(3, n, seed=seed) - 4.0
         zeros = torch.cat([x, torch.zeros(3, -n % 16)], 1)
@@ -86,7 +86,7 @@ def _(kernel):
 
 
 @row_lse_kernel.property("row stride")
-def _(kernel):
+def row_lse_kernel_row_stride(kernel):
     for seed in SEEDS:
         cause = "rows are x_row apart, which need not be n: here 7 elements of NaN lie between two rows"
         _expect_lse(kernel, normal(5, 37, seed=seed), cause, gap=7)
@@ -94,7 +94,7 @@ def _(kernel):
 
 
 @row_lse_kernel.property("empty blocks")
-def _(kernel):
+def row_lse_kernel_empty_blocks(kernel):
     for seed in SEEDS:
         x = normal(4, 37, seed=seed)
         x[0] = -torch.inf
@@ -150,19 +150,19 @@ def _expect_merged(kernel, outs, lses, cause, which="out lse"):
 
 
 @merge_kernel.property("out")
-def _(kernel):
+def merge_kernel_out(kernel):
     for seed in SEEDS:
         _expect_merged(kernel, *_parts(seed, 2, 3, 16), "a part weighs exp(lse_p - lse)", "out")
 
 
 @merge_kernel.property("lse")
-def _(kernel):
+def merge_kernel_lse(kernel):
     for seed in SEEDS:
         _expect_merged(kernel, *_parts(seed, 2, 3, 16), "the merged lse is log of the sum of exp(lse_p)", "lse")
 
 
 @merge_kernel.property("many parts")
-def _(kernel):
+def merge_kernel_many_parts(kernel):
     for seed, P in zip(SEEDS, (7, 1), strict=True):
         outs, lses = _parts(seed, P, 3, 16)
         for order in (lses[:, 0].argsort(), lses[:, 0].argsort(descending=True)):
@@ -171,21 +171,21 @@ def _(kernel):
 
 
 @merge_kernel.property("large lse")
-def _(kernel):
+def merge_kernel_large_lse(kernel):
     for seed, shift in zip(SEEDS, (500.0, -500.0), strict=True):
         cause = "exp(lse) overflows at 88 and vanishes below -104: subtract the largest lse first"
         _expect_merged(kernel, *_parts(seed, 3, 3, 16, shift=shift), cause)
 
 
 @merge_kernel.property("narrow values")
-def _(kernel):
+def merge_kernel_narrow_values(kernel):
     for seed, V in zip(SEEDS, (12, 5), strict=True):
         _expect_merged(kernel, *_parts(seed, 3, 4, V), "V is smaller than VP: mask the lanes, rows are V apart")
     _merge(kernel, *_parts(3, 3, 4, 5), launching.expect_reads_inside)
 
 
 @merge_kernel.property("empty parts")
-def _(kernel):
+def merge_kernel_empty_parts(kernel):
     for seed in SEEDS:
         empty = [(0, 0), (2, 1), (0, 2), (1, 2), (2, 2)]
         cause = "a part without keys has lse -inf and weighs 0; where all are empty the result is 0 and -inf, not NaN"

@@ -123,14 +123,14 @@ def _expect_rows(kernel, kv, indices, cause, gap=0):
 
 
 @gather_kernel.property("rows")
-def _(kernel):
+def gather_kernel_rows(kernel):
     for seed in SEEDS:
         kv = whole(29, 16, seed=seed, largest=99)
         _expect_rows(kernel, kv, _pick(29, 16, seed=seed), "row j of the output is kv[indices[j]]")
 
 
 @gather_kernel.property("every tile")
-def _(kernel):
+def gather_kernel_every_tile(kernel):
     for seed in SEEDS:
         kv = whole(50, 16, seed=seed, largest=99)
         _expect_rows(kernel, kv, _pick(50, 48, seed=seed), "program p owns the places j from p · BK on")
@@ -140,7 +140,7 @@ def _(kernel):
 
 
 @gather_kernel.property("padding")
-def _(kernel):
+def gather_kernel_padding(kernel):
     for seed in SEEDS:
         kv, indices = whole(29, 16, seed=seed, largest=99), _pick(29, 16, seed=seed)
         indices[[0, 5, 15]] = -1
@@ -149,7 +149,7 @@ def _(kernel):
 
 
 @gather_kernel.property("row stride")
-def _(kernel):
+def gather_kernel_row_stride(kernel):
     for seed in SEEDS:
         kv = whole(29, 16, seed=seed, largest=99)
         cause = "rows of kv are kv_row apart, which need not be D: here 5 elements of NaN lie between two rows"
@@ -157,7 +157,7 @@ def _(kernel):
 
 
 @gather_kernel.property("narrow rows")
-def _(kernel):
+def gather_kernel_narrow_rows(kernel):
     for seed, D in zip(SEEDS, (12, 3), strict=True):
         kv = whole(29, D, seed=seed, largest=99)
         cause = "D is smaller than the tile's DP lanes: mask them, and let the output's rows be D apart"
@@ -165,7 +165,7 @@ def _(kernel):
 
 
 @gather_kernel.property("tail")
-def _(kernel):
+def gather_kernel_tail(kernel):
     for seed, k in zip(SEEDS, (21, 1), strict=True):
         kv = whole(29, 16, seed=seed, largest=99)
         _expect_rows(kernel, kv, _pick(29, k, seed=seed), "k is no multiple of BK: the last tile is partly filled")
@@ -177,7 +177,7 @@ def _(kernel):
 
 
 @gather_kernel.property("wide offsets")
-def _(kernel):
+def gather_kernel_wide_offsets(kernel):
     kv, out, indices = launching.guarded(whole(29, 16, seed=1)), launching.output(3, 16), _pick(29, 3, seed=1)
     far = 2**30
     _expect_wide(
@@ -217,7 +217,7 @@ def _inputs(seed, T, H, S, D, k):
 
 
 @sparse_attention_kernel.property("one tile")
-def _(kernel):
+def sparse_attention_kernel_one_tile(kernel):
     for seed in SEEDS:
         q, kv, indices = _inputs(seed, 3, 16, 29, 16, 16)
         suspects = {
@@ -230,14 +230,14 @@ def _(kernel):
 
 
 @sparse_attention_kernel.property("natural lse")
-def _(kernel):
+def sparse_attention_kernel_natural_lse(kernel):
     for seed in SEEDS:
         q, kv, indices = _inputs(seed, 3, 16, 29, 16, 16)
         _expect_attention(kernel, q, kv, indices, 16, "lse is m + log(l), in natural logarithms", which="lse")
 
 
 @sparse_attention_kernel.property("value columns")
-def _(kernel):
+def sparse_attention_kernel_value_columns(kernel):
     for seed, V in zip(SEEDS, (8, 5), strict=True):
         q, kv, indices = _inputs(seed, 3, 16, 29, 16, 16)
         cause = "the value is the first V columns of a row, and the output's rows are V long"
@@ -245,7 +245,7 @@ def _(kernel):
 
 
 @sparse_attention_kernel.property("several tiles")
-def _(kernel):
+def sparse_attention_kernel_several_tiles(kernel):
     for seed in SEEDS:
         q, kv, indices = _inputs(seed, 2, 16, 80, 16, 64)
         order = (q[:, :1] @ kv.T)[:, 0].gather(1, indices.long()).argsort(1)  # head 0's logits rise, others are mixed
@@ -260,7 +260,7 @@ def _(kernel):
 
 
 @sparse_attention_kernel.property("tail")
-def _(kernel):
+def sparse_attention_kernel_tail(kernel):
     for seed, k in zip(SEEDS, (33, 3), strict=True):
         q, kv, indices = _inputs(seed, 3, 16, 80, 16, k)
         zeros = torch.cat([kv, torch.zeros(1, 16)])
@@ -274,7 +274,7 @@ def _(kernel):
 
 
 @sparse_attention_kernel.property("padding")
-def _(kernel):
+def sparse_attention_kernel_padding(kernel):
     for seed in SEEDS:
         q, kv, indices = _inputs(seed, 3, 16, 80, 16, 32)
         indices[0, 20:] = indices[1, 3:12] = -1
@@ -289,7 +289,7 @@ def _(kernel):
 
 
 @sparse_attention_kernel.property("empty row")
-def _(kernel):
+def sparse_attention_kernel_empty_row(kernel):
     for seed in SEEDS:
         q, kv, indices = _inputs(seed, 3, 16, 80, 16, 32)
         indices[0] = -1
@@ -301,7 +301,7 @@ def _(kernel):
 
 
 @sparse_attention_kernel.property("few heads, odd sizes")
-def _(kernel):
+def sparse_attention_kernel_few_heads_odd_sizes(kernel):
     for seed, H, D, V in zip(SEEDS, (3, 1), (12, 21), (7, 21), strict=True):
         q, kv, indices = _inputs(seed, 2, H, 80, D, 21)
         cause = "H and D are smaller than the tile: lanes past them load 0 and are not stored"
@@ -314,7 +314,7 @@ def _(kernel):
 
 
 @sparse_attention_kernel.property("large logits")
-def _(kernel):
+def sparse_attention_kernel_large_logits(kernel):
     for seed in SEEDS:
         q, kv, indices = _inputs(seed, 2, 16, 29, 16, 16)
         cause = "fp32's exp overflows at 88 and vanishes below -104: before exp subtract m, to every head its own"
@@ -324,7 +324,7 @@ def _(kernel):
 
 
 @sparse_attention_kernel.property("full precision")
-def _(kernel):
+def sparse_attention_kernel_full_precision(kernel):
     expect(
         launching.dots_are_exact(kernel),
         'a tl.dot without input_precision="ieee"',
@@ -337,7 +337,7 @@ def _(kernel):
 
 
 @sparse_attention_kernel.property("wide offsets")
-def _(kernel):
+def sparse_attention_kernel_wide_offsets(kernel):
     q, kv = launching.guarded(whole(3, 1, 16, seed=1)), launching.guarded(whole(29, 16, seed=2))
     out, lse, indices, far = launching.output(3, 1, 16), launching.output(3, 1), _pick(29, 3, 3, seed=1), 2**30
     row, columns = np.arange(3)[:, None] * far, np.arange(16)
