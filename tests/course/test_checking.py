@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import rungs
 import torch
+
 from dsa_course import checking as core
 from dsa_course import launching, toy
 from dsa_course.checking import Check, expect, expect_close, expect_shape
-
 from dsa_ref.testing import Failed, poisoned
 
 

@@ -4,9 +4,9 @@ import importlib
 import pathlib
 
 import pytest
+
 from conftest import NEEDS_TRITON
 from dsa_course import checks
-
 from dsa_ref.testing import Failed
 
 HERE = pathlib.Path(__file__).parent

@@ -10,9 +10,9 @@ import sys
 
 import nbformat
 import pytest
-from dsa_course import checks
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from dsa_course import checks
 from notebooks.maintain.learner import LEARNER, SOURCE, learner_edition
 from notebooks.maintain.pictures import FIGURES, PICTURES, picture
 

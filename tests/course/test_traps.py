@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
+
+import dsa_ref
 from dsa_course.traps import runs as trap_runs
 from dsa_course.traps import table as traps
 from dsa_course.traps.__main__ import measure
-
-import dsa_ref
 from dsa_ref.testing import overlap
 from dsa_ref.training.corpus import load_corpus
 from dsa_ref.training.evaluate import held_out_windows

@@ -11,12 +11,13 @@ from pathlib import Path
 import ipywidgets
 import numpy as np
 import pytest
-from dsa_course import viz
 from IPython.core.formatters import DisplayFormatter
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
+
+from dsa_course import viz
 
 TEXT = b"def f(x):\n\treturn x\n\nprint(f(2))\xff\x00"
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 import torch
-from dsa_course.gpu_selection.thresholds import group_maxima, kth_by_digits, ordered_bits
-from dsa_course.gpu_selection.thresholds import lower_bound as bound
 
 import dsa_ref
+from dsa_course.gpu_selection.thresholds import group_maxima, kth_by_digits, ordered_bits
+from dsa_course.gpu_selection.thresholds import lower_bound as bound
 
 from . import wrong
 
