@@ -14,6 +14,7 @@ from .rope import rope, rope_frequencies, rope_loops
 from .rotate_quantize import rotate_quantize, rotate_quantize_loops
 from .select_topk import select_topk, select_topk_loops
 from .sparse_attention import sparse_attention, sparse_attention_loops
+from .version import __version__ as __version__
 
 # isort: split
 from .nn import DSALayer, LayerCache, load_layer  # after the steps: a layer's default ops is this package

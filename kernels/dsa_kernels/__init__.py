@@ -8,6 +8,8 @@ Compiled on a GPU of compute capability 8.0 or newer, interpreted on a CPU; `mod
 from .runtime import mode  # first: it decides how triton is imported
 
 # isort: split
+from dsa_ref.version import __version__ as __version__
+
 from .index_scores import index_scores
 from .lightning_select import lightning_select
 from .rotate_quantize import hadamard, quantize, rope, rotate_quantize
