@@ -85,7 +85,7 @@ def small_blocks(monkeypatch):
     for name in ("blocks", "sparse_attention", "indexer_loss"):
         monkeypatch.setattr(importlib.import_module(f"dsa_ref.{name}"), "pairs_at_once", lambda tensor: 300)
     if rungs.has_triton():
-        monkeypatch.setattr(importlib.import_module("dsa_kernels.lightning_select"), "SCORES_AT_ONCE", 300)
+        monkeypatch.setattr("dsa_kernels.runtime.SCORES_AT_ONCE", 300)
 
 
 class SkipAccount:

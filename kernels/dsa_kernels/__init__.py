@@ -3,6 +3,12 @@
 `dense_attention` and `indexer_loss` have no kernel.
 
 Compiled on a GPU of compute capability 8.0 or newer, interpreted on a CPU; `mode()` says which.
+
+Steps with more than one implementation take `variant`. "portable" and "hopper" name where the code comes from, this
+package or `dsa_kernels.hopper`; `select_topk` also takes the names of its portable algorithms. A variant that is asked
+for holds in every step inside the step: "portable" runs no code of `hopper`, and "hopper" runs it wherever there is
+some, but that rows which a fast kernel flags are always redone by portable ones. None chooses, in each step by itself.
+What cannot serve the inputs raises ValueError and says why.
 """
 
 from .runtime import mode  # first: it decides how triton is imported

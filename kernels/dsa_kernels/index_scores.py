@@ -18,6 +18,12 @@ from dsa_ref.contracts import check_index_scores
 from .runtime import FLOATS, INTERPRETED, check_runnable, dot_dtype, hopper_variant, multiprocessors
 
 FEWEST_FOR_HOPPER = 512  # queries; each of its blocks takes eight
+TRITON_NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float8_e4m3fn: "float8e4nv",
+}
 
 
 @triton.jit
@@ -85,36 +91,54 @@ def _index_scores(
     _fill(out_ptr, t, covered, chunk_last, T, S, BQ, BK)
 
 
-def index_scores(q_idx, k_idx, w, k_scale=None, start=None, end=None, variant=None):
+def index_scores(
+    q_idx: torch.Tensor,
+    k_idx: torch.Tensor,
+    w: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    start: torch.Tensor | None = None,
+    end: torch.Tensor | None = None,
+    variant: str | None = None,
+) -> torch.Tensor:
     """`dsa_ref.index_scores` on tensor cores: fp32 [T, S], -inf where a row may not look. No gradient.
 
+    q_idx [T, Hi, Di] and k_idx [S, Di]: one dtype of float8_e4m3fn, bf16, fp16 and fp32; w: float [T, Hi]; k_scale:
+    float [S] or None; start, end: int32 [T], default causal with the queries last.
     FP8 inputs are multiplied as FP8 where the GPU can (compute capability 8.9), else as bf16, which holds them exactly;
     bf16 and fp16 as they are; fp32 without TF32. Hopper's FP8 tensor cores add with fewer bits than fp32 has: expect
     relative errors of some 1e-4. NaN in q_idx, k_idx or w gives NaN scores, which a selection then refuses.
-
     variant: "portable", "hopper" (compute capability 9.0, FP8, 64 heads of 128), or None for "hopper" where it can
     serve and has FEWEST_FOR_HOPPER queries, else "portable". Both give the same bits.
-    Raises as the reference does (fp64 is a TypeError here), as `runtime.check_runnable` does, and ValueError for a
-    variant that is unknown or cannot serve these inputs.
+
+    Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does, and for a
+    variant that is unknown or cannot serve these inputs. Source: SPEC section 2.
     """
-    T, S, start, end = check_index_scores(q_idx, k_idx, w, k_scale, start, end, FLOATS)
+    _, _, start, end = check_index_scores(q_idx, k_idx, w, k_scale, start, end, FLOATS)
     check_runnable(q_idx=q_idx, k_idx=k_idx, w=w, k_scale=k_scale)
     return launch(q_idx, k_idx, w, k_scale, start, end, variant)
 
 
-def launch(q_idx, k_idx, w, k_scale, start, end, variant=None, redo=None):
-    """Pick tiles and run the kernel on checked arguments.
+def launch(q_idx, k_idx, w, k_scale, start, end, variant=None):
+    """Scores [T, S] from checked arguments, by the kernel that `variant` says."""
+    T, S = len(q_idx), len(k_idx)
+    default = "hopper" if T >= FEWEST_FOR_HOPPER else "portable"
+    hopper = hopper_variant("index_scores", variant, default, q_idx, k_scale, S)
+    if not hopper:
+        return launch_portable(q_idx, k_idx, w, k_scale, start, end)
+    out = torch.empty(T, S, dtype=torch.float32, device=q_idx.device)
+    if T:
+        hopper.index_scores(q_idx, k_idx, w, k_scale, start, end, out)
+    return out
 
-    With redo, int32 [T], the portable kernel scores the rows whose redo is not 0, and others as it happens.
+
+def launch_portable(q_idx, k_idx, w, k_scale, start, end, redo=None):
+    """Scores [T, S] from checked arguments: pick tiles and run the kernel of this file.
+
+    With redo, int32 [T], blocks of queries none of which has a redo but 0 are left out: what they give is undefined.
     """
     (T, Hi, Di), S = q_idx.shape, k_idx.shape[0]
-    default = "portable" if redo is not None or T < FEWEST_FOR_HOPPER else "hopper"
-    hopper = hopper_variant("index_scores", variant, default, q_idx, k_scale, S)
     out = torch.empty(T, S, dtype=torch.float32, device=q_idx.device)
     if T == 0:
-        return out
-    if hopper:
-        hopper.index_scores(q_idx, k_idx, w, k_scale, start, end, out)
         return out
     HP, DP = triton.next_power_of_2(Hi), max(32, triton.next_power_of_2(Di))
     wide = q_idx.dtype == torch.float32
@@ -131,11 +155,3 @@ def launch(q_idx, k_idx, w, k_scale, start, end, variant=None, redo=None):
         SCALED=k_scale is not None, WHOLE=DP == Di, STAGES=3, num_warps=4,
     )  # fmt: skip
     return out
-
-
-TRITON_NAMES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float8_e4m3fn: "float8e4nv",
-}

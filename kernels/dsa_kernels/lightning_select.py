@@ -1,51 +1,70 @@
-"""Score and select: some rows at a time, two kernels that meet in a buffer of at most SCORES_AT_ONCE scores.
+"""Score and select: some rows at a time, two kernels that meet in a buffer of at most `runtime.SCORES_AT_ONCE` scores.
 
 On Hopper, for many queries and long rows, one kernel does both without a score matrix; see `hopper.lightning_select`.
-The rows that it flags are redone here by the two kernels.
+The rows that it flags are redone here by two portable kernels, which need no luck.
 """
 
 import torch
 
 from dsa_ref.contracts import check_count, check_index_scores, values_readable
 
-from .index_scores import FEWEST_FOR_HOPPER
+from . import runtime
+from .index_scores import FEWEST_FOR_HOPPER, launch_portable
 from .index_scores import launch as launch_scores
 from .runtime import FLOATS, check_runnable, hopper_variant
 from .select_topk import launch as launch_selection
-
-SCORES_AT_ONCE = 1 << 28  # 1 GiB of fp32
-
-
-REDONE_AT_ONCE = 1 << 27
+from .select_topk import refuse_nan
+from .topk import radix
 
 
 @torch.no_grad()
-def lightning_select(q_idx, k_idx, w, k, k_scale=None, start=None, end=None, variant=None):
-    """`dsa_ref.lightning_select`: int32 [T, k]. Raises as there, and as `runtime.check_runnable` does.
+def lightning_select(
+    q_idx: torch.Tensor,
+    k_idx: torch.Tensor,
+    w: torch.Tensor,
+    k: int,
+    k_scale: torch.Tensor | None = None,
+    start: torch.Tensor | None = None,
+    end: torch.Tensor | None = None,
+    variant: str | None = None,
+) -> torch.Tensor:
+    """`dsa_ref.lightning_select`: the k best keys of each query, int32 [T, k], in no specified order, -1 after them.
 
-    variant: "portable", "hopper" (what `index_scores` needs, and at most 2048 of at least 24,576 keys), or None for
-    "hopper" where it can serve and has 512 queries, else "portable". Both give the same set. ValueError for any
-    other, and for "hopper" where it cannot serve.
+    q_idx [T, Hi, Di], k_idx [S, Di], w [T, Hi], k_scale [S], start and end int32 [T]: as in `index_scores`; k >= 1.
+    No gradient.
+    variant: "hopper" (what `index_scores` needs, and at most 2048 of at least 24,576 keys) is the fused kernel;
+    "portable" is portable `index_scores`, then portable `select_topk`; None is "hopper" where it can serve and has
+    FEWEST_FOR_HOPPER queries, else the two steps, each as it chooses by itself. All give the same set. The rows that
+    the fused kernel flags are redone by the portable scores and "radix".
+
+    Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does, and for a
+    variant that is unknown or cannot serve these inputs. Source: SPEC sections 2 and 4.
     """
     T, S, start, end = check_index_scores(q_idx, k_idx, w, k_scale, start, end, FLOATS)
     check_count("k", k)
     check_runnable(q_idx=q_idx, k_idx=k_idx, w=w, k_scale=k_scale)
     default = "hopper" if T >= FEWEST_FOR_HOPPER else "portable"
     hopper = hopper_variant("lightning_select", variant, default, q_idx, k_scale, S, k)
-    indices = torch.empty(T, k, dtype=torch.int32, device=q_idx.device)
-    redo = None
+    out = torch.empty(T, k, dtype=torch.int32, device=q_idx.device)
     if hopper and T:
-        nan, redo = hopper.lightning_select(q_idx, k_idx, w, k, k_scale, start, end, indices)
-        if values_readable(nan):
-            if nan.any():
-                raise ValueError(f"scores must not be NaN, got NaN in row {int(nan.nonzero()[0])}")
-            if not redo.any():
-                return indices
-    rows = max(1, (REDONE_AT_ONCE if hopper else SCORES_AT_ONCE) // S)
-    for first in range(0, T, rows):
-        part = slice(first, first + rows)
-        again = None if redo is None else redo[part]
-        ranges = start[part], end[part]
-        scores = launch_scores(q_idx[part], k_idx, w[part], k_scale, *ranges, variant if again is None else None, again)
-        launch_selection(scores, k, *ranges, out=indices[part], redo=again)
-    return indices
+        nan, redo = hopper.lightning_select(q_idx, k_idx, w, k, k_scale, start, end, out)
+        refuse_nan(nan)
+        if not values_readable(redo) or redo.any():
+            for part in _parts(T, runtime.REDONE_AT_ONCE // S):
+                ranges = start[part].contiguous(), end[part].contiguous()
+                scores = launch_portable(q_idx[part], k_idx, w[part], k_scale, *ranges, redo[part])
+                radix.launch(scores, k, *ranges, out[part], nan[part], redo[part])
+    else:
+        nan = torch.zeros(T, dtype=torch.int32, device=q_idx.device)
+        for part in _parts(T, runtime.SCORES_AT_ONCE // S):
+            ranges = start[part], end[part]
+            scores = launch_scores(q_idx[part], k_idx, w[part], k_scale, *ranges, variant)
+            launch_selection(scores, k, *ranges, out[part], nan[part], variant)
+    refuse_nan(nan)
+    return out
+
+
+def _parts(T, rows):
+    """Slices of at least one row, `rows` each, that cover T rows."""
+    rows = max(1, rows)
+    return [slice(first, first + rows) for first in range(0, T, rows)]

@@ -9,12 +9,29 @@ import functools
 import importlib
 import os
 import sys
+import types
 
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take; fp64 is the reference's alone
 OLDEST = (8, 0)  # compute capability: Ampere's bf16 tensor cores
 NATIVE_FP8 = (8, 9)
+SCORES_AT_ONCE = 1 << 28  # of `lightning_select`: 1 GiB of fp32
+REDONE_AT_ONCE = 1 << 27  # of its flagged rows, while lists of a fused kernel may still be in memory
+NO_GLUON = "needs a triton with Gluon, and no interpreter"
+GLUON = {  # what `dsa_kernels.hopper` imports of it; a test keeps the two in agreement
+    "triton.experimental": ("gluon",),
+    "triton.experimental.gluon": ("language",),
+    "triton.experimental.gluon.language.nvidia.hopper": (
+        "async_copy",
+        "fence_async_shared",
+        "mbarrier",
+        "tma",
+        "warpgroup_mma",
+        "warpgroup_mma_wait",
+    ),
+    "triton.experimental.gluon.nvidia.hopper": ("TensorDescriptor",),
+}
 
 if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -66,30 +83,37 @@ def multiprocessors(tensor: torch.Tensor) -> int:
     return 1 if INTERPRETED else torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
-def hopper_variant(step, variant, default, *inputs):
+def hopper_variant(
+    step: str, variant: str | None, default: str, *inputs: torch.Tensor | int | None
+) -> types.ModuleType | None:
     """The module `dsa_kernels.hopper.<step>`, or None for the portable kernel.
 
     variant: "portable", "hopper", or None for `default`, where "hopper" means: if it can serve these inputs.
-    Raises ValueError for any other variant, and for "hopper" where it cannot serve.
+    Raises ValueError for any other variant, and for "hopper" where it cannot serve. An error inside the module itself
+    is never taken for "cannot serve": it surfaces.
     """
     if variant not in (None, "portable", "hopper"):
         raise ValueError(f'variant must be "portable", "hopper" or None, got {variant!r}')
     if (variant or default) == "portable":
         return None
-    module = _hopper_module(step)
-    reason = module.cannot_serve(*inputs) if module else "needs a triton with Gluon, and no interpreter"
+    module, reason = None, NO_GLUON
+    if gluon_compiles():
+        module = importlib.import_module(f".hopper.{step}", __package__)
+        reason = module.cannot_serve(*inputs)
     if variant and reason:
         raise ValueError(f'variant "hopper" {reason}')
     return None if reason else module
 
 
 @functools.cache
-def _hopper_module(step):
-    """None where this triton has no Gluon that will do, or interprets."""
+def gluon_compiles() -> bool:
+    """Whether this triton has all of Gluon that `dsa_kernels.hopper` imports, and compiles."""
+    if INTERPRETED:
+        return False
     try:
-        return None if INTERPRETED else importlib.import_module(f".hopper.{step}", __package__)
-    except (ImportError, AttributeError):
-        return None
+        return all(hasattr(importlib.import_module(module), name) for module, names in GLUON.items() for name in names)
+    except ImportError:
+        return False
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:

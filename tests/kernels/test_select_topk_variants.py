@@ -1,12 +1,14 @@
 """The four ways behind `dsa_kernels.select_topk`: each is exact alone, and those that sample when their luck fails."""
 
-import importlib
-
 import pytest
 import rungs
 import torch
-from conftest import NEEDS_TRITON
 from inputs import best, causal, normal, small_integers
+
+from conftest import NEEDS_TRITON
+
+if rungs.has_triton():
+    import dsa_kernels
 
 pytestmark = pytest.mark.skipif(not rungs.has_triton(), reason=NEEDS_TRITON)
 
@@ -15,7 +17,7 @@ HOPPER = pytest.param("hopper", marks=pytest.mark.hopper)
 
 
 def launch(variant, scores, k, start, end):
-    return importlib.import_module("dsa_kernels.select_topk").launch(scores, k, start, end, variant)
+    return dsa_kernels.select_topk(scores, k, start, end, variant=variant)
 
 
 def ends_early(T, device):
@@ -96,7 +98,7 @@ def test_nan_is_refused_wherever_it_stands(variant, place, device):
 
 def test_rows_in_blocks(device, poisoned, monkeypatch):
     """Lists for two rows at a time, and one left over."""
-    monkeypatch.setattr(importlib.import_module("dsa_kernels.select_topk"), "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("dsa_kernels.topk.listed.ROWS_AT_ONCE", 2)
     scores = normal(5, S)
     start, end = ends_early(5, "cpu")
     got = launch("listed", scores.to(device), 20, start.to(device), end.to(device)).cpu()
@@ -106,9 +108,9 @@ def test_rows_in_blocks(device, poisoned, monkeypatch):
 @pytest.mark.parametrize("variant", ("sampled", "listed"))
 def test_a_program_takes_many_rows(variant, device, poisoned, monkeypatch):
     """One program walks over seven rows, in the scan and in the redo, where the constant ones overflow their lists."""
-    module = importlib.import_module("dsa_kernels.select_topk")
-    monkeypatch.setattr(module, "PROGRAMS", 1)
-    monkeypatch.setattr(module, "multiprocessors", lambda tensor: 1)
+    for algorithm in ("listed", "radix"):
+        monkeypatch.setattr(f"dsa_kernels.topk.{algorithm}.PROGRAMS", 1)
+        monkeypatch.setattr(f"dsa_kernels.topk.{algorithm}.multiprocessors", lambda tensor: 1)
     scores = normal(7, 9000)
     scores[[0, 3, 4, 6]] = 1.0
     start, end = torch.zeros(7, dtype=torch.int32), torch.full((7,), 9000, dtype=torch.int32)
@@ -161,7 +163,8 @@ def test_hopper_is_chosen_for_many_rows(S, dtype, device, poisoned, monkeypatch)
     scores = normal(T, S, device=device).to(dtype)
     start = torch.arange(T, dtype=torch.int32, device=device) * 7
     end = torch.clamp(start + torch.arange(T, dtype=torch.int32, device=device) * (S // T + 1), max=S)
-    hopper = importlib.import_module("dsa_kernels.hopper.select_topk")
+    from dsa_kernels.hopper import select_topk as hopper
+
     flags = []
     select = hopper.select_topk
     monkeypatch.setattr(hopper, "select_topk", lambda *args: (select(*args), flags.append(args[-1].clone())))
@@ -181,20 +184,20 @@ def test_hopper_is_chosen_for_many_rows(S, dtype, device, poisoned, monkeypatch)
 )
 def test_a_variant_that_cannot_serve(variant, k, reason, T, device):
     with pytest.raises(ValueError, match=reason):
-        importlib.import_module("dsa_kernels").select_topk(normal(T, 9, device=device), k, variant=variant)
+        dsa_kernels.select_topk(normal(T, 9, device=device), k, variant=variant)
 
 
 def test_hopper_needs_what_this_machine_may_not_have(device):
     """The interpreter has no Gluon, another GPU not the capability; Hopper has k's limit."""
-    interpreted = importlib.import_module("dsa_kernels.runtime").INTERPRETED
+    interpreted = dsa_kernels.mode() == "interpreter"
     reason = "a triton with Gluon, and no interpreter" if interpreted else "a GPU of compute capability 9.0|k <= 2048"
     with pytest.raises(ValueError, match=f'variant "hopper" needs ({reason})'):
-        importlib.import_module("dsa_kernels").select_topk(normal(2, 9, device=device), 2049, variant="hopper")
+        dsa_kernels.select_topk(normal(2, 9, device=device), 2049, variant="hopper")
 
 
 @pytest.mark.parametrize("variant", (None, "portable", "radix", "listed"))
 def test_variants_by_name(variant, device, poisoned):
     scores = small_integers(3, 40).to(device)
-    got = importlib.import_module("dsa_kernels").select_topk(scores, 6, variant=variant).cpu()
+    got = dsa_kernels.select_topk(scores, 6, variant=variant).cpu()
     start, end = causal(3, 40)
     assert [sorted(row) for row in got.tolist()] == best(scores.cpu().numpy(), 6, start, end)

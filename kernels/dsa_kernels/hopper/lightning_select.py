@@ -20,7 +20,8 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..select_topk import LARGEST_LISTED_K, LOWEST, ROWS_AT_ONCE, bound_of_sample, safe_rank
+from ..topk.bound import LOWEST, bound_of_sample, safe_rank
+from ..topk.listed import LARGEST_LISTED_K, ROWS_AT_ONCE
 from . import index_scores
 from .index_scores import BK, BQ, QUERIES, SCORES, fetch, open_block, tiles_seen, walk
 from .select_topk import LANES, choose

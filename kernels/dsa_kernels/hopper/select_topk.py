@@ -18,7 +18,9 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..select_topk import LARGEST_LISTED_K, LOWEST, from_ordered, ordered, safe_rank, sampled_place, threshold_of
+from ..topk.bound import LOWEST, safe_rank, sampled_place
+from ..topk.listed import LARGEST_LISTED_K
+from ..topk.ordering import from_ordered, ordered, threshold_of
 
 LANES = gl.constexpr(128)
 AHEAD = gl.constexpr(24)  # scores that a thread reads at once
