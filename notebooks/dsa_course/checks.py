@@ -1,5 +1,5 @@
 """One check for each exercise of the course: `checks.index_scores(my_index_scores)` prints ✓ and the properties that
-hold, or says which one is broken, where, and why that usually is. `core` explains how they are made.
+hold, or says which one is broken, where, and why that usually is. `checking` explains how they are made.
 """
 
 from .checking import Check

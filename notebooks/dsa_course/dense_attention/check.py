@@ -309,21 +309,34 @@ FACTORS = {
 }
 
 
-def _growth(name):
+def _growth(solution, name):
     factor, cause = FACTORS[name]
-
-    @bill_growth.property(name)
-    def bill_growth_of_one_bill(solution):
-        for short, long in SPANS:
-            got = solution(short, long)
-            if not isinstance(got, dict) or name not in got:
-                raise Failed(f"got {got!r}, expected a dict with the entry {name!r}", "one entry for each of the bills")
-            suspects = {
-                "the factor is upside down: long over short": factor(long, short),
-                "// drops what is behind the point: use /": factor(short, long // short * short),
-            }
-            _close(got[name], factor(short, long), f"from {short} to {long} tokens", cause, suspects)
+    for short, long in SPANS:
+        got = solution(short, long)
+        if not isinstance(got, dict) or name not in got:
+            raise Failed(f"got {got!r}, expected a dict with the entry {name!r}", "one entry for each of the bills")
+        suspects = {
+            "the factor is upside down: long over short": factor(long, short),
+            "// drops what is behind the point: use /": factor(short, long // short * short),
+        }
+        _close(got[name], factor(short, long), f"from {short} to {long} tokens", cause, suspects)
 
 
-for _name in FACTORS:
-    _growth(_name)
+@bill_growth.property("whole text")
+def bill_growth_whole_text(solution):
+    _growth(solution, "whole text")
+
+
+@bill_growth.property("next token")
+def bill_growth_next_token(solution):
+    _growth(solution, "next token")
+
+
+@bill_growth.property("cache")
+def bill_growth_cache(solution):
+    _growth(solution, "cache")
+
+
+@bill_growth.property("score matrix")
+def bill_growth_score_matrix(solution):
+    _growth(solution, "score matrix")

@@ -21,7 +21,7 @@ flips = Check("flips")  # flips(selected [T, k], reference [T, k]) -> float
 VECTORS, SCALES = {2: "t d", 3: "t h d"}, {1: "t", 2: "t h"}  # the axes of a result, by their number
 
 
-# quantize
+# ---------------------------------------------------------------------------------------------------------- quantize
 
 
 def _rows(seed, *shape, dtype=torch.float32):
@@ -152,7 +152,7 @@ def quantize_small_values(solution):
     expect_close(values * 512, reference(x)[0].float() * 512, 0.0, "t d", cause)
 
 
-# hadamard
+# ---------------------------------------------------------------------------------------------------------- hadamard
 
 
 @hadamard.property("shape")
@@ -212,7 +212,7 @@ def hadamard_any_power_of_two(solution):
         expect_close(solution(x), rotate(x), 1e-5, "t d", cause)
 
 
-# scores_from_fp8
+# --------------------------------------------------------------------------------------------------- scores_from_fp8
 
 SQUARE = ((1, 6, 6, 3), (2, 7, 7, 1))  # seed, T, S, Hi
 OTHER = ((3, 5, 37, 2), (4, 9, 4, 1))
@@ -306,7 +306,7 @@ def scores_from_fp8_t_is_not_s(solution):
     _compare_scores(solution, "right where there are as many queries as keys, wrong elsewhere", {}, OTHER)
 
 
-# flips
+# ------------------------------------------------------------------------------------------------------------- flips
 
 
 def _selections(seed, T, k, S=40):

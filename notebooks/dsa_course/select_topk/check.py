@@ -180,34 +180,27 @@ def check_selection_accepts_any_order(solution):
     _accepts(solution, "a right selection in descending order", turned_round)
 
 
-def _kills(name, cause):
-    """Decorator of mutate(row, scores of its visible keys, of all its keys), which yields wrong rows if it can."""
-
-    def add(mutate):
-        def test(solution):
-            tried = 0
-            for scores, k in _tied_scores():
-                T, S = scores.shape
-                indices = reference(scores, k)
-                for t in reversed(range(T)):  # one row is wrong, a late one
-                    rows = list(mutate(indices[t].tolist(), scores[t, : S - T + t + 1].tolist(), scores[t].tolist()))
-                    for row in rows:
-                        wrong = indices.clone()
-                        wrong[t] = torch.tensor(row, dtype=torch.int32)
-                        tried += 1
-                        verdict = _verdict(solution, wrong, scores, k)
-                        what = (
-                            f"T={T}, S={S}, k={k}: your check accepts row t={t} as {row}, expected it to say no (it "
-                            f"should hold {indices[t].tolist()}, the scores are {[int(x) for x in scores[t].tolist()]})"
-                        )
-                        expect(verdict is not True, what, cause)
-                    if rows:
-                        break
-            assert tried >= 3, name
-
-        check_selection.property(name)(test)
-
-    return add
+def _refuses(solution, mutate, cause):
+    """Every wrong row that mutate(row, scores of its visible keys, scores of all its keys) yields is refused."""
+    tried = 0
+    for scores, k in _tied_scores():
+        T, S = scores.shape
+        indices = reference(scores, k)
+        for t in reversed(range(T)):  # one row is wrong, a late one
+            rows = list(mutate(indices[t].tolist(), scores[t, : S - T + t + 1].tolist(), scores[t].tolist()))
+            for row in rows:
+                wrong = indices.clone()
+                wrong[t] = torch.tensor(row, dtype=torch.int32)
+                tried += 1
+                verdict = _verdict(solution, wrong, scores, k)
+                what = (
+                    f"T={T}, S={S}, k={k}: your check accepts row t={t} as {row}, expected it to say no (it "
+                    f"should hold {indices[t].tolist()}, the scores are {[int(x) for x in scores[t].tolist()]})"
+                )
+                expect(verdict is not True, what, cause)
+            if rows:
+                break
+    assert tried >= 3, mutate.__name__
 
 
 @check_selection.property("type")
@@ -256,7 +249,6 @@ def _swapped(row, old, new):
     return [new if s == old else s for s in row]
 
 
-@_kills("padding", "-1 fills the end of a row, and only the end; no other number fills it")
 def misplaced_padding(row, visible, everything):
     if -1 in row:
         yield [-1, *row[:-1]]
@@ -264,7 +256,12 @@ def misplaced_padding(row, visible, everything):
         yield [s if s >= 0 else -2 for s in row]
 
 
-@_kills("range", "an index must be -1, or point at a key: 0 <= s < S (Python takes negative ones from the end)")
+@check_selection.property("padding")
+def check_selection_padding(solution):
+    cause = "-1 fills the end of a row, and only the end; no other number fills it"
+    _refuses(solution, misplaced_padding, cause)
+
+
 def indices_out_of_range(row, visible, everything):
     n, S = len(visible), len(everything)
     if -1 not in row:
@@ -273,7 +270,12 @@ def indices_out_of_range(row, visible, everything):
         yield from (_swapped(row, last, last - size) for size in {n, S} if last - size != -1)  # has the score of `last`
 
 
-@_kills("future", "row t sees keys up to S - T + t only, whatever the later ones score")
+@check_selection.property("range")
+def check_selection_range(solution):
+    cause = "an index must be -1, or point at a key: 0 <= s < S (Python takes negative ones from the end)"
+    _refuses(solution, indices_out_of_range, cause)
+
+
 def keys_of_the_future(row, visible, everything):
     if -1 not in row:
         last = _last_in(row, visible)
@@ -282,7 +284,12 @@ def keys_of_the_future(row, visible, everything):
                 yield _swapped(row, last, s)
 
 
-@_kills("duplicates", "the indices of a row must be distinct: naming a key twice drops another one")
+@check_selection.property("future")
+def check_selection_future(solution):
+    cause = "row t sees keys up to S - T + t only, whatever the later ones score"
+    _refuses(solution, keys_of_the_future, cause)
+
+
 def duplicated_keys(row, visible, everything):
     kept = [s for s in row if s >= 0]
     for i, a in enumerate(kept):
@@ -291,7 +298,12 @@ def duplicated_keys(row, visible, everything):
                 yield _swapped(row, a, b)
 
 
-@_kills("scores", "the kept scores must be the largest ones")
+@check_selection.property("duplicates")
+def check_selection_duplicates(solution):
+    cause = "the indices of a row must be distinct: naming a key twice drops another one"
+    _refuses(solution, duplicated_keys, cause)
+
+
 def smaller_scores(row, visible, everything):
     worst, best = (
         min(range(len(visible)), key=visible.__getitem__),
@@ -304,9 +316,20 @@ def smaller_scores(row, visible, everything):
         yield _swapped(row, _last_in(row, visible), max(below, key=visible.__getitem__))
 
 
-@_kills("ties", "of equal scores at the threshold the smallest index must win: comparing scores alone cannot see it")
+@check_selection.property("scores")
+def check_selection_scores(solution):
+    cause = "the kept scores must be the largest ones"
+    _refuses(solution, smaller_scores, cause)
+
+
 def later_ties(row, visible, everything):
     if -1 not in row:
         last = _last_in(row, visible)
         left = [s for s, score in enumerate(visible) if score == visible[last] and s not in row]
         yield from (_swapped(row, last, s) for s in left)
+
+
+@check_selection.property("ties")
+def check_selection_ties(solution):
+    cause = "of equal scores at the threshold the smallest index must win: comparing scores alone cannot see it"
+    _refuses(solution, later_ties, cause)

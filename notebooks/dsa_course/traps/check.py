@@ -55,22 +55,37 @@ def rope_probe_sizes(solution):
         expect(size <= LIMITS[name], f"{name}: got {size:g}, expected at most {LIMITS[name]}", cause)
 
 
-def _told_apart(name):
-    @rope_probe.property(name)
-    def rope_probe_tells_one_apart(solution):
-        x, positions, freqs = solution()
-        right, wrong = rope(x, positions, freqs, "half"), ROPES[name](x, positions, freqs)
-        largest = float((right - wrong).abs().max())
-        expect(
-            largest > 0.1,
-            f"on your input the right RoPE and the one called {name!r} differ by at most {largest:.3g}, "
-            "expected more than 0.1 somewhere",
-            BLIND[name],
-        )
+def _told_apart(solution, name):
+    x, positions, freqs = solution()
+    right, wrong = rope(x, positions, freqs, "half"), ROPES[name](x, positions, freqs)
+    largest = float((right - wrong).abs().max())
+    expect(
+        largest > 0.1,
+        f"on your input the right RoPE and the one called {name!r} differ by at most {largest:.3g}, "
+        "expected more than 0.1 somewhere",
+        BLIND[name],
+    )
 
 
-for _name in ROPES:
-    _told_apart(_name)
+@rope_probe.property("interleaved")
+def rope_probe_interleaved(solution):
+    _told_apart(solution, "interleaved")
+
+
+@rope_probe.property("wrong end")
+def rope_probe_wrong_end(solution):
+    _told_apart(solution, "wrong end")
+
+
+@rope_probe.property("restart")
+def rope_probe_restart(solution):
+    _told_apart(solution, "restart")
+
+
+@rope_probe.property("reversed")
+def rope_probe_reversed(solution):
+    _told_apart(solution, "reversed")
+
 
 # ------------------------------------------------------------------------------------------------ 15.2 diagnose
 
@@ -123,18 +138,37 @@ def diagnose_names(solution):
     )
 
 
-def _diagnosed(name):
-    @diagnose.property(name)
-    def diagnose_names_one_fault(solution):
-        for implementation in FAULTS[name]:
-            probed = _anonymous(implementation)
-            got = solution(probed)
-            cause = MISSED[name] if probed.calls else "your function never called the implementation that it was given"
-            expect(got == name, f"given an implementation that is {name!r}: got {got!r}", cause)
+def _diagnosed(solution, name):
+    for implementation in FAULTS[name]:
+        probed = _anonymous(implementation)
+        got = solution(probed)
+        cause = MISSED[name] if probed.calls else "your function never called the implementation that it was given"
+        expect(got == name, f"given an implementation that is {name!r}: got {got!r}", cause)
 
 
-for _name in FAULTS:
-    _diagnosed(_name)
+@diagnose.property("right")
+def diagnose_right(solution):
+    _diagnosed(solution, "right")
+
+
+@diagnose.property("no relu")
+def diagnose_no_relu(solution):
+    _diagnosed(solution, "no relu")
+
+
+@diagnose.property("weight inside the relu")
+def diagnose_weight_inside_the_relu(solution):
+    _diagnosed(solution, "weight inside the relu")
+
+
+@diagnose.property("key scale left out")
+def diagnose_key_scale_left_out(solution):
+    _diagnosed(solution, "key scale left out")
+
+
+@diagnose.property("softmaxed weights")
+def diagnose_softmaxed_weights(solution):
+    _diagnosed(solution, "softmaxed weights")
 
 
 def _anonymous(implementation):

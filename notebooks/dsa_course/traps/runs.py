@@ -1,4 +1,4 @@
-"""What `traps` runs while a fault is planted: the trained small model in several ways, and the project's own tests."""
+"""What is run while a fault is planted: the trained small model in several ways, and the project's own tests."""
 
 import contextlib
 import functools

@@ -27,7 +27,7 @@ class Trap:
     """One fault: `variant` stands in for `step`, the name of a step function or "Class.attribute".
 
     caught_by: the pytest node id of a test that fails while it is planted. shows_in: the way of running the small
-    model, one of `trap_runs.WAYS`, in which it does harm.
+    model, one of `runs.WAYS`, in which it does harm.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The faults of `traps`, each a short variant of one function of the reference. What is wrong carries a ✗.
+"""The faults of `table`, each a short variant of one function of the reference. What is wrong carries a ✗.
 
 A variant calls the right functions by the names imported here, which planting leaves alone.
 """

@@ -1,4 +1,4 @@
-"""Notebook 09: the gather and sparse attention as Triton launching. `triton_online_softmax` has the other two."""
+"""Notebook 09: the gather and sparse attention as Triton kernels. `triton_online_softmax` has the other two."""
 
 import ast
 import contextlib
