@@ -6,15 +6,13 @@ python -m dsa_ref.training.evaluate --log figures/small_model_recall.json
 import argparse
 import json
 import pathlib
-import platform
-import sys
-import time
 
 import torch
 from torch.nn import functional as F
 
 from ..index_scores import index_scores
 from ..nn.model import SMALL_MODEL, load_small_model
+from ..records import provenance, write
 from ..select_topk import select_topk
 from ..testing import attention_recall, random_selection, window_selection
 from .corpus import load_corpus
@@ -80,17 +78,6 @@ def recall_by_method(model, windows, ks):
     return {name: [round(value, 4) for value in values.tolist()] for name, values in recall.items()}
 
 
-def provenance(module, arguments, device):
-    """What a recorded figure has to carry: the command, the date, the versions and the machine."""
-    return {
-        "command": f"python -m {module} " + " ".join(sys.argv[1:] if arguments is None else arguments),
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {platform.machine()}",
-    }
-
-
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=pathlib.Path, default=SMALL_MODEL, help="the trained model")
@@ -105,9 +92,9 @@ def main(arguments=None):
         "k": options.k,
         "recall": recall_by_method(model, windows, options.k),
         "length": options.length,
-        "provenance": provenance("dsa_ref.training.evaluate", arguments, "cpu"),
+        "provenance": provenance("dsa_ref.training.evaluate", arguments),
     }
-    options.log.write_text(json.dumps(result, indent=1) + "\n")
+    write(options.log, result)
     print(json.dumps(result["recall"], indent=1))
 
 

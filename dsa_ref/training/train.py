@@ -23,8 +23,9 @@ from torch.nn import functional as F
 
 from ..indexer_loss import indexer_loss
 from ..nn.model import ModelConfig, SmallModel, load_small_model, save_small_model
+from ..records import provenance, write
 from .corpus import load_corpus
-from .evaluate import held_out_loss, held_out_windows, provenance
+from .evaluate import held_out_loss, held_out_windows
 
 STAGES = ("dense", "warm-up", "sparse")
 PEAK_RATES = {"dense": 2e-3, "warm-up": 2e-3, "sparse": 3e-4}
@@ -130,7 +131,7 @@ def main(arguments=None):
         "held_out_bytes": len(held_out),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    options.log.write_text(json.dumps(result, indent=1) + "\n")
+    write(options.log, result)
     print(json.dumps(result["held_out_loss"], indent=1))
 
 

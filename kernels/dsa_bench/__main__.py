@@ -41,9 +41,9 @@ def main(arguments=None) -> int:
         print(NO_GPU, file=sys.stderr)
         return 2
     provenance = measure.environment(arguments)
-    log = options.log or (ladder.LADDER if options.ladder else records.default_log(provenance["gpu"]))
+    log = options.log or (ladder.LADDER if options.ladder else records.default_log(provenance["device"]))
     if log is None:
-        parser.error(f"no file for figures of a {provenance['gpu']}: pass --log")
+        parser.error(f"no file for figures of a {provenance['device']}: pass --log")
     if options.only and not options.ladder and not options.log:
         log = None  # part of a step must not replace the whole
     for name, value in provenance.items():

@@ -8,12 +8,11 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-import dsa_kernels
 import torch
 
+import dsa_kernels
 import dsa_ref
-from dsa_ref import cost
-from dsa_ref.config import V32
+from dsa_ref import V32, cost
 
 from . import checks, inputs, peers
 

@@ -4,9 +4,9 @@ A check returns a note for the table (often empty) and raises `Wrong`, with what
 are checked on rows spread evenly over the queries, against fp32; a selection from given scores on all rows, exactly.
 """
 
-import dsa_kernels
 import torch
 
+import dsa_kernels
 import dsa_ref
 from dsa_ref.testing import Failed, compare_selection
 

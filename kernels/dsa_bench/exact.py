@@ -9,15 +9,14 @@ differs.
 
 import argparse
 import importlib
-import json
 import pathlib
 import sys
 
-import dsa_kernels
 import torch
 
+import dsa_kernels
 import dsa_ref
-from dsa_ref.contracts import row_ranges
+from dsa_ref.records import write
 
 from . import inputs, measure
 from .cases import K
@@ -47,7 +46,7 @@ def selection_rows(distribution, S, rows):
     wrong, at_once = 0, max(MANY_ROWS, PAIRS_AT_ONCE // S)
     for seed, first in enumerate(range(0, rows, at_once)):
         count = min(at_once, rows - first)
-        wrong += selected_wrong(inputs.score_matrix(distribution, count, S, seed=seed), row_ranges(count, S, "cuda"))
+        wrong += selected_wrong(inputs.score_matrix(distribution, count, S, seed=seed), inputs.causal_ranges(count, S))
     return rows, wrong
 
 
@@ -88,7 +87,7 @@ def short_ranges(T, S):
 def hard_scores(T=FUSED_ROWS, S=1 << 20):
     """{name: (scores, ranges)} that defeat a sample or a list of `select_topk`, or tie."""
     scores = inputs.score_matrix("independent", T, S)
-    key, causal = torch.arange(S, device="cuda"), row_ranges(T, S, "cuda")
+    key, causal = torch.arange(S, device="cuda"), inputs.causal_ranges(T, S)
     return {
         "ties": (scores.mul(4).round(), causal),
         "all scores equal": (torch.zeros_like(scores), causal),
@@ -105,7 +104,7 @@ def hard_cases(T=FUSED_ROWS, S=65536):
     beside = torch.ones(S, dtype=torch.bool, device="cuda")
     beside[importlib.import_module("dsa_kernels.hopper.lightning_select").sampled_keys(S, "cuda")] = False
     beside &= key % 24 == 0
-    causal = row_ranges(T, S, "cuda")
+    causal = inputs.causal_ranges(T, S)
     few = (k_idx.float() > 100).to(k_idx.dtype), torch.ones_like(k_scale)
     positive = w.abs()
     return {
@@ -148,7 +147,7 @@ def main(arguments=None) -> int:
             note("select_topk", f"{distribution}, {S} keys", *selection_rows(distribution, S, rows))
             count = max(rows, FUSED_ROWS)
             given = shaped(distribution, count, S, seed)
-            note("lightning_select", f"{distribution}, {S} keys", *fused_rows(given, row_ranges(count, S, "cuda")))
+            note("lightning_select", f"{distribution}, {S} keys", *fused_rows(given, inputs.causal_ranges(count, S)))
     for name, (scores, ranges) in hard_scores().items():
         note("select_topk", name, len(scores), selected_wrong(scores, ranges))
     for name, (given, ranges) in hard_cases().items():
@@ -157,7 +156,7 @@ def main(arguments=None) -> int:
         note(step, f"the same bits in {REPEATS} more runs", REPEATS, wrong)
     if options.log:
         record = {"provenance": measure.environment(arguments, "dsa_bench.exact"), "cases": found}
-        options.log.write_text(json.dumps(record, indent=1) + "\n")
+        write(options.log, record)
     return int(any(case["differing"] for case in found))
 
 

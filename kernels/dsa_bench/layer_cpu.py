@@ -17,9 +17,8 @@ import time
 
 import torch
 
-from ..config import DSAConfig
-from .evaluate import provenance
-from .layer import DSALayer
+from dsa_ref import DSAConfig, DSALayer
+from dsa_ref.records import provenance, write
 
 CONFIG = DSAConfig(
     dim=512,
@@ -125,9 +124,9 @@ def main(arguments=None):
             )
             print(rows[-1], flush=True)
     result = {"rows": rows, "threads": torch.get_num_threads()}
-    result["provenance"] = provenance("dsa_bench.layer_cpu", arguments, "cpu")
+    result["provenance"] = provenance("dsa_bench.layer_cpu", arguments)
     if options.log:
-        options.log.write_text(json.dumps(result, indent=1) + "\n")
+        write(options.log, result)
 
 
 if __name__ == "__main__":

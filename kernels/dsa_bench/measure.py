@@ -10,14 +10,11 @@ the host wait are in the figures, of ours as of the others. The L2 cache is over
 """
 
 import dataclasses
-import platform
 import statistics
-import subprocess
-import sys
-import time
 
 import torch
-import triton
+
+from dsa_ref.records import provenance
 
 from . import peers
 
@@ -147,23 +144,5 @@ def ceilings(rounds=ROUNDS):
 
 
 def environment(arguments=None, program="dsa_bench"):
-    """What a recorded figure has to carry: command, date, versions and the card, as torch names it."""
-    return {
-        "command": " ".join(["python -m", program, *(sys.argv[1:] if arguments is None else arguments)]),
-        "date": time.strftime("%Y-%m-%d"),
-        "gpu": torch.cuda.get_device_name(),
-        "driver": _driver(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "peers": peers.versions(),
-    }
-
-
-def _driver():
-    """The GPU driver's version, None where nvidia-smi does not say."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
+    """The provenance of a record, with the versions of the peers' packages."""
+    return provenance(program, arguments, "cuda") | {"peers": peers.versions()}

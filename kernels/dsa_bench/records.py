@@ -3,6 +3,8 @@
 import json
 import pathlib
 
+from dsa_ref.records import write
+
 from .run import OURS
 
 FIGURES = pathlib.Path(__file__).parents[2] / "figures"
@@ -23,7 +25,7 @@ def merge(path, steps, ceilings):
     found = json.loads(path.read_text()) if path.exists() else {"steps": {}}
     for step, record in steps.items():
         found["steps"][step] = record | {"ceilings": ceilings}
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    write(path, found)
 
 
 def header() -> str:

@@ -10,9 +10,10 @@ import math
 import pathlib
 import statistics
 
+from dsa_ref.records import provenance, write
 from dsa_ref.testing import overlap
 from dsa_ref.training.corpus import load_corpus
-from dsa_ref.training.evaluate import held_out_windows, provenance
+from dsa_ref.training.evaluate import held_out_windows
 
 from .runs import read, run_tests
 from .table import TRAPS, planted
@@ -78,9 +79,9 @@ def main(arguments=None):
             "length": options.length,
             "right": {way: round(sum(loss for _, loss in runs) / len(runs), 4) for way, runs in right.items()},
             "traps": traps,
-            "provenance": provenance("dsa_course.traps", arguments, "cpu"),
+            "provenance": provenance("dsa_course.traps", arguments),
         }
-        options.log.write_text(json.dumps(result, indent=1) + "\n")
+        write(options.log, result)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,118 @@
+"""What a recorded measurement says about itself, and where records lie.
+
+A record is a JSON file in `figures/`, at the root of a checkout. Its "provenance" names the command, the commit, the
+date, the versions and the machine. Records are made and read in a checkout; an installed wheel finds the one that the
+program runs in.
+"""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+import time
+
+import torch
+
+PACKAGE = pathlib.Path(__file__).parent
+COMMIT_VARIABLE = "DSA_COMMIT"
+
+
+def provenance(program: str, arguments: list[str] | None = None, device: str | torch.device = "cpu") -> dict:
+    """What the record of a run of `python -m {program} {arguments}` has to carry, as a dict for JSON.
+
+    arguments: the command line's, default sys.argv's; device: what was measured, "cpu" or a CUDA device.
+
+    Keys: command, commit (see `commit`), date (ISO), python, torch, numpy, triton (None where it is not installed),
+    device (the GPU as torch names it, or "CPU, " and its architecture) and, for a GPU, driver (None where nvidia-smi
+    does not say).
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    device = torch.device(device)
+    found = {
+        "command": shlex.join(["python", "-m", program, *map(str, arguments)]),
+        **commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": _version("numpy"),
+        "triton": _version("triton"),
+    }
+    if device.type == "cuda":
+        return found | {"device": torch.cuda.get_device_name(device), "driver": _driver()}
+    return found | {"device": f"CPU, {platform.machine()}"}
+
+
+def commit(folder: pathlib.Path = PACKAGE) -> dict:
+    """{"commit": the short hash of the checkout that the code in `folder` belongs to}.
+
+    The hash ends in "-dirty" where a file outside of figures/ differs from the commit or is new. Outside of a checkout
+    the environment variable DSA_COMMIT may name the commit (for a copy of the files that has no history); without it,
+    "commit" is None and "commit_missing" says why.
+    """
+    try:
+        _git(folder, "ls-files", "--error-unmatch", "__init__.py")  # a package may be installed inside a checkout
+        root = _git(folder, "rev-parse", "--show-toplevel")
+        changed = _git(root, "status", "--porcelain", "--", ".", ":(exclude)figures")
+        return {"commit": _git(root, "rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")}
+    except (OSError, subprocess.CalledProcessError) as error:
+        if os.environ.get(COMMIT_VARIABLE):
+            return {"commit": f"{os.environ[COMMIT_VARIABLE]} (named by {COMMIT_VARIABLE})"}
+        said = error if isinstance(error, OSError) else error.stderr.strip().splitlines()[0]
+        return {"commit": None, "commit_missing": f"the code is in no git checkout that can be asked: {said}"}
+
+
+def figures_folder() -> pathlib.Path:
+    """`figures/` of the checkout that this package lies in, else of the one that the current folder lies in.
+
+    Raises: FileNotFoundError where neither lies in a checkout of this project.
+    """
+    for start in (PACKAGE, pathlib.Path.cwd()):
+        for folder in (start, *start.parents):
+            if (folder / "figures").is_dir() and _is_checkout(folder):
+                return folder / "figures"
+    raise FileNotFoundError(
+        f"figures/ must lie above the current folder, {pathlib.Path.cwd()}, or above {PACKAGE}: records are kept in a "
+        "checkout of dsa-reference, not in the installed package. Change into a checkout"
+    )
+
+
+def read(name: str | os.PathLike) -> dict:
+    """The record `name`, a file in `figures_folder()` or any path. Raises: FileNotFoundError, as `figures_folder`."""
+    path = pathlib.Path(name)
+    return json.loads((path if path.is_absolute() else figures_folder() / path).read_text(encoding="utf-8"))
+
+
+def write(path: str | os.PathLike, record: dict) -> None:
+    """Write `record` as JSON to `path`, which is taken as it is: programs get it on their command line."""
+    pathlib.Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _is_checkout(folder):
+    project = folder / "pyproject.toml"
+    return project.is_file() and 'name = "dsa-reference"' in project.read_text(encoding="utf-8")
+
+
+def _git(folder, *arguments):
+    """What git prints, stripped. Raises: OSError without git, CalledProcessError where git refuses."""
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _version(distribution):
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver():
+    """The GPU driver's version, None where nvidia-smi does not say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
