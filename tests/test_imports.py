@@ -1,0 +1,338 @@
+"""Who may import whom, read off the code: every import statement, also those inside functions, against one table.
+
+A new arrow fails here, and so does a module that no row of the table names. To add a module, add it to a row; to add an
+arrow, change the table, and say in the commit why the house needs it.
+"""
+
+import ast
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+import pytest
+import rungs
+import torch
+
+from conftest import NEEDS_TRITON
+
+ROOT = pathlib.Path(__file__).parents[1]
+FOLDERS = {"dsa_ref": "dsa_ref", "dsa_kernels": "kernels/dsa_kernels", "dsa_bench": "kernels/dsa_bench"}
+FOLDERS |= {"dsa_course": "notebooks/dsa_course", "maintain": "notebooks/maintain"}
+STEPS = (
+    "rope hadamard quantize rotate_quantize index_scores select_topk lightning_select sparse_attention dense_attention "
+    "indexer_loss"
+).split()
+
+
+class Row(NamedTuple):
+    """`x` is the module x, `x.*` also all below it; `a/step` are those of the steps in package a. A step itself
+    may import only earlier ones."""
+
+    modules: str
+    ours: str
+    others: str
+
+
+# The standard library may be imported everywhere.
+TABLE = [
+    # the reference: ground floor, steps, judges, then what is built on the steps
+    Row("dsa_ref.version dsa_ref.config", "", ""),
+    Row("dsa_ref.contracts dsa_ref.blocks", "dsa_ref.config dsa_ref.contracts", "numpy torch"),
+    Row("dsa_ref/step", "dsa_ref.config dsa_ref.contracts dsa_ref.blocks dsa_ref/step", "numpy torch"),
+    Row(
+        "dsa_ref.testing dsa_ref.cost",
+        "dsa_ref.config dsa_ref.contracts dsa_ref.blocks dsa_ref/step",
+        "numpy torch",
+    ),
+    Row("dsa_ref.records", "", "torch"),
+    Row("dsa_ref", "dsa_ref.version dsa_ref.config dsa_ref/step dsa_ref.nn", ""),
+    Row(
+        "dsa_ref.nn.*",
+        "dsa_ref dsa_ref.config dsa_ref.contracts dsa_ref.blocks dsa_ref/step dsa_ref.nn.*",  # the root: default ops
+        "torch safetensors",
+    ),
+    Row(
+        "dsa_ref.training.*",
+        "dsa_ref dsa_ref.config dsa_ref.contracts dsa_ref/step dsa_ref.testing dsa_ref.records dsa_ref.nn.* "
+        "dsa_ref.training.*",
+        "torch",
+    ),
+    # the kernels, which share only sizes and argument checks with the reference
+    Row("dsa_kernels.runtime dsa_kernels.rounding", "dsa_kernels.runtime dsa_kernels.hopper.*", "torch triton"),
+    Row(
+        "dsa_kernels.topk.*",
+        "dsa_ref.config dsa_ref.contracts dsa_kernels.runtime dsa_kernels.topk.*",
+        "torch triton",
+    ),
+    Row(
+        "dsa_kernels.hopper.*",
+        "dsa_ref.config dsa_ref.contracts dsa_kernels.runtime dsa_kernels.topk.* dsa_kernels.hopper.*",
+        "torch triton",
+    ),
+    Row(
+        "dsa_kernels/step",
+        "dsa_ref.config dsa_ref.contracts dsa_kernels.runtime dsa_kernels.rounding dsa_kernels.topk.* dsa_kernels/step",
+        "torch triton",
+    ),
+    Row("dsa_kernels", "dsa_ref.version dsa_kernels.runtime dsa_kernels/step", ""),
+    # the bench, which knows the reference as a user does
+    Row(
+        "dsa_bench.*",
+        "dsa_ref dsa_ref.nn dsa_ref.training dsa_ref.testing dsa_ref.cost dsa_ref.records dsa_kernels.* dsa_bench.*",
+        "numpy torch triton transformers deep_gemm",
+    ),
+    # the course, which nothing but notebooks, tests and maintain imports
+    Row("dsa_course.*", "dsa_ref.* dsa_kernels.* dsa_course.*", "numpy torch matplotlib ipywidgets IPython PIL"),
+    Row("dsa_course.traps.runs", "dsa_ref.* dsa_course.*", "torch pytest"),  # it runs tests
+    Row("maintain.*", "dsa_ref.* dsa_course.* maintain.*", "nbformat"),
+]
+PUBLIC = ("dsa_bench",)  # may take from a package of the reference only what its __all__ names
+SHADOWED = {f"{package}.{step}" for package in ("dsa_ref", "dsa_kernels") for step in STEPS}  # there, the function
+
+
+def modules():
+    """{module name: its path} of the packages in FOLDERS."""
+    found = {}
+    for package, folder in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = [package, *path.relative_to(ROOT / folder).with_suffix("").parts]
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def exported(module):
+    """The names in the module's __all__, or None where it has none."""
+    for node in ast.parse(MODULES[module].read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return None
+
+
+def imported(module, source, is_package):
+    """(line, module, name or None) for each thing that `source`, the text of `module`, imports."""
+    package = module if is_package else module.rpartition(".")[0]
+
+    def absolute(level, name):
+        parts = package.split(".")[: len(package.split(".")) - level + 1] if level else []
+        return ".".join([*parts, *filter(None, [name])])
+
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = absolute(node.level, node.module)
+            for alias in node.names:
+                below = f"{origin}.{alias.name}"
+                inside = below in MODULES and below not in SHADOWED
+                yield (node.lineno, below, None) if inside else (node.lineno, origin, alias.name)
+        elif isinstance(node, ast.Call) and re.search(r"(^|\.)(import_module|__import__)$", ast.unparse(node.func)):
+            argument = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
+            if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                whole = argument is node.args[0]
+                name = argument.value if whole else argument.value.rpartition(".")[0]  # f"a.b.{x}": below a.b
+                level = len(name) - len(name.lstrip("."))
+                yield node.lineno, absolute(level, name.lstrip(".")), None
+
+
+def matches(module, patterns, before=None):
+    """Whether one of the patterns, as `Row` writes them, names the module. before: a step; only earlier ones match."""
+    for pattern in patterns.split():
+        package, _, step = pattern.partition("/")
+        if step:
+            name = module.removeprefix(f"{package}.")
+            steps = STEPS[: STEPS.index(before)] if before in STEPS else STEPS
+            if module.startswith(f"{package}.") and name in steps:
+                return True
+        elif module == pattern or pattern.endswith(".*") and f"{module}.".startswith(pattern[:-1]):
+            return True
+    return False
+
+
+def rule_for(module):
+    """The last row that names the module, None without one."""
+    return next((row for row in reversed(TABLE) if matches(module, row.modules)), None)
+
+
+def broken(module, source, is_package=False):
+    """What a module with this text imports against the table, a line each."""
+    rule, step = rule_for(module), module.rpartition(".")[2]
+    if rule is None:
+        return [f"{module} is in no row of the table"]
+    found = []
+    for line, target, name in imported(module, source, is_package):
+        top = target.partition(".")[0]
+        if top in FOLDERS:
+            fine = matches(target, rule.ours, before=step if matches(module, "dsa_ref/step dsa_kernels/step") else None)
+            if fine and module.partition(".")[0] in PUBLIC and top == "dsa_ref" and name:
+                names = exported(target)
+                fine = names is None or name in names
+        else:
+            fine = top in sys.stdlib_module_names or top in rule.others.split()
+        if not fine:
+            found.append(f"{module}:{line} imports {target}" + (f" ({name})" if name else ""))
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_import_is_in_the_table(module):
+    path = MODULES[module]
+    assert broken(module, path.read_text(encoding="utf-8"), path.name == "__init__.py") == []
+
+
+def test_the_steps_order_is_the_readmes():
+    table = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert table == STEPS
+
+
+def test_every_row_names_a_module_and_nothing_is_allowed_in_vain():
+    """A row or a permission that nothing uses is an arrow that could come back unseen."""
+    used = {}
+    for module, path in MODULES.items():
+        targets = imported(module, path.read_text(encoding="utf-8"), path.name == "__init__.py")
+        used.setdefault(rule_for(module), []).extend(target for _, target, _ in targets)
+    assert [row.modules for row in TABLE if row not in used] == []
+    idle = {
+        (row.modules, package)
+        for row, targets in used.items()
+        for package in row.others.split()
+        if not any(target.partition(".")[0] == package for target in targets)
+    }
+    assert idle == set()
+
+
+PLANTED = [
+    ("dsa_ref.contracts", "from .blocks import visible"),
+    ("dsa_ref.rope", "from .quantize import quantize"),  # a later step
+    ("dsa_ref.index_scores", "def f():\n    from dsa_ref.select_topk import select_topk"),
+    ("dsa_ref.select_topk", "from .testing import compare_selection"),
+    ("dsa_ref.sparse_attention", "from .nn import DSALayer"),
+    ("dsa_ref.hadamard", "import dsa_ref"),
+    ("dsa_ref.cost", "from .nn.layer import LayerCache"),
+    ("dsa_ref.testing", "from dsa_ref import cost"),
+    ("dsa_ref.nn.layer", "from ..training.corpus import load_corpus"),
+    ("dsa_ref.nn.model", "from ..testing import poisoned"),
+    ("dsa_ref.nn.checkpoint", "import transformers"),
+    ("dsa_ref.training.train", "import dsa_kernels"),
+    ("dsa_ref.training.train", "from matplotlib.figure import Figure"),
+    ("dsa_ref.records", "import triton"),
+    ("dsa_ref.rope", "def f():\n    import importlib\n    importlib.import_module('dsa_kernels.rotate_quantize')"),
+    ("dsa_kernels.index_scores", "from dsa_ref.blocks import row_blocks"),
+    ("dsa_kernels.index_scores", "from dsa_ref import index_scores"),
+    ("dsa_kernels.index_scores", "from .select_topk import launch"),  # a later step
+    ("dsa_kernels.index_scores", "import numpy"),
+    ("dsa_kernels.sparse_attention", "from dsa_bench import cases"),
+    ("dsa_kernels.hopper.select_topk", "from ..select_topk import LOWEST"),
+    ("dsa_kernels.hopper.unions", "from ..rounding import round_to"),
+    ("dsa_kernels.hopper.unions", "import importlib\nimportlib.import_module('..select_topk', __package__)"),
+    ("dsa_kernels.topk.lists", "from ..hopper import unions"),
+    ("dsa_bench.cases", "from dsa_ref.contracts import row_ranges"),
+    ("dsa_bench.cases", "from dsa_ref import row_ranges"),
+    ("dsa_bench.cases", "from dsa_ref.nn.layer import Indexer"),
+    ("dsa_bench.cases", "from dsa_ref.nn import Indexer"),
+    ("dsa_bench.cases", "from dsa_course import toy"),
+    ("dsa_bench.ladder.index_scores", "from dsa_course.checking import Check"),
+    ("dsa_course.toy", "from dsa_bench import inputs"),
+    ("dsa_course.toy", "import pytest"),
+    ("dsa_course.toy", "from maintain import learner"),
+    ("dsa_ref.shortcut", ""),  # in no row
+    ("dsa_kernels.shortcut", ""),
+]
+
+
+@pytest.mark.parametrize("module, source", PLANTED)
+def test_a_planted_arrow_is_found(module, source):
+    assert len(broken(module, source)) == 1
+
+
+def test_allowed_arrows_are_not_found():
+    assert broken("dsa_kernels.hopper.unions", "from ..runtime import aligned\nfrom . import select_topk") == []
+    assert (
+        broken("dsa_bench.cases", "from dsa_ref import V32, cost, index_scores\nfrom dsa_ref.nn import DSALayer") == []
+    )
+    assert broken("dsa_ref.indexer_loss", "import numpy as np\nfrom .dense_attention import dense_attention") == []
+    assert broken("dsa_ref", "from .nn import DSALayer\nfrom .rope import rope", is_package=True) == []
+
+
+def test_gradients_of_kernels_live_in_one_file():
+    for module, path in MODULES.items():
+        if module.startswith("dsa_kernels") and module != "dsa_kernels.autograd":
+            assert "autograd.Function" not in path.read_text(encoding="utf-8"), module
+
+
+# Run in a new process: what importing changes there, and what it loads.
+PROBE = """
+import importlib, json, logging, os, random, signal, sys, threading, warnings
+import numpy, torch
+
+def state():
+    return {
+        **{f"environment {name}": value for name, value in os.environ.items()},
+        "folder": os.getcwd(), "path": list(sys.path), "exception hook": repr(sys.excepthook),
+        "warnings": repr(warnings.filters), "signals": repr(signal.getsignal(signal.SIGINT)),
+        "log handlers": repr(logging.getLogger().handlers), "threads": threading.active_count(),
+        "torch threads": torch.get_num_threads(), "dtype": repr(torch.get_default_dtype()),
+        "device": repr(torch.get_default_device()), "gradients": torch.is_grad_enabled(),
+        "precision": torch.get_float32_matmul_precision(),
+        "random": repr(random.getstate()), "numpy's random": repr(numpy.random.get_state()),
+        "torch's random": torch.get_rng_state().tolist(),
+    }
+
+before = state()
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+after = state()
+changed = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
+print(json.dumps([changed, sorted({name.partition(".")[0] for name in sys.modules})]))
+"""
+
+
+def effects(*names):
+    """(what importing these modules changes in a new process, the top-level packages that are loaded then)."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / FOLDERS[package]) + "/.." for package in FOLDERS)
+    command = [sys.executable, "-c", PROBE, *names]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tempfile.gettempdir())
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr == "" and len(ran.stdout.splitlines()) == 1  # importing says nothing
+    changed, loaded = json.loads(ran.stdout)
+    return changed, set(loaded)
+
+
+def test_importing_the_reference_changes_nothing_and_loads_nothing_of_others():
+    names = [name for name in MODULES if name.partition(".")[0] == "dsa_ref"]
+    changed, loaded = effects(*names)
+    assert changed == []
+    assert not loaded & {"matplotlib", "ipywidgets", "triton", "transformers", "dsa_kernels", "dsa_course"}
+
+
+@pytest.mark.skipif(not rungs.has_triton(), reason=NEEDS_TRITON)
+def test_importing_the_kernels_switches_the_interpreter_on_and_changes_nothing_else():
+    changed, loaded = effects("dsa_kernels")
+    assert changed == ([] if torch.cuda.is_available() else ["environment TRITON_INTERPRET"])
+    assert not loaded & {"matplotlib", "ipywidgets", "transformers", "dsa_bench", "dsa_course"}
+
+
+@pytest.mark.parametrize(
+    "planted, found",
+    [
+        ("import os; os.environ['X'] = '1'", "environment X"),
+        ("import torch; torch.manual_seed(0)", "torch's random"),
+        ("import warnings; warnings.simplefilter('ignore')", "warnings"),
+    ],
+)
+def test_a_planted_side_effect_is_found(planted, found, tmp_path, monkeypatch):
+    (tmp_path / "dsa_ref").mkdir()
+    (tmp_path / "dsa_ref" / "__init__.py").write_text(planted)
+    monkeypatch.setitem(FOLDERS, "dsa_ref", str(tmp_path / "dsa_ref"))
+    assert effects("dsa_ref")[0] == [found]
+    (tmp_path / "dsa_ref" / "__init__.py").write_text("print('hello')")
+    with pytest.raises(AssertionError):
+        effects("dsa_ref")
