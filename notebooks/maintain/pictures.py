@@ -1,17 +1,22 @@
-"""Copy the README's picture out of the executed course: `python -m notebooks.maintain.pictures`; `make course` does."""
+"""Make the README's two pictures: `python -m notebooks.maintain.pictures`; `make course` does.
+
+`figures/selection.png` is copied out of the executed course, `figures/recall.png` is drawn from its record.
+"""
 
 import base64
 import pathlib
 
 import nbformat
 
+from dsa_course.viz import png, recall_curves
+from dsa_ref import records
+
 from .learner import SOURCE
 
 FIGURES = pathlib.Path(__file__).parents[2] / "figures"
-PICTURES = {"selection.png": ("00_start_here", "LiveFigure('selection'")}  # file: notebook, its output's text
 
 
-def picture(notebook, text) -> bytes:
+def stored(notebook, text) -> bytes:
     """The PNG of the output whose text begins so, of a source notebook. Raises: ValueError unless there is just one."""
     outputs = [
         output
@@ -24,9 +29,25 @@ def picture(notebook, text) -> bytes:
     return base64.b64decode(outputs[0].data["image/png"])
 
 
+def selection() -> bytes:
+    """What the trained indexer selects, the first live figure of the course."""
+    return stored("00_start_here", "LiveFigure('selection'")
+
+
+def recall() -> bytes:
+    """The recorded recall of the trained indexer and its controls."""
+    recorded = records.read("small_model_recall.json")
+    order = ("indexer", "attention itself", "window", "random")
+    figure = recall_curves(recorded["k"], {name: recorded["recall"][name] for name in order})
+    return png(figure, "Attention mass on the selected keys against k, for the indexer and its controls")
+
+
+PICTURES = {"selection.png": selection, "recall.png": recall}
+
+
 def main():
-    for file, place in PICTURES.items():
-        (FIGURES / file).write_bytes(picture(*place))
+    for file, make in PICTURES.items():
+        (FIGURES / file).write_bytes(make())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 
 from conftest import NEEDS_TRITON
 from dsa_course import checks
+from dsa_course.checking import Check
 from dsa_ref.testing import Failed
 
 HERE = pathlib.Path(__file__).parent
@@ -43,3 +44,31 @@ def test_an_untouched_stub_is_told_apart_from_a_wrong_answer(exercise):
 
     with pytest.raises(NotImplementedError):
         checks.ALL[exercise](stub)
+
+
+def unnamed(check):
+    """What is wrong with the names of the functions behind a check's properties, which tracebacks and tests show."""
+    names = [test.__name__ for test in check.properties.values()]
+    wrong = [name for name in names if not name.startswith(f"{check.name}_")]
+    return wrong + [f"{name} twice" for name in sorted(set(names)) if names.count(name) > 1]
+
+
+@pytest.mark.parametrize("exercise", checks.ALL)
+def test_every_property_has_a_function_of_its_own_name(exercise):
+    assert unnamed(checks.ALL[exercise]) == []
+
+
+def test_a_property_without_a_name_is_found():
+    check = Check("double")
+
+    @check.property("shape")
+    def _(solution):
+        pass
+
+    for value in (2, 3):
+
+        @check.property(f"value {value}")
+        def double_value(solution):
+            pass
+
+    assert unnamed(check) == ["_", "double_value twice"]

@@ -10,26 +10,26 @@ import pytest
 import torch
 
 import dsa_ref
-from dsa_course.traps import runs as trap_runs
-from dsa_course.traps import table as traps
+from dsa_course.traps import runs, table
 from dsa_course.traps.__main__ import measure
+from dsa_ref import records
 from dsa_ref.testing import overlap
 from dsa_ref.training.corpus import load_corpus
 from dsa_ref.training.evaluate import held_out_windows
 
 ROOT = pathlib.Path(__file__).parents[2]
-RECORD = json.loads((ROOT / "figures" / "traps.json").read_text(encoding="utf-8"))
+RECORD = records.read("traps.json")
 
 
 def test_the_table():
-    names = [trap.name for trap in traps.TRAPS]
+    names = [trap.name for trap in table.TRAPS]
     assert len(names) == len(set(names)) >= 15
-    assert len({trap.variant for trap in traps.TRAPS}) == len(names)
-    for trap in traps.TRAPS:
-        assert trap.what.endswith(".") and trap.symptom.endswith(".") and trap.shows_in in trap_runs.WAYS
-        assert traps.trap(trap.name) is trap
+    assert len({trap.variant for trap in table.TRAPS}) == len(names)
+    for trap in table.TRAPS:
+        assert trap.what.endswith(".") and trap.symptom.endswith(".") and trap.shows_in in runs.WAYS
+        assert table.trap(trap.name) is trap
     with pytest.raises(ValueError, match="name must be one of unnormalised latent.*got 'no such'"):
-        traps.trap("no such")
+        table.trap("no such")
 
 
 def test_each_is_caught_by_the_test_that_it_names():
@@ -49,14 +49,14 @@ def test_each_is_caught_by_the_test_that_it_names():
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert list(found) == [trap.name for trap in traps.TRAPS]
+    assert list(found) == [trap.name for trap in table.TRAPS]
     assert {name: without for name, (without, _) in found.items() if without != "passed"} == {}
     assert [name for name, (_, planted) in found.items() if planted == "passed"] == []
 
 
 def test_the_record_has_every_trap_and_where_it_shows():
-    assert list(RECORD["traps"]) == [trap.name for trap in traps.TRAPS]
-    for trap in traps.TRAPS:
+    assert list(RECORD["traps"]) == [trap.name for trap in table.TRAPS]
+    for trap in table.TRAPS:
         assert list(RECORD["traps"][trap.name]) == list(dict.fromkeys(("one pass", trap.shows_in)))
         shown = RECORD["traps"][trap.name][trap.shows_in]
         assert "raises" in shown or shown["overlap"] < 1.0 or abs(shown["loss"]) > 4 * shown["error"], trap.name
@@ -68,7 +68,7 @@ def test_the_record_has_every_trap_and_where_it_shows():
 def test_the_record_can_be_reproduced(name):
     """The text is this Python's own library, so another version of Python reads other bytes: hence the tolerance."""
     windows = held_out_windows(load_corpus()[1], RECORD["windows"], RECORD["length"])[:3].long()
-    got, recorded = measure(traps.trap(name), windows), RECORD["traps"][name]
+    got, recorded = measure(table.trap(name), windows), RECORD["traps"][name]
     assert got.keys() == recorded.keys()
     for way, values in recorded.items():
         if "raises" in values:
@@ -81,15 +81,15 @@ def test_the_record_can_be_reproduced(name):
 def names_of_the_reference():
     modules = {m.__name__: m for name, m in sys.modules.items() if f"{name}.".startswith("dsa_ref.")}
     found = {(name, key): value for name, module in modules.items() for key, value in vars(module).items()}
-    for owner in traps.CLASSES.values():
+    for owner in table.CLASSES.values():
         found |= {(owner.__name__, key): value for key, value in vars(owner).items()}
     return found
 
 
-@pytest.mark.parametrize("trap", traps.TRAPS, ids=lambda trap: trap.name)
+@pytest.mark.parametrize("trap", table.TRAPS, ids=lambda trap: trap.name)
 def test_planting_reaches_every_user_and_leaves_nothing_behind(trap):
     before = names_of_the_reference()
-    with traps.planted(trap):
+    with table.planted(trap):
         changed = {place for place, value in names_of_the_reference().items() if before[place] is not value}
     assert changed and not any(module == "dsa_ref.testing" for module, _ in changed)
     if "." not in trap.step:
@@ -101,18 +101,18 @@ def test_planting_reaches_every_user_and_leaves_nothing_behind(trap):
 
 def test_an_error_inside_does_not_leave_the_trap_planted():
     right = dsa_ref.index_scores
-    with pytest.raises(RuntimeError, match="inside"), traps.planted(traps.trap("no relu")):
+    with pytest.raises(RuntimeError, match="inside"), table.planted(table.trap("no relu")):
         assert dsa_ref.index_scores is not right
         raise RuntimeError("inside")
     assert dsa_ref.index_scores is right
 
 
-@pytest.mark.parametrize("way", trap_runs.WAYS)
+@pytest.mark.parametrize("way", runs.WAYS)
 def test_every_way_reads_the_text_alike(way):
     """Chunks, merged halves and padding change nothing for the right model; bf16 scores and unquantised ones little."""
     tokens = held_out_windows(load_corpus()[1], 1, 200)[0].long()
-    selections, loss = trap_runs.read(tokens)
-    other, other_loss = trap_runs.read(tokens, way)
+    selections, loss = runs.read(tokens)
+    other, other_loss = runs.read(tokens, way)
     assert len(selections) == len(other) == 4 and all(chosen.shape == (200, 64) for chosen in other)
     if way in ("one pass", "chunks", "merge", "padding"):
         assert other_loss == pytest.approx(loss, abs=1e-3)

@@ -326,8 +326,10 @@ def test_colours_have_one_meaning_each():
 
 
 def test_imports_stay_light():
+    """Only `viz` and the `live` modules draw, and they do it without pyplot."""
     code = (
         "import sys, dsa_ref, dsa_ref.cost, dsa_ref.testing\n"
+        "import dsa_course.checks, dsa_course.environment, dsa_course.toy, dsa_course.traps.__main__\n"
         "assert not {'matplotlib', 'ipywidgets', 'IPython'} & set(sys.modules)\n"
         "import dsa_course.viz\n"
         "assert 'matplotlib.pyplot' not in sys.modules"

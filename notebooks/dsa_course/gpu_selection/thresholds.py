@@ -1,6 +1,6 @@
 """Notebook 10: selection without sorting, in torch. A bound by group maxima, the k-th largest by bytes, ties by index.
 
-It explains the kernels of `kernels/dsa_kernels/select_topk.py`; the reference of selection is `dsa_ref.select_topk`.
+It explains the kernels in `kernels/dsa_kernels/topk/`; the reference of selection is `dsa_ref.select_topk`.
 """
 
 import torch

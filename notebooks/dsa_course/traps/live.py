@@ -11,7 +11,7 @@ from dsa_ref.nn.model import load_small_model
 from dsa_ref.testing import overlap
 
 from .. import viz
-from . import table as traps
+from . import table
 from .check import patient
 from .runs import read
 
@@ -28,12 +28,12 @@ def live_traps(text_bytes, tokens, layer, trap, byte) -> viz.LiveFigure:
     @functools.cache
     def selection(name):
         """(way, indices): of the right model for None, else of the planted one in the way in which it shows."""
-        found = traps.trap(name)
+        found = table.trap(name)
         try:
-            with traps.planted(found):
+            with table.planted(found):
                 return found.shows_in, read(tokens, found.shows_in)[0][layer]
         except ValueError:  # it cannot be run where it shows
-            with traps.planted(found):
+            with table.planted(found):
                 return "one pass", read(tokens)[0][layer]
 
     @functools.cache
@@ -77,7 +77,7 @@ def live_traps(text_bytes, tokens, layer, trap, byte) -> viz.LiveFigure:
         )
 
     wide = ipywidgets.Layout(width="800px")  # a pixel of the slider is about a byte of the text
-    names = [found.name for found in traps.TRAPS]
+    names = [found.name for found in table.TRAPS]
     controls = {
         "trap": ipywidgets.Dropdown(options=names, value=trap, description="trap"),
         "byte": ipywidgets.IntSlider(byte, min=0, max=len(text_bytes) - 1, description="byte t", layout=wide),
@@ -93,11 +93,11 @@ LOST = {"fill": False, "edgecolor": viz.COLOURS["selected"], "linestyle": (0, (2
 
 def effects(record) -> list:
     """figures/traps.json as rows, most keys lost first: (trap, way in which it shows, what was measured there)."""
-    rows = [(found, found.shows_in, record["traps"][found.name][found.shows_in]) for found in traps.TRAPS]
+    rows = [(found, found.shows_in, record["traps"][found.name][found.shows_in]) for found in table.TRAPS]
     return sorted(rows, key=lambda row: row[2].get("overlap", -1.0))
 
 
-def table(record) -> str:
+def as_table(record) -> str:
     """The museum as a Markdown table."""
     lines = [
         "| trap | what is wrong | shows in | right keys left | change of loss | caught by |",
