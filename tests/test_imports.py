@@ -63,7 +63,8 @@ TABLE = [
         "torch",
     ),
     # the kernels, which share only sizes and argument checks with the reference
-    Row("dsa_kernels.runtime dsa_kernels.rounding", "dsa_kernels.runtime dsa_kernels.hopper.*", "torch triton"),
+    Row("dsa_kernels.runtime", "dsa_kernels.hopper.*", "torch"),
+    Row("dsa_kernels.rounding", "dsa_kernels.runtime", "triton"),
     Row(
         "dsa_kernels.topk.*",
         "dsa_ref.config dsa_ref.contracts dsa_kernels.runtime dsa_kernels.topk.*",
@@ -116,6 +117,12 @@ def exported(module):
     return None
 
 
+def part_of(package, name):
+    """(package.name, None) where that is a module, (package, name) for anything else that the package holds."""
+    below = f"{package}.{name}"
+    return (below, None) if below in MODULES and below not in SHADOWED else (package, name)
+
+
 def imported(module, source, is_package):
     """(line, module, name or None) for each thing that `source`, the text of `module`, imports."""
     package = module if is_package else module.rpartition(".")[0]
@@ -129,10 +136,10 @@ def imported(module, source, is_package):
             yield from ((node.lineno, alias.name, None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             origin = absolute(node.level, node.module)
-            for alias in node.names:
-                below = f"{origin}.{alias.name}"
-                inside = below in MODULES and below not in SHADOWED
-                yield (node.lineno, below, None) if inside else (node.lineno, origin, alias.name)
+            yield from ((node.lineno, *part_of(origin, alias.name)) for alias in node.names)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in FOLDERS:
+            if not node.attr.startswith("__"):
+                yield node.lineno, *part_of(node.value.id, node.attr)  # `import dsa_ref`, then dsa_ref.x
         elif isinstance(node, ast.Call) and re.search(r"(^|\.)(import_module|__import__)$", ast.unparse(node.func)):
             argument = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
             if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
@@ -235,6 +242,7 @@ PLANTED = [
     ("dsa_kernels.topk.lists", "from ..hopper import unions"),
     ("dsa_bench.cases", "from dsa_ref.contracts import row_ranges"),
     ("dsa_bench.cases", "from dsa_ref import row_ranges"),
+    ("dsa_bench.cases", "import dsa_ref\ndsa_ref.contracts.row_ranges(1, 1, 'cpu')"),
     ("dsa_bench.cases", "from dsa_ref.nn.layer import Indexer"),
     ("dsa_bench.cases", "from dsa_ref.nn import Indexer"),
     ("dsa_bench.cases", "from dsa_course import toy"),
