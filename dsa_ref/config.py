@@ -33,22 +33,18 @@ class DSAConfig:
     beta_slow: float = 1.0
     original_seq_len: int = 4096  # the context before YaRN
     max_seq_len: int = 163840  # YaRN is on where this exceeds original_seq_len
-    mscale: float = 1.0
+    mscale: float = 1.0  # 0: no correction of the softmax scale
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        kinds = {int: ("an int", int), float: ("a number", (int, float)), bool: ("a bool", bool)}
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
-                raise TypeError(f"{field.name} must be an int, got {value!r}")
-            if field.type is float:
-                if isinstance(value, bool) or not isinstance(value, (int, float)):
-                    raise TypeError(f"{field.name} must be a number, got {value!r}")
-                if not 0 < value < math.inf and (field.name, value) != ("mscale", 0):  # mscale 0: no correction
-                    raise ValueError(f"{field.name} must be positive and finite, got {value!r}")
-            if field.type is bool and not isinstance(value, bool):
-                raise TypeError(f"{field.name} must be a bool, got {value!r}")
+            value, (kind, types) = getattr(self, field.name), kinds[field.type]
+            if not isinstance(value, types) or isinstance(value, bool) != (field.type is bool):
+                raise TypeError(f"{field.name} must be {kind}, got {value!r}")
             if field.type is int and value < 1:
                 raise ValueError(f"{field.name} must be at least 1, got {value}")
+            if field.type is float and not 0 < value < math.inf and (field.name, value) != ("mscale", 0):
+                raise ValueError(f"{field.name} must be positive and finite, got {value!r}")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even (RoPE turns pairs), got {self.qk_rope_head_dim}")
         if self.index_head_dim & (self.index_head_dim - 1):
@@ -78,7 +74,6 @@ class DSAConfig:
 
 
 V32 = DSAConfig()
-
 TINY = DSAConfig(
     dim=64,
     n_heads=4,

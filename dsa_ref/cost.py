@@ -9,6 +9,7 @@ Source: SPEC sections 3 and 6.
 import dataclasses
 import math
 
+from .config import DSAConfig
 from .contracts import check_count
 
 FP8_BLOCK = 128  # latent elements that share one scale in the FP8 cache
@@ -16,17 +17,17 @@ SCALE_BYTES = 4  # an fp32 scale
 BF16_BYTES = 2
 
 
-def index_flops_per_pair(config) -> int:
+def index_flops_per_pair(config: DSAConfig) -> int:
     """One query against one key in the indexer: Hi dot products of width Di."""
     return 2 * config.index_n_heads * config.index_head_dim
 
 
-def mqa_flops_per_pair(config) -> int:
+def mqa_flops_per_pair(config: DSAConfig) -> int:
     """One query against one key in absorbed (MQA) mode: H dots of width D, H value rows of the latent's width."""
     return 2 * config.n_heads * (config.latent_dim + config.kv_lora_rank)
 
 
-def mha_flops_per_pair(config) -> int:
+def mha_flops_per_pair(config: DSAConfig) -> int:
     """One query against one key in decompressed (MHA) mode: H dots of width nope + rope, H value rows."""
     return 2 * config.n_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
 
@@ -38,9 +39,11 @@ def causal_pairs(T: int, S: int, limit: int | None = None) -> int:
 
     Raises: TypeError for anything but ints, ValueError for a value below 1 or T > S.
     """
-    if check_count("T", T) > check_count("S", S):
+    limit = S if limit is None else limit
+    for name, count in (("T", T), ("S", S), ("limit", limit)):
+        check_count(name, count)
+    if T > S:
         raise ValueError(f"T must be at most S = {S}: the queries are the last T positions, got {T}")
-    limit = S if limit is None else check_count("limit", limit)
     least = S - T + 1
     uncapped = max(0, min(S, limit) - least + 1)  # rows that see no more than `limit` keys
     return uncapped * (2 * least + uncapped - 1) // 2 + (T - uncapped) * limit
@@ -61,7 +64,7 @@ class PrefillCost:
         return self.indexer + self.sparse
 
 
-def prefill_cost(config, T: int, S: int) -> PrefillCost:
+def prefill_cost(config: DSAConfig, T: int, S: int) -> PrefillCost:
     """FLOPs of T queries at the end of S positions, every causal pair counted, with min(k, visible) selected a row."""
     visible = causal_pairs(T, S)
     return PrefillCost(
@@ -72,19 +75,19 @@ def prefill_cost(config, T: int, S: int) -> PrefillCost:
     )
 
 
-def index_bytes_per_token(config) -> int:
+def index_bytes_per_token(config: DSAConfig) -> int:
     """One token in the index cache: Di e4m3 values and a scale (132 in V3.2), or Di bf16 values without FP8."""
     Di = config.index_head_dim
     return Di + SCALE_BYTES if config.index_fp8 else BF16_BYTES * Di
 
 
-def fp8_kv_bytes_per_token(config) -> int:
+def fp8_kv_bytes_per_token(config: DSAConfig) -> int:
     """One token in the FP8 KV cache: e4m3 latent, a scale for each 128 of it, bf16 RoPE part (656 in V3.2)."""
     scales = math.ceil(config.kv_lora_rank / FP8_BLOCK)
     return config.kv_lora_rank + SCALE_BYTES * scales + BF16_BYTES * config.qk_rope_head_dim
 
 
-def bf16_kv_bytes_per_token(config) -> int:
+def bf16_kv_bytes_per_token(config: DSAConfig) -> int:
     """One token in the bf16 KV cache (1152 in V3.2)."""
     return BF16_BYTES * config.latent_dim
 
@@ -103,14 +106,15 @@ class DecodeBytes:
         return self.index + self.selected
 
 
-def decode_bytes(config, S: int) -> DecodeBytes:
+def decode_bytes(config: DSAConfig, S: int) -> DecodeBytes:
     """Bytes read by one query that sees S tokens: the index cache of all, FP8 KV rows of min(k, S) of them."""
+    check_count("S", S)
     row = fp8_kv_bytes_per_token(config)
-    selected = min(config.index_topk, check_count("S", S))
+    selected = min(config.index_topk, S)
     return DecodeBytes(index=index_bytes_per_token(config) * S, selected=row * selected, dense=row * S)
 
 
-def break_even_prefill(config) -> float:
+def break_even_prefill(config: DSAConfig) -> float:
     """Mean context above which DSA takes fewer FLOPs than dense MHA-mode attention (some 8.7 K tokens in V3.2).
 
     Exact where every query sees at least k keys. inf: never; 0: always.
@@ -118,18 +122,18 @@ def break_even_prefill(config) -> float:
     return _break_even(config, index_flops_per_pair(config), mqa_flops_per_pair(config), mha_flops_per_pair(config))
 
 
-def break_even_decode(config) -> float:
+def break_even_decode(config: DSAConfig) -> float:
     """Context above which one decode step takes fewer FLOPs than dense MQA attention (some 2.2 K tokens in V3.2)."""
     return _break_even(config, index_flops_per_pair(config), mqa_flops_per_pair(config), mqa_flops_per_pair(config))
 
 
-def break_even_decode_bytes(config) -> float:
+def break_even_decode_bytes(config: DSAConfig) -> float:
     """Context above which one decode step reads fewer bytes than dense attention (some 2.6 K tokens in V3.2)."""
     row = fp8_kv_bytes_per_token(config)
     return _break_even(config, index_bytes_per_token(config), row, row)
 
 
-def _break_even(config, scan, selected, dense) -> float:
+def _break_even(config: DSAConfig, scan: int, selected: int, dense: int) -> float:
     """The context c where scan · c + selected · min(k, c) = dense · c."""
     if scan + selected < dense:
         return 0.0
@@ -138,12 +142,12 @@ def _break_even(config, scan, selected, dense) -> float:
     return selected * config.index_topk / (dense - scan)
 
 
-def decode_bytes_ceiling(config) -> float:
+def decode_bytes_ceiling(config: DSAConfig) -> float:
     """The limit of dense / DSA bytes for an endless context: every token's index entry must be read (4.97 in V3.2)."""
     return fp8_kv_bytes_per_token(config) / index_bytes_per_token(config)
 
 
-def roofline_seconds(flops, bytes, flops_per_second, bytes_per_second) -> float:
+def roofline_seconds(flops: float, bytes: float, flops_per_second: float, bytes_per_second: float) -> float:
     """The least time in seconds for this work: the longer of computing and moving, as if they overlapped fully.
 
     Raises: ValueError for negative work or a rate that is not positive.

@@ -8,11 +8,12 @@ Source: SPEC section 2 step 4; Sylvester order, as in the fast-hadamard-transfor
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .contracts import check_vectors
+from .contracts import Array, check_vectors
 
 
-def hadamard_loops(x):
+def hadamard_loops(x: Array) -> Array:
     """The rotation as a matrix product in loops, float64. x [rows, D] array -> array like x."""
     x = np.asarray(x, dtype=np.float64)
     rows, D = x.shape
@@ -25,14 +26,15 @@ def hadamard_loops(x):
     return out / np.sqrt(D)
 
 
-def hadamard(x):
+def hadamard(x: Tensor) -> Tensor:
     """Rotate the last dim of x [..., D], D a power of two. Differentiable.
 
     Sums in fp32 (fp64 for fp64), rounded to x.dtype once.
 
     Raises: ValueError if D is no power of two, TypeError for a dtype that is not floating point.
     """
-    D = check_vectors(x, power_of_two=True)
+    check_vectors(x, power_of_two=True)
+    D = x.shape[-1]
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     width = 1
     while width < D:  # a butterfly joins neighbours at distance `width`: (a, b) -> (a + b, a - b)

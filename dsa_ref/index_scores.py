@@ -10,12 +10,15 @@ Source: DeepSeek-V3.2-Exp report, equation 1; SPEC section 2 steps 6 to 8.
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .blocks import row_blocks, visible
-from .contracts import check_index_scores
+from .contracts import Array, Bound, check_index_scores, row_ranges
 
 
-def index_scores_loops(q_idx, k_idx, w, k_scale=None, start=None, end=None):
+def index_scores_loops(
+    q_idx: Array, k_idx: Array, w: Array, k_scale: Array | None = None, start: Bound = None, end: Bound = None
+) -> Array:
     """Equation 1 as four nested loops over arrays, float64. Returns [T, S], -inf where key s is not visible."""
     T, Hi, Di = q_idx.shape
     S = k_idx.shape[0]
@@ -34,7 +37,9 @@ def index_scores_loops(q_idx, k_idx, w, k_scale=None, start=None, end=None):
     return scores
 
 
-def index_scores(q_idx, k_idx, w, k_scale=None, start=None, end=None):
+def index_scores(
+    q_idx: Tensor, k_idx: Tensor, w: Tensor, k_scale: Tensor | None = None, start: Bound = None, end: Bound = None
+) -> Tensor:
     """Scores [T, S] of all visible pairs, -inf elsewhere. Differentiable in q_idx, k_idx, w and k_scale.
 
     q_idx: [T, Hi, Di] and k_idx: [S, Di], both float8_e4m3fn or both one wider float type; w: float [T, Hi]; k_scale:
@@ -43,16 +48,29 @@ def index_scores(q_idx, k_idx, w, k_scale=None, start=None, end=None):
 
     Raises: ValueError for wrong shapes, devices or ranges, TypeError for wrong dtypes.
     """
-    T, S, start, end = check_index_scores(q_idx, k_idx, w, k_scale, start, end)
-    inputs = [x for x in (q_idx, k_idx, w, k_scale) if x is not None]
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
-    rows_of_scores = []
-    for rows, keys in row_blocks(start, end, per_pair=q_idx.shape[1]):
-        dots = torch.einsum("thd,sd->ths", q_idx[rows].to(dtype), k_idx[keys].to(dtype))
-        block = torch.einsum("ths,th->ts", dots.relu(), w[rows].to(dtype))
-        if k_scale is not None:
-            block = block * k_scale[keys].to(dtype)
+    check_index_scores(q_idx, k_idx, w, k_scale, start, end)
+    S = len(k_idx)
+    start, end = row_ranges(len(q_idx), S, q_idx.device, start, end)
+    dtype, rows_of_scores = score_dtype(q_idx, k_idx, w, k_scale), []
+    for rows, keys in row_blocks(start, end, per_pair=w.shape[1]):
+        scale = None if k_scale is None else k_scale[keys]
+        block = score_block(q_idx[rows], k_idx[keys], w[rows], scale, dtype)
         block = block.masked_fill(~visible(start, end, rows, keys), -torch.inf)
         outside = (keys.start, S - keys.stop)
         rows_of_scores.append(torch.nn.functional.pad(block, outside, value=-torch.inf))
-    return torch.cat(rows_of_scores) if T else q_idx.new_empty(0, S, dtype=dtype)
+    return torch.cat(rows_of_scores)
+
+
+def score_dtype(*inputs: Tensor | None) -> torch.dtype:
+    """What scores are computed and returned in: fp64 where an input is fp64, else fp32."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in inputs) else torch.float32
+
+
+def score_block(q_idx, k_idx, w, k_scale, dtype: torch.dtype, dims: str = "sd") -> Tensor:
+    """Equation 1 on unchecked arguments for every pair of a block: [T, S] in `dtype`, nothing masked.
+
+    dims: k_idx's, "sd", or "tsd" where each query has keys of its own.
+    """
+    dots = torch.einsum(f"thd,{dims}->ths", q_idx.to(dtype), k_idx.to(dtype))
+    scores = torch.einsum("ths,th->ts", dots.relu(), w.to(dtype))
+    return scores if k_scale is None else scores * k_scale.to(dtype)

@@ -15,22 +15,18 @@ Source: DeepSeek-V3.2-Exp report, equations 3 and 4; SPEC section 5.
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .blocks import at_least_one, pairs_at_once, row_blocks, visible
-from .contracts import (
-    FLOATS,
-    check_attention,
-    check_dtype,
-    check_index_scores,
-    check_shapes,
-    check_sparse_attention,
-)
-from .dense_attention import dense_attention_loops
-from .index_scores import index_scores_loops
-from .sparse_attention import masked_softmax
+from .blocks import list_blocks, masked_blocks
+from .contracts import Array, Bound, check_indexer_loss, row_ranges
+from .index_scores import index_scores_loops, score_block
+from .sparse_attention import attention_weights, masked_softmax
 
 
-def indexer_loss_loops(q_idx, k_idx, w, q, kv, scale, indices=None, start=None, end=None):
+def indexer_loss_loops(
+    q_idx: Array, k_idx: Array, w: Array, q: Array, kv: Array, scale: float, indices: Array | None = None,
+    start: Bound = None, end: Bound = None,
+) -> float:  # fmt: skip
     """Both equations as loops over arrays, float64 -> the loss, a float."""
     T, H, _ = q.shape
     scores = index_scores_loops(q_idx, k_idx, w, None, start, end)
@@ -43,17 +39,22 @@ def indexer_loss_loops(q_idx, k_idx, w, q, kv, scale, indices=None, start=None, 
             continue
         p = np.zeros(len(keys))
         for h in range(H):
-            _, lse = dense_attention_loops(q[t : t + 1, h : h + 1], kv[keys], scale, 1, [0], [len(keys)])
-            p += [np.exp(scale * np.dot(q[t, h], kv[s]) - lse[0, 0]) / H for s in keys]
-        log_normaliser = np.log(np.sum(np.exp(scores[t, keys] - scores[t, keys].max()))) + scores[t, keys].max()
-        for i, s in enumerate(keys):
+            logits = np.array([scale * np.dot(q[t, h], kv[s]) for s in keys])
+            exponentials = np.exp(logits - logits.max())
+            p += exponentials / exponentials.sum() / H
+        largest = scores[t, keys].max()
+        log_guess = scores[t, keys] - largest - np.log(np.sum(np.exp(scores[t, keys] - largest)))
+        for i in range(len(keys)):
             if p[i] > 0:
-                total += p[i] * (np.log(p[i]) - (scores[t, s] - log_normaliser))
+                total += p[i] * (np.log(p[i]) - log_guess[i])
         rows += 1
     return total / max(rows, 1)
 
 
-def indexer_loss(q_idx, k_idx, w, q, kv, scale, indices=None, start=None, end=None):
+def indexer_loss(
+    q_idx: Tensor, k_idx: Tensor, w: Tensor, q: Tensor, kv: Tensor, scale: float, indices: Tensor | None = None,
+    start: Bound = None, end: Bound = None,
+) -> Tensor:  # fmt: skip
     """The indexer's KL loss, a scalar. Differentiable in q_idx, k_idx and w alone.
 
     q_idx [T, Hi, Di], k_idx [S, Di], w [T, Hi]: the indexer's side, as for `index_scores`, unquantised.
@@ -64,39 +65,28 @@ def indexer_loss(q_idx, k_idx, w, q, kv, scale, indices=None, start=None, end=No
 
     Raises: ValueError for wrong shapes, devices, ranges or indices; TypeError for wrong dtypes.
     """
-    check_shapes(q_idx=(q_idx, "T Hi Di"), k_idx=(k_idx, "S Di"), q=(q, "T H D"), kv=(kv, "S D"))
-    T, S, start, end = check_index_scores(q_idx, k_idx, w, None, start, end)
-    check_dtype("q_idx", q_idx, FLOATS)  # FP8 values have a scale, for which there is no argument
-    check_attention(q, kv, scale, 1)
+    check_indexer_loss(q_idx, k_idx, w, q, kv, scale, indices, start, end)
+    (T, Hi, Di), S, (_, H, D) = q_idx.shape, len(kv), q.shape
+    start, end = row_ranges(T, S, q.device, start, end)
     q, kv = q.detach().float(), kv.detach().float()
-    Hi, H = q_idx.shape[1], q.shape[1]
-    total = q_idx.new_zeros((), dtype=torch.float32)
+    total = q.new_zeros(())
     if indices is None:
-        for rows, keys in row_blocks(start, end, per_pair=Hi + H):
-            keys = at_least_one(keys, S)
-            mask = visible(start, end, rows, keys)
-            dots = torch.einsum("thd,sd->ths", q_idx[rows].float(), k_idx[keys].float())
-            logits = torch.einsum("thd,sd->ths", q[rows], kv[keys]) * scale
-            total = total + _kl(dots, w[rows], logits, mask)
+        for rows, keys, mask in masked_blocks(start, end, S, per_pair=Hi + H):
+            total = total + _kl(q_idx[rows], k_idx[keys], w[rows], q[rows], kv[keys], scale, mask, "sd")
         alive = end > start
     else:
-        D, k = check_sparse_attention(q, kv, indices, scale, 1)[2:]
         inside = (indices >= start[:, None]) & (indices < end[:, None])
-        block = max(1, pairs_at_once(q) // (k * (D + k_idx.shape[1] + Hi + H)))
-        for first in range(0, T, block):
-            rows = slice(first, first + block)
+        for rows in list_blocks(indices, per_index=D + Di + Hi + H):
             picked = indices[rows].clamp(min=0)
-            dots = torch.einsum("thd,tkd->thk", q_idx[rows].float(), k_idx[picked].float())
-            logits = torch.einsum("thd,tkd->thk", q[rows], kv[picked]) * scale
-            total = total + _kl(dots, w[rows], logits, inside[rows])
+            total = total + _kl(q_idx[rows], k_idx[picked], w[rows], q[rows], kv[picked], scale, inside[rows], "tsd")
         alive = inside.any(dim=1)
     return total / alive.sum().clamp(min=1)
 
 
-def _kl(dots, w, logits, mask):
-    """Sum over rows of KL(target || indexer), from q_idx·k_idx [t, Hi, s] and attention logits [t, H, s]."""
-    p = masked_softmax(logits, mask[:, None])[0].mean(dim=1)
-    scores = torch.einsum("ths,th->ts", dots.relu(), w.float()).masked_fill(~mask, -torch.inf)
+def _kl(q_idx, k_idx, w, q, kv, scale, mask, dims) -> Tensor:
+    """Sum over a block's rows of KL(p || softmax(I)) on the keys in mask [T, S]; `dims` as for `attend`."""
+    scores = score_block(q_idx, k_idx, w, None, torch.float32, dims)
+    p = attention_weights(q, kv, scale, mask, dims)[0].mean(dim=1)
     _, lse = masked_softmax(scores, mask)
     log_guess = torch.where(mask, scores - torch.where(lse == -torch.inf, 0.0, lse)[:, None], 0.0)
     return (torch.xlogy(p, p) - p * log_guess).sum()

@@ -13,28 +13,20 @@ import math
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .contracts import check_vectors
+from .contracts import Array, check_vectors
 
 E4M3_MAX = 448.0
 AMAX_FLOOR = 1e-4
 
 
-def e4m3_value(code: int) -> float:
-    """The number that a byte stands for: 1 sign, 4 exponent (bias 7), 3 mantissa bits; 0x7f and 0xff are NaN."""
-    sign = -1.0 if code & 0x80 else 1.0
-    exponent, mantissa = code >> 3 & 0xF, code & 0x7
-    if exponent == 15 and mantissa == 7:
-        return math.nan
-    if exponent == 0:
-        return sign * mantissa * 2.0**-9
-    return sign * (8 + mantissa) * 2.0 ** (exponent - 10)
+# What the bytes 0x00 to 0x7e stand for, 0 up to 448: 4 exponent bits (bias 7), 3 mantissa bits; 0x7f would be NaN.
+MAGNITUDES = [m * 2.0**-9 if e == 0 else (8 + m) * 2.0 ** (e - 10) for e in range(16) for m in range(8)]
+POSITIVE_CODES = np.array(MAGNITUDES[:0x7F])
 
 
-POSITIVE_CODES = np.array([e4m3_value(code) for code in range(0x7F)])  # 0 up to 448, ascending
-
-
-def quantize_loops(x):
+def quantize_loops(x: Array) -> tuple[Array, Array]:
     """Quantise each row of x [rows, D] by searching all 127 magnitudes for the nearest; ties go to the even code.
 
     Returns (values float64 [rows, D], which e4m3 holds exactly, scale float64 [rows]).
@@ -53,7 +45,7 @@ def quantize_loops(x):
     return values, scales
 
 
-def quantize(x):
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise x [..., D] to (x8 float8_e4m3fn [..., D], scale fp32 [...]), one scale for each vector of D.
 
     Raises: TypeError for a non-float dtype, ValueError for NaN or infinity, which no scale can hold.
@@ -68,13 +60,13 @@ def quantize(x):
     return x8, scale
 
 
-def power_of_two_at_least(x):
+def power_of_two_at_least(x: Tensor) -> Tensor:
     """2^ceil(log2(x)) for positive fp32 x, exactly: read from the exponent bits, since log2 may round."""
     mantissa, exponent = torch.frexp(x)  # x = mantissa · 2^exponent with mantissa in [0.5, 1)
     exponent = exponent - (mantissa == 0.5).int()
     return ((exponent + 127) << 23).to(torch.int32).view(torch.float32)
 
 
-def dequantize(x8, scale):
+def dequantize(x8: Tensor, scale: Tensor) -> Tensor:
     """x8 [..., D] times its scale [...], in fp32."""
     return x8.to(torch.float32) * scale[..., None]

@@ -5,18 +5,21 @@ MLA turns *interleaved* pairs (x0, x1), (x2, x3), ...; the indexer turns *half-s
 layout. The wrong one on both sides leaves norms, shapes and that property right, and the selection wrong, since the
 weights were trained with the other: DeepSeek's code turned the indexer's pairs interleaved until 2025-11-17.
 
-Source: DeepSeek-V3.2-Exp inference/model.py (corrected); YaRN, arXiv 2309.00071, section 3.2.
+Source: SPEC section 2 step 3 and section 3; DeepSeek-V3.2-Exp inference/model.py (corrected); YaRN, arXiv 2309.00071,
+section 3.2.
 """
 
 import math
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .contracts import check_rope
+from .config import DSAConfig
+from .contracts import Array, check_rope
 
 
-def rope_frequencies(config, device=None) -> torch.Tensor:
+def rope_frequencies(config: DSAConfig, device: torch.device | str | None = None) -> Tensor:
     """Radians per token of each of the R/2 pairs, fp32 [R/2]: theta^(-2i/R), stretched by YaRN where it is on.
 
     YaRN divides the slow pairs (fewer than beta_slow turns in the original context) by rope_factor, leaves the fast
@@ -37,7 +40,7 @@ def rope_frequencies(config, device=None) -> torch.Tensor:
     return freqs / config.rope_factor * (1 - kept) + freqs * kept
 
 
-def rope_loops(x, positions, freqs, layout):
+def rope_loops(x: Array, positions: Array, freqs: Array, layout: str) -> Array:
     """RoPE as loops, in float64. x [T, heads, D] array, positions [T], freqs [R/2] -> array like x.
 
     Pair i of the first R dims is turned by positions[t] · freqs[i]; dims from R on pass through.
@@ -54,18 +57,19 @@ def rope_loops(x, positions, freqs, layout):
     return out
 
 
-def rope(x, positions, freqs, layout):
+def rope(x: Tensor, positions: Tensor, freqs: Tensor, layout: str) -> Tensor:
     """Turn the first R = 2 · len(freqs) dims of x by its position. Differentiable.
 
     x: [T, D] or [T, heads, D], any float dtype; positions: int32 or int64 [T]; freqs: fp32 [R/2], radians per token;
-    layout: "interleaved" or "half". Returns a tensor like x; angles in fp32, products too (fp64 for
-    fp64), rounded to x.dtype once.
+    layout: "interleaved" or "half". Returns a tensor like x; angles in fp32, products too (fp64 for fp64), rounded to
+    x.dtype once.
 
     Raises: ValueError for wrong shapes, devices or layout, TypeError for wrong dtypes.
     """
     check_rope(x, positions, freqs, layout)
     R = 2 * freqs.shape[0]
-    cos, sin = rope_tables(positions, freqs)
+    angles = positions.to(torch.float32)[:, None] * freqs  # rounded to fp32, as V3.2 does
+    cos, sin = angles.cos(), angles.sin()
     if x.dim() == 3:
         cos, sin = cos[:, None], sin[:, None]
     turning = x[..., :R].to(torch.promote_types(x.dtype, torch.float32))
@@ -76,9 +80,3 @@ def rope(x, positions, freqs, layout):
     a, b = a * cos - b * sin, b * cos + a * sin
     turned = torch.stack((a, b), dim=-1).flatten(-2) if layout == "interleaved" else torch.cat((a, b), dim=-1)
     return torch.cat((turned.to(x.dtype), x[..., R:]), dim=-1)
-
-
-def rope_tables(positions, freqs):
-    """cos and sin of every angle, fp32 [T, R/2] each. The angle itself is rounded to fp32, as V3.2 does."""
-    angles = positions.to(torch.float32)[:, None] * freqs
-    return angles.cos(), angles.sin()

@@ -9,12 +9,13 @@ Source: SPEC section 4 (ours). `torch.topk` does not promise the tie rule, so on
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .blocks import row_blocks, visible
-from .contracts import check_select_topk
+from .contracts import Array, Bound, check_select_topk, row_ranges
 
 
-def select_topk_loops(scores, k, start=None, end=None):
+def select_topk_loops(scores: Array, k: int, start: Bound = None, end: Bound = None) -> Array:
     """The oracle: a stable descending sort of each row's range. scores [T, S] array -> int32 array [T, k]."""
     T, S = scores.shape
     indices = np.full((T, k), -1, dtype=np.int32)
@@ -27,29 +28,34 @@ def select_topk_loops(scores, k, start=None, end=None):
     return indices
 
 
-def select_topk(scores, k, start=None, end=None):
+def select_topk(scores: Tensor, k: int, start: Bound = None, end: Bound = None) -> Tensor:
     """Indices int32 [T, k] of each row's k largest scores, ascending, padded with -1 at the end.
 
     scores: float [T, S]; k: int >= 1, may exceed S; start, end: int32 [T], default causal with the queries last.
 
     Raises: ValueError for wrong shapes, devices or ranges, k < 1, or NaN in a visible place; TypeError for wrong types.
     """
-    T, _, start, end = check_select_topk(scores, k, start, end)
-    indices = torch.full((T, k), -1, dtype=torch.int32, device=scores.device)
+    check_select_topk(scores, k, start, end)
+    start, end = row_ranges(*scores.shape, scores.device, start, end)
+    indices = torch.empty(len(scores), k, dtype=torch.int32, device=scores.device)
     for rows, keys in row_blocks(start, end, per_pair=1):
-        if keys.start == keys.stop:
-            continue
-        mask = visible(start, end, rows, keys)
-        block = scores[rows, keys].detach().masked_fill(~mask, -torch.inf)
-        if block.isnan().any():
-            raise ValueError(f"scores must not be NaN, got NaN in rows {rows.start} to {rows.stop - 1}")
-        wanted = (end[rows] - start[rows]).clamp(max=k)
-        threshold = block.topk(min(k, block.shape[1])).values[:, -1:]
-        above = block > threshold
-        tied = (block == threshold) & mask  # the mask: a visible score may itself be -inf
-        room = wanted[:, None] - above.sum(dim=1, keepdim=True)
-        kept = above | (tied & (tied.cumsum(dim=1) <= room))  # smallest indices first
-        row, column = kept.nonzero(as_tuple=True)
-        place = kept.cumsum(dim=1)[row, column] - 1
-        indices[rows][row, place] = (column + keys.start).to(torch.int32)
+        indices[rows] = select_block(scores[rows, keys].detach(), k, start, end, rows, keys)
+    return indices
+
+
+def select_block(scores: Tensor, k: int, start: Tensor, end: Tensor, rows: slice, keys: slice) -> Tensor:
+    """The selection of a block's rows, int32 [rows, k], from its scores [rows, keys]. No check but the one for NaN."""
+    mask = visible(start, end, rows, keys)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if scores.isnan().any():
+        raise ValueError(f"scores must not be NaN, got NaN in rows {rows.start} to {rows.stop - 1}")
+    wanted = (end[rows] - start[rows]).clamp(max=k)
+    threshold = scores.topk(min(k, scores.shape[1])).values[:, -1:]
+    above = scores > threshold
+    tied = (scores == threshold) & mask  # the mask: a visible score may itself be -inf
+    room = wanted[:, None] - above.sum(dim=1, keepdim=True)
+    kept = above | (tied & (tied.cumsum(dim=1) <= room))  # smallest indices first
+    row, column = kept.nonzero(as_tuple=True)
+    indices = torch.full((len(scores), k), -1, dtype=torch.int32, device=scores.device)
+    indices[row, kept.cumsum(dim=1)[row, column] - 1] = (column + keys.start).to(torch.int32)
     return indices

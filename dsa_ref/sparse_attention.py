@@ -8,41 +8,33 @@ gathered, not masked. Cost: 2 · H · (D + v_dim) FLOPs a selected pair, 278,528
 Source: DeepSeek-V3.2-Exp report, equation 2 and appendix A; SPEC section 3.
 """
 
-import math
-
 import numpy as np
 import torch
+from torch import Tensor
 
-from .blocks import join, pairs_at_once
-from .contracts import check_sparse_attention
+from .blocks import list_blocks
+from .contracts import Array, check_sparse_attention
 
 
-def sparse_attention_loops(q, kv, indices, scale, v_dim):
-    """Equation 2 as loops with an online softmax, float64: one key at a time, never two passes over them.
+def sparse_attention_loops(q: Array, kv: Array, indices: Array, scale: float, v_dim: int) -> tuple[Array, Array]:
+    """Equation 2 as loops over arrays, float64 -> (out [T, H, v_dim], lse [T, H]).
 
-    q [T, H, D], kv [S, D], indices [T, k] arrays -> (out [T, H, v_dim], lse [T, H]).
-    m is the largest logit so far, l the sum of exp(logit - m), acc the values weighted alike.
+    Subtracting the largest logit changes no weight and keeps exp from overflowing.
     """
     T, H, _ = q.shape
     out, lse = np.zeros((T, H, v_dim)), np.full((T, H), -np.inf)
     for t in range(T):
+        keys = [s for s in indices[t] if s >= 0]
         for h in range(H):
-            m, l, acc = -math.inf, 0.0, np.zeros(v_dim)  # noqa: E741 (l is the field's name for it)
-            for s in indices[t]:
-                if s < 0:
-                    continue
-                logit = scale * float(np.dot(q[t, h], kv[s]))
-                new_m = max(m, logit)
-                rescale, weight = math.exp(m - new_m), math.exp(logit - new_m)
-                l = l * rescale + weight  # noqa: E741
-                acc = acc * rescale + weight * kv[s, :v_dim]
-                m = new_m
-            if l > 0:
-                out[t, h], lse[t, h] = acc / l, m + math.log(l)
+            if keys:
+                logits = np.array([scale * np.dot(q[t, h], kv[s]) for s in keys])
+                exponentials = np.exp(logits - logits.max())
+                out[t, h] = exponentials / exponentials.sum() @ kv[keys, :v_dim]
+                lse[t, h] = logits.max() + np.log(exponentials.sum())
     return out, lse
 
 
-def sparse_attention(q, kv, indices, scale, v_dim):
+def sparse_attention(q: Tensor, kv: Tensor, indices: Tensor, scale: float, v_dim: int) -> tuple[Tensor, Tensor]:
     """Attend from each query to its selected rows of kv. Differentiable in q and kv.
 
     q: float [T, H, D]; kv: [S, D] of the same dtype; indices: int32 [T, k], -1 where nothing is selected, distinct
@@ -52,24 +44,35 @@ def sparse_attention(q, kv, indices, scale, v_dim):
 
     Raises: ValueError for wrong shapes, devices, indices outside [-1, S), scale or v_dim; TypeError for wrong dtypes.
     """
-    T, H, D, k = check_sparse_attention(q, kv, indices, scale, v_dim)
+    check_sparse_attention(q, kv, indices, scale, v_dim)
     dtype = torch.promote_types(q.dtype, torch.float32)
     outs, lses = [], []
-    block = max(1, pairs_at_once(q) // (k * (D + H)))
-    for first in range(0, T, block):
-        rows = slice(first, first + block)
+    for rows in list_blocks(indices, per_index=q.shape[1] + q.shape[2]):
         missing = indices[rows] < 0
         gathered = kv[indices[rows].clamp(min=0)].to(dtype)
         if missing.any():  # a weight of 0 would not keep a NaN of row 0 out
             gathered = gathered.masked_fill(missing[:, :, None], 0.0)
-        logits = torch.einsum("thd,tkd->thk", q[rows].to(dtype), gathered) * scale
-        weights, lse = masked_softmax(logits, ~missing[:, None])
-        outs.append(torch.einsum("thk,tkv->thv", weights, gathered[..., :v_dim]).to(q.dtype))
+        out, lse = attend(q[rows].to(dtype), gathered, gathered[..., :v_dim], scale, ~missing, "tsd")
+        outs.append(out.to(q.dtype))
         lses.append(lse)
-    return join(outs, lses, q.new_empty(0, H, v_dim))
+    return torch.cat(outs), torch.cat(lses)
 
 
-def masked_softmax(logits, mask):
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, dims: str) -> tuple[Tensor, Tensor]:
+    """Equation 2 on unchecked arguments where mask [T, S] holds: (out [T, H, v], log-sum-exp [T, H]).
+
+    dims: k's and v's: "sd" for rows shared by all, "tsd" where each query has rows of its own, "shd" where each head.
+    """
+    weights, lse = attention_weights(q, k, scale, mask, dims)
+    return torch.einsum(f"ths,{dims}->thd", weights, v), lse
+
+
+def attention_weights(q: Tensor, k: Tensor, scale: float, mask: Tensor, dims: str) -> tuple[Tensor, Tensor]:
+    """The softmax of equation 2: (weights [T, H, S], log-sum-exp [T, H]). Arguments as for `attend`."""
+    return masked_softmax(torch.einsum(f"thd,{dims}->ths", q, k) * scale, mask[:, None])
+
+
+def masked_softmax(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over the last dim where mask holds, 0 elsewhere, and the log-sum-exp. An empty row: zeros and -inf.
 
     Written so that neither the result nor the gradient of an empty row is NaN.

@@ -14,7 +14,16 @@ from unittest import mock
 import numpy as np
 import torch
 
-from .contracts import FLOATS, check_count, check_dtype, check_indices, check_select_topk, check_shapes, row_ranges
+from .contracts import (
+    FLOATS,
+    check_count,
+    check_dtype,
+    check_indices,
+    check_ranges,
+    check_select_topk,
+    check_shapes,
+    row_ranges,
+)
 from .select_topk import select_topk
 
 
@@ -46,7 +55,9 @@ def compare_selection(got, scores, k, start=None, end=None, tolerance=0.0):
     TypeError where scores, k, start, end or tolerance are themselves bad, and for NaN in a visible score.
     """
     scores, start, end = (None if x is None else torch.as_tensor(x) for x in (scores, start, end))
-    T, S, start, end = check_select_topk(scores, k, start, end)
+    check_select_topk(scores, k, start, end)
+    T, S = scores.shape
+    start, end = row_ranges(T, S, scores.device, start, end)
     if not 0.0 <= tolerance < math.inf:
         raise ValueError(f"tolerance must be finite and at least 0, got {tolerance}")
     got = _selection(got, T, k, scores.device)
@@ -212,8 +223,9 @@ def attention_recall(weights, indices) -> float:
     wrong dtypes.
     """
     weights, indices = torch.as_tensor(weights).detach(), torch.as_tensor(indices)
-    S = check_shapes(weights=(weights, "T S"), indices=(indices, "T k"))["S"]
+    check_shapes(weights=(weights, "T S"), indices=(indices, "T k"))
     check_dtype("weights", weights, FLOATS)
+    S = weights.shape[1]
     check_indices(indices, S)
     _check_rows(weights)
     weights = weights.double()
@@ -255,9 +267,9 @@ def random_selection(k, start, end, seed):
 def _ranges(k, start, end):
     check_count("k", k)
     start, end = torch.as_tensor(start), torch.as_tensor(end)
-    T = check_shapes(start=(start, "T"), end=(end, "T"))["T"]
-    S = int(end.max()) if T else 0
-    return row_ranges(T, S, start.device, start, end)
+    check_shapes(start=(start, "T"), end=(end, "T"))
+    check_ranges(len(start), int(end.max()) if len(end) else 0, start.device, start, end)
+    return start, end
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import pytest
 import rungs
 import torch
 
-from dsa_ref import testing
+from dsa_ref import blocks, testing
 
 torch.set_num_threads(1)  # pytest -n runs one process a core
 
@@ -82,8 +82,7 @@ def poisoned():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Every step that works block by block does so with blocks of a few rows, as it would on large inputs."""
-    for name in ("blocks", "sparse_attention", "indexer_loss"):
-        monkeypatch.setattr(importlib.import_module(f"dsa_ref.{name}"), "pairs_at_once", lambda tensor: 300)
+    monkeypatch.setattr(blocks, "pairs_at_once", lambda tensor: 300)
     if rungs.has_triton():
         monkeypatch.setattr("dsa_kernels.runtime.SCORES_AT_ONCE", 300)
 

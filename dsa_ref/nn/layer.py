@@ -64,7 +64,8 @@ class LayerCache:
     """
 
     def __init__(self, config, capacity, dtype=torch.float32, device=None):
-        self.capacity, self.length = check_count("capacity", capacity), 0
+        check_count("capacity", capacity)
+        self.capacity, self.length = capacity, 0
         index_dtype = torch.float8_e4m3fn if config.index_fp8 else dtype
         self.kv = torch.zeros(capacity, config.latent_dim, dtype=dtype, device=device)
         self.k_idx = torch.zeros(capacity, config.index_head_dim, dtype=index_dtype, device=device)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsa_ref.contracts import check_index_scores
+from dsa_ref.contracts import check_index_scores, row_ranges
 
 from .runtime import FLOATS, INTERPRETED, check_runnable, dot_dtype, hopper_variant, multiprocessors
 
@@ -113,7 +113,8 @@ def index_scores(
     Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does, and for a
     variant that is unknown or cannot serve these inputs. Source: SPEC section 2.
     """
-    _, _, start, end = check_index_scores(q_idx, k_idx, w, k_scale, start, end, FLOATS)
+    check_index_scores(q_idx, k_idx, w, k_scale, start, end, FLOATS)
+    start, end = row_ranges(len(q_idx), len(k_idx), q_idx.device, start, end)
     check_runnable(q_idx=q_idx, k_idx=k_idx, w=w, k_scale=k_scale)
     return launch(q_idx, k_idx, w, k_scale, start, end, variant)
 

@@ -6,7 +6,7 @@ The rows that it flags are redone here by two portable kernels, which need no lu
 
 import torch
 
-from dsa_ref.contracts import check_count, check_index_scores, values_readable
+from dsa_ref.contracts import check_count, check_index_scores, row_ranges, values_readable
 
 from . import runtime
 from .index_scores import FEWEST_FOR_HOPPER, launch_portable
@@ -40,8 +40,10 @@ def lightning_select(
     Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does, and for a
     variant that is unknown or cannot serve these inputs. Source: SPEC sections 2 and 4.
     """
-    T, S, start, end = check_index_scores(q_idx, k_idx, w, k_scale, start, end, FLOATS)
+    check_index_scores(q_idx, k_idx, w, k_scale, start, end, FLOATS)
     check_count("k", k)
+    T, S = len(q_idx), len(k_idx)
+    start, end = row_ranges(T, S, q_idx.device, start, end)
     check_runnable(q_idx=q_idx, k_idx=k_idx, w=w, k_scale=k_scale)
     default = "hopper" if T >= FEWEST_FOR_HOPPER else "portable"
     hopper = hopper_variant("lightning_select", variant, default, q_idx, k_scale, S, k)

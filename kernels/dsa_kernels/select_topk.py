@@ -16,7 +16,7 @@ graph is captured, when it counts as larger than +inf (or smaller than -inf if i
 
 import torch
 
-from dsa_ref.contracts import check_select_topk, values_readable
+from dsa_ref.contracts import check_select_topk, row_ranges, values_readable
 
 from .runtime import FLOATS, INTERPRETED, check_runnable, hopper_variant, multiprocessors
 from .topk import listed, radix, sampled
@@ -43,7 +43,9 @@ def select_topk(
     Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does, and for a
     variant that is unknown or cannot serve these inputs. Source: SPEC section 4 (ours).
     """
-    T, _, start, end = check_select_topk(scores, k, start, end, FLOATS)
+    check_select_topk(scores, k, start, end, FLOATS)
+    T = len(scores)
+    start, end = row_ranges(*scores.shape, scores.device, start, end)
     check_runnable(scores=scores.detach())
     out = torch.empty(T, k, dtype=torch.int32, device=scores.device)
     nan = torch.zeros(T, dtype=torch.int32, device=scores.device)

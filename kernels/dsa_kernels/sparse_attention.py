@@ -62,18 +62,31 @@ def _sparse_attention(
     tl.store(lse_ptr + t * H + h, lse, h < H)
 
 
-def sparse_attention(q, kv, indices, scale, v_dim, variant=None):
+def sparse_attention(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    scale: float,
+    v_dim: int,
+    variant: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`dsa_ref.sparse_attention` on tensor cores: (out [T, H, v_dim] in q.dtype, lse fp32 [T, H]). No gradient.
 
+    q [T, H, D] and kv [S, D]: one dtype of bf16, fp16 and fp32; indices: int32 [T, k], -1 for none; scale: of the
+    logits, a positive number; v_dim: how many of the first columns of kv are the value. lse is the natural logarithm.
+    A query with nothing selected gives 0 and -inf.
     Products of bf16 and fp16 inputs use those types (probabilities are rounded to them too), fp32 goes without TF32;
     sums are fp32. NaN in a selected place gives NaN in out and lse.
 
     variant: "portable", "hopper" (compute capability 9.0, bf16, D = 576, v_dim = 512; `hopper/sparse_attention.py` says
-    what it does with repeated indices and NaN where there are few heads), or None for the best that can serve. Raises
-    as the reference does (fp64 is a TypeError here), as `runtime.check_runnable` does, and ValueError for a variant
-    that is unknown or cannot serve these inputs.
+    what it does with repeated indices and NaN where there are few heads), or None for "hopper" where it can serve, else
+    "portable".
+
+    Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does, and for a
+    variant that is unknown or cannot serve these inputs. Source: SPEC section 3.
     """
-    T, H, D, k = check_sparse_attention(q, kv, indices, scale, v_dim, FLOATS)
+    check_sparse_attention(q, kv, indices, scale, v_dim, FLOATS)
+    (T, H, D), k = q.shape, indices.shape[1]
     check_runnable(q=q, kv=kv)
     hopper = hopper_variant("sparse_attention", variant, "hopper", q, v_dim)
     out = torch.empty(T, H, v_dim, dtype=q.dtype, device=q.device)
