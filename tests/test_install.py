@@ -35,6 +35,14 @@ def run(*command, cwd):
     return ran.stdout
 
 
+def pip(python, *arguments, cwd):
+    """What `pip` prints; the test fails where it does, and says that it needs the package index."""
+    try:
+        return run(python, "-I", "-m", "pip", "--disable-pip-version-check", *arguments, cwd=cwd)
+    except AssertionError as failure:
+        pytest.fail(f"pip {' '.join(map(str, arguments))} failed; can the package index be reached?\n{failure}")
+
+
 class Environment:
     """A virtual environment in `folder`."""
 
@@ -48,10 +56,7 @@ class Environment:
         return run(self.python, "-I", "-c", code, cwd=self.folder)
 
     def pip(self, *arguments):
-        try:
-            return run(self.python, "-I", "-m", "pip", "--disable-pip-version-check", *arguments, cwd=self.folder)
-        except AssertionError as failure:
-            pytest.fail(f"pip {' '.join(map(str, arguments))} failed; this test needs the package index.\n{failure}")
+        return pip(self.python, *arguments, cwd=self.folder)
 
     @property
     def site(self):
@@ -113,18 +118,7 @@ def wheel(tmp_path_factory):
     source = folder / "source"
     left_out = shutil.ignore_patterns("__pycache__", ".*", "*.egg-info", "build", "*.ipynb")
     shutil.copytree(ROOT, source, ignore=left_out, symlinks=True)
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--disable-pip-version-check",
-        "--no-deps",
-        source,
-        "-w",
-        folder,
-        cwd=folder,
-    )
+    pip(sys.executable, "wheel", "--no-deps", source, "-w", folder, cwd=folder)
     return next(folder.glob("*.whl"))
 
 
