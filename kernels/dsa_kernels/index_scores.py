@@ -15,9 +15,9 @@ import triton.language as tl
 
 from dsa_ref.contracts import check_index_scores, row_ranges
 
+from . import runtime
 from .runtime import FLOATS, INTERPRETED, check_runnable, dot_dtype, hopper_variant, multiprocessors
 
-FEWEST_FOR_HOPPER = 512  # queries; each of its blocks takes eight
 TRITON_NAMES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
@@ -108,7 +108,7 @@ def index_scores(
     bf16 and fp16 as they are; fp32 without TF32. Hopper's FP8 tensor cores add with fewer bits than fp32 has: expect
     relative errors of some 1e-4. NaN in q_idx, k_idx or w gives NaN scores, which a selection then refuses.
     variant: "portable", "hopper" (compute capability 9.0, FP8, 64 heads of 128), or None for "hopper" where it can
-    serve and has FEWEST_FOR_HOPPER queries, else "portable". Both give the same bits.
+    serve and has `runtime.FEWEST_FOR_HOPPER` queries, else "portable". Both give the same bits.
 
     Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does, and for a
     variant that is unknown or cannot serve these inputs. Source: SPEC section 2.
@@ -122,7 +122,7 @@ def index_scores(
 def launch(q_idx, k_idx, w, k_scale, start, end, variant=None):
     """Scores [T, S] from checked arguments, by the kernel that `variant` says."""
     T, S = len(q_idx), len(k_idx)
-    default = "hopper" if T >= FEWEST_FOR_HOPPER else "portable"
+    default = "hopper" if T >= runtime.FEWEST_FOR_HOPPER else "portable"
     hopper = hopper_variant("index_scores", variant, default, q_idx, k_scale, S)
     if not hopper:
         return launch_portable(q_idx, k_idx, w, k_scale, start, end)

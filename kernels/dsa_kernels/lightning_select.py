@@ -9,8 +9,8 @@ import torch
 from dsa_ref.contracts import check_count, check_index_scores, row_ranges, values_readable
 
 from . import runtime
-from .index_scores import FEWEST_FOR_HOPPER, launch_portable
 from .index_scores import launch as launch_scores
+from .index_scores import launch_portable
 from .runtime import FLOATS, check_runnable, hopper_variant
 from .select_topk import launch as launch_selection
 from .select_topk import refuse_nan
@@ -34,8 +34,8 @@ def lightning_select(
     No gradient.
     variant: "hopper" (what `index_scores` needs, and at most 2048 of at least 24,576 keys) is the fused kernel;
     "portable" is portable `index_scores`, then portable `select_topk`; None is "hopper" where it can serve and has
-    FEWEST_FOR_HOPPER queries, else the two steps, each as it chooses by itself. All give the same set. The rows that
-    the fused kernel flags are redone by the portable scores and "radix".
+    `runtime.FEWEST_FOR_HOPPER` queries, else the two steps, each as it chooses by itself. All give the same set. Rows
+    that the fused kernel flags are redone by the portable scores and "radix".
 
     Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does, and for a
     variant that is unknown or cannot serve these inputs. Source: SPEC sections 2 and 4.
@@ -45,7 +45,7 @@ def lightning_select(
     T, S = len(q_idx), len(k_idx)
     start, end = row_ranges(T, S, q_idx.device, start, end)
     check_runnable(q_idx=q_idx, k_idx=k_idx, w=w, k_scale=k_scale)
-    default = "hopper" if T >= FEWEST_FOR_HOPPER else "portable"
+    default = "hopper" if T >= runtime.FEWEST_FOR_HOPPER else "portable"
     hopper = hopper_variant("lightning_select", variant, default, q_idx, k_scale, S, k)
     out = torch.empty(T, k, dtype=torch.int32, device=q_idx.device)
     if hopper and T:

@@ -124,29 +124,54 @@ def _launch(x, positions=None, freqs=None, layout="half", rotate=False, quantize
     return out.view(torch.float8_e4m3fn), scale
 
 
-def rope(x, positions, freqs, layout):
-    """`dsa_ref.rope` in one pass. No gradient. Raises as there, and as `runtime.check_runnable` does."""
+def rope(x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, layout: str) -> torch.Tensor:
+    """`dsa_ref.rope` in one pass: x with its first R dims turned, in x's shape and dtype. No gradient.
+
+    x: bf16, fp16 or fp32 [T, D] or [T, heads, D]; positions: int32 or int64 [T]; freqs: fp32 [R/2], radians a position;
+    layout: "interleaved" (pairs 2i, 2i + 1) or "half" (pairs i, i + R/2).
+
+    Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does. Source: SPEC
+    section 2, step 3.
+    """
     check_rope(x, positions, freqs, layout, FLOATS)
     check_runnable(x=x)
     return _launch(x, positions, freqs, layout)
 
 
-def hadamard(x):
-    """`dsa_ref.hadamard` in one pass. No gradient. Raises as there, and as `runtime.check_runnable` does."""
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """`dsa_ref.hadamard` in one pass: x times the orthonormal Walsh-Hadamard matrix, in x's dtype. No gradient.
+
+    x: bf16, fp16 or fp32 [..., D], D a power of two.
+
+    Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does. Source: SPEC
+    section 2, step 4.
+    """
     check_vectors(x, FLOATS, power_of_two=True)
     check_runnable(x=x)
     return _launch(x, rotate=True)
 
 
-def quantize(x):
-    """`dsa_ref.quantize` in one pass, bit for bit. Raises as there, and as `runtime.check_runnable` does."""
+def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`dsa_ref.quantize` in one pass, bit for bit: (float8_e4m3fn like x, fp32 scale [...]), x ~ values * scale.
+
+    x: bf16, fp16 or fp32 [..., D]; a scale is a power of two. No gradient: rounding has none.
+
+    Raises: as the reference does (fp64 is a TypeError here), ValueError for NaN or infinity in x (not while a CUDA
+    graph is captured) and as `runtime.check_runnable` does. Source: SPEC section 2, step 5.
+    """
     check_vectors(x, FLOATS)
     check_runnable(x=x.detach())  # rounding has no gradient, here as in the reference
     return _launch(x, quantized=True)
 
 
-def rotate_quantize(x, positions, freqs):
-    """`dsa_ref.rotate_quantize` in one pass. Raises as there, and as `runtime.check_runnable` does."""
+def rotate_quantize(x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`dsa_ref.rotate_quantize` in one pass, bit for bit: `quantize(hadamard(rope(x, positions, freqs, "half")))`.
+
+    x: bf16, fp16 or fp32 [T, D] or [T, heads, D], D a power of two; positions: int32 or int64 [T]; freqs: fp32 [R/2].
+    Returns (float8_e4m3fn like x, fp32 scale in x's shape without D). No gradient.
+
+    Raises: as `rope`, `hadamard` and `quantize` do. Source: SPEC section 2, steps 3 to 5.
+    """
     check_rope(x, positions, freqs, floats=FLOATS)
     check_vectors(x, FLOATS, power_of_two=True)
     check_runnable(x=x.detach())

@@ -16,12 +16,13 @@ import torch
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take; fp64 is the reference's alone
 OLDEST = (8, 0)  # compute capability: Ampere's bf16 tensor cores
 NATIVE_FP8 = (8, 9)
+FEWEST_FOR_HOPPER = 512  # queries, for `index_scores` and `lightning_select`; a block of Hopper's kernels takes eight
 SCORES_AT_ONCE = 1 << 28  # of `lightning_select`: 1 GiB of fp32
 REDONE_AT_ONCE = 1 << 27  # of its flagged rows, while lists of a fused kernel may still be in memory
 NO_GLUON = "needs a triton with Gluon, and no interpreter"
 GLUON = {  # what `dsa_kernels.hopper` imports of it; a test keeps the two in agreement
     "triton.experimental": ("gluon",),
-    "triton.experimental.gluon": ("language",),
+    "triton.experimental.gluon": ("constexpr_function", "language"),
     "triton.experimental.gluon.language.nvidia.hopper": (
         "async_copy",
         "fence_async_shared",
@@ -31,6 +32,7 @@ GLUON = {  # what `dsa_kernels.hopper` imports of it; a test keeps the two in ag
         "warpgroup_mma_wait",
     ),
     "triton.experimental.gluon.nvidia.hopper": ("TensorDescriptor",),
+    "triton.language.core": ("_aggregate",),
 }
 
 if not torch.cuda.is_available() and "triton" not in sys.modules:

@@ -18,10 +18,11 @@ import torch
 
 from dsa_ref.contracts import check_select_topk, row_ranges, values_readable
 
-from .runtime import FLOATS, INTERPRETED, check_runnable, hopper_variant, multiprocessors
+from . import runtime
+from .runtime import FLOATS, INTERPRETED, check_runnable, hopper_variant
 from .topk import listed, radix, sampled
 
-PORTABLE = {"listed": listed.launch, "sampled": sampled.launch, "radix": radix.launch}
+PORTABLE = {"listed": listed, "sampled": sampled, "radix": radix}
 LARGEST_K = {"listed": listed.LARGEST_LISTED_K, "sampled": sampled.LARGEST_SAMPLED_K}  # "radix" takes any
 VARIANTS = ("hopper", "portable", *PORTABLE)
 
@@ -78,14 +79,14 @@ def chosen(scores, k, variant):
     if variant in LARGEST_K and k > LARGEST_K[variant]:
         raise ValueError(f'variant "{variant}" needs k <= {LARGEST_K[variant]}, got {k}')
     if variant in PORTABLE:
-        return PORTABLE[variant]
-    default = "hopper" if len(scores) >= 2 * multiprocessors(scores) else "portable"
+        return PORTABLE[variant].launch
+    default = "hopper" if len(scores) >= 2 * runtime.multiprocessors(scores) else "portable"
     hopper = hopper_variant("select_topk", variant, default, scores, k)
     if hopper:
         return hopper.select_topk
     if INTERPRETED:
         return radix.launch
-    return next((PORTABLE[name] for name, largest in LARGEST_K.items() if k <= largest), radix.launch)
+    return next((PORTABLE[name].launch for name, largest in LARGEST_K.items() if k <= largest), radix.launch)
 
 
 def refuse_nan(nan):
