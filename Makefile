@@ -1,8 +1,5 @@
 # `make lab` opens the course, `make test` checks everything, `make help` lists the rest.
-# Needs Python 3.10 to 3.14, make, and PyPI for the first run. Without make (Windows):
-#   py -m venv .venv
-#   .venv\Scripts\pip install -r requirements.txt
-#   .venv\Scripts\jupyter lab notebooks\00_start_here.ipynb
+# Needs Python 3.10 to 3.14, make, and PyPI for the first run. Without make (Windows): see README.md.
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
@@ -15,7 +12,11 @@ export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/notebooks
 # Jupyter's kernel is the one in .venv, also where the user has a `python3` kernel of their own.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help lab test test-grading test-browser course learner bench lint
+# Torch's CPU build: on Linux, PyPI's brings CUDA along, several GB. Used where no NVIDIA driver is found and it can be
+# reached, unless a PIP_ variable of the user's says where packages come from.
+CPU_TORCH := https://download.pytorch.org/whl/cpu
+
+.PHONY: help lab test test-grading test-browser test-install course learner api bench lint
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -24,7 +25,7 @@ lab: $(INSTALLED)  ## open JupyterLab on the first notebook (LAB_ARGS="--no-brow
 	$(VENV_PYTHON) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(LAB_ARGS)
 
 # One thread a process: two processes run at once, and sums come out the same on every machine.
-test test-grading test-browser course: export OMP_NUM_THREADS := 1
+test test-grading test-browser test-install course: export OMP_NUM_THREADS := 1
 
 test: $(INSTALLED)  ## run the tests, then every notebook against its stored outputs
 	$(VENV_PYTHON) -m pytest -n 2 --check-skips
@@ -38,6 +39,9 @@ test-browser: $(INSTALLED)  ## move every notebook's slider in JupyterLab (needs
 	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[browser]'
 	$(VENV_PYTHON) -m pytest -m browser tests/course/test_browser.py
 
+test-install: $(INSTALLED)  ## install our wheel beside Hugging Face's kernels in a new environment (needs PyPI)
+	$(VENV_PYTHON) -m pytest -m install tests/test_install.py
+
 course: $(INSTALLED)  ## execute every notebook, then make the learner edition and the README's picture
 	$(VENV_PYTHON) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False \
 		--ExecutePreprocessor.record_timing=False notebooks/solutions/*.ipynb
@@ -46,6 +50,9 @@ course: $(INSTALLED)  ## execute every notebook, then make the learner edition a
 
 learner: $(INSTALLED)  ## make the learner edition, notebooks/*.ipynb, from notebooks/solutions/
 	$(VENV_PYTHON) -m notebooks.maintain.learner
+
+api: $(INSTALLED)  ## make API.md from the docstrings
+	$(VENV_PYTHON) -m notebooks.maintain.api
 
 bench: $(INSTALLED)  ## measure every step on a GPU, beside the peers that are installed (BENCH_ARGS=...)
 	$(VENV_PYTHON) -m dsa_bench --peers $(BENCH_ARGS)
@@ -58,5 +65,13 @@ lint: $(INSTALLED)  ## check style and formatting
 $(INSTALLED): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; (3, 10) <= sys.version_info < (3, 15) or sys.exit("Python 3.10 to 3.14 is needed (PYTHON=... names one), this is " + sys.version)'
 	$(PYTHON) -m venv .venv
-	$(VENV_PYTHON) -m pip install --disable-pip-version-check -r requirements.txt
+	@index=; \
+	if [ "$$(uname -s)" != Linux ]; then why="PyPI's build for this system"; \
+	elif [ -n "$$PIP_INDEX_URL$$PIP_EXTRA_INDEX_URL$$PIP_NO_INDEX" ]; then why="as your PIP_ variables say"; \
+	elif command -v nvidia-smi >/dev/null 2>&1 || [ -e /proc/driver/nvidia ]; then why="PyPI's build, for the NVIDIA driver here"; \
+	elif $(VENV_PYTHON) -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=10)' $(CPU_TORCH)/torch/ 2>/dev/null; \
+	then why="the CPU build, since no NVIDIA driver is here"; index="--extra-index-url $(CPU_TORCH)"; \
+	else why="PyPI's build: no NVIDIA driver is here, but $(CPU_TORCH) cannot be reached"; fi; \
+	echo "torch: $$why"; \
+	$(VENV_PYTHON) -m pip install --disable-pip-version-check $$index -r requirements.txt
 	touch $@
