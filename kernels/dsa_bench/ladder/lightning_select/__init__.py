@@ -1,4 +1,8 @@
-"""The versions of `lightning_select`, in the order in which they were made."""
+"""The versions of `lightning_select`, in the order in which they were made.
+
+Both are in use: "portable" is `dsa_kernels/lightning_select.py` with the portable kernels of both its steps, "hopper" is
+`dsa_kernels/hopper/lightning_select.py`.
+"""
 
 from ..version import Version
 

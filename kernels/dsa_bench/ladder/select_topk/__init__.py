@@ -1,4 +1,8 @@
-"""The versions of `select_topk`, in the order in which they were made."""
+"""The versions of `select_topk`, in the order in which they were made.
+
+All are in use, so none is a copy in this folder: "radix", "sampled" and "listed" are the files of those names in
+`dsa_kernels/topk/`, "hopper" is `dsa_kernels/hopper/select_topk.py`. `kernels/book/select_topk.md` tells their history.
+"""
 
 from ..version import Version
 
