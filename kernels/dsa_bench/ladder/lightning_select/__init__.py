@@ -1,6 +1,6 @@
 """The versions of `lightning_select`, in the order in which they were made.
 
-Both are in use: "portable" is `dsa_kernels/lightning_select.py` with the portable kernels of both its steps, "hopper" is
+Both are in use: "portable" is `dsa_kernels/lightning_select.py` with portable kernels in both its steps, "hopper" is
 `dsa_kernels/hopper/lightning_select.py`.
 """
 
