@@ -9,19 +9,21 @@ Source: SPEC section 7; the layout of the V3.2-Exp checkpoint on Hugging Face.
 """
 
 import collections
-import collections.abc
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 import dsa_ref
 
+from ..config import DSAConfig
 from ..contracts import E4M3, FLOATS, check_count, check_dtype, check_shapes
 from ..quantize import E4M3_MAX
 from ..rope import rope_frequencies
-from .layer import DSALayer
+from .layer import DSALayer, Ops
 
 BLOCK = 128
 SINGLE = "model.safetensors"
@@ -29,7 +31,13 @@ INDEX = "model.safetensors.index.json"
 SCALE = "_scale_inv"
 
 
-def load_layer(path_or_state_dict, layer_index, config, ops=dsa_ref, dtype=torch.bfloat16):
+def load_layer(
+    path_or_state_dict: str | os.PathLike | Mapping[str, Tensor],
+    layer_index: int,
+    config: DSAConfig,
+    ops: Ops = dsa_ref,
+    dtype: torch.dtype = torch.bfloat16,
+) -> DSALayer:
     """The attention layer `layer_index` of a checkpoint, as a `DSALayer(config, ops)`.
 
     path_or_state_dict: a mapping of full tensor names to tensors, a .safetensors file, or a directory that holds
@@ -41,11 +49,12 @@ def load_layer(path_or_state_dict, layer_index, config, ops=dsa_ref, dtype=torch
     this layer's prefix but unknown to the layer, and for a damaged file or index; TypeError for wrong dtypes;
     FileNotFoundError for a missing file or shard.
     """
-    prefix = f"model.layers.{_check_layer_index(layer_index)}.self_attn."
+    _check_layer_index(layer_index)
+    prefix = f"model.layers.{layer_index}.self_attn."
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
     source = path_or_state_dict
-    if isinstance(source, collections.abc.Mapping):
+    if isinstance(source, Mapping):
         tensors, place = {name: source[name] for name in source if name.startswith(prefix)}, "the state dict"
     elif isinstance(source, (str, os.PathLike)):
         tensors, place = _read(pathlib.Path(source), prefix), source
@@ -68,7 +77,9 @@ def load_layer(path_or_state_dict, layer_index, config, ops=dsa_ref, dtype=torch
     return layer
 
 
-def save_checkpoint(directory, layers, fp8=True, max_shard_bytes=5_000_000_000):
+def save_checkpoint(
+    directory: str | os.PathLike, layers: dict[int, DSALayer], fp8: bool = True, max_shard_bytes: int = 5_000_000_000
+) -> None:
     """Write layers {index: DSALayer} as shards `model-0000n-of-0000N.safetensors` and their index, in `directory`.
 
     fp8: True writes V3.2's dtypes: FP8 with scales for every projection, wq_b and wk, bf16 for weights_proj and the
@@ -109,7 +120,7 @@ def save_checkpoint(directory, layers, fp8=True, max_shard_bytes=5_000_000_000):
     (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def dequantize_blocks(weight, scale_inv, name="weight"):
+def dequantize_blocks(weight: Tensor, scale_inv: Tensor, name: str = "weight") -> Tensor:
     """weight e4m3 [R, C] times scale_inv fp32 [ceil(R / 128), ceil(C / 128)], block by block -> fp32 [R, C].
 
     name: what errors call the weight. Raises: ValueError for wrong shapes, TypeError for wrong dtypes.
@@ -130,7 +141,7 @@ def dequantize_blocks(weight, scale_inv, name="weight"):
     return out
 
 
-def quantize_blocks(weight):
+def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight [R, C] -> (e4m3 [R, C], scale_inv fp32 [ceil(R / 128), ceil(C / 128)]), scale_inv = max |block| / 448.
 
     A block of zeros gets the smallest normal fp32 as its scale, and stays zero.
@@ -246,9 +257,8 @@ def _partial(n):
     return f"model-{n:05d}.partial"
 
 
-def _check_layer_index(index):
+def _check_layer_index(index) -> None:
     if isinstance(index, bool) or not isinstance(index, int):
         raise TypeError(f"layer_index must be an int, got {index!r}")
     if index < 0:
         raise ValueError(f"layer_index must be at least 0, got {index}")
-    return index

@@ -8,14 +8,15 @@ import json
 import pathlib
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dsa_ref
 
 from ..config import DSAConfig
 from ..contracts import check_dtype, check_shapes
-from .layer import DSALayer, LayerCache, RMSNorm
+from .cache import LayerCache
+from .layer import DSALayer, Ops, RMSNorm
 
 SMALL_MODEL = pathlib.Path(__file__).parent / "small_model.safetensors"
 
@@ -45,7 +46,7 @@ class ModelConfig:
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
-    def __init__(self, config, ops):
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
         dim, eps = config.attention.dim, config.attention.norm_eps
         self.attention_norm = RMSNorm(dim, eps)
@@ -55,7 +56,9 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(dim, config.hidden_dim, bias=False)
         self.down_proj = nn.Linear(config.hidden_dim, dim, bias=False)
 
-    def forward(self, x, positions, cache, attention, record):
+    def forward(
+        self, x: Tensor, positions: Tensor, cache: LayerCache | None, attention: str, record: list[dict] | None
+    ) -> Tensor:
         x = x + self.self_attn(self.attention_norm(x), positions, cache, attention, record)
         y = self.mlp_norm(x)
         return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
@@ -64,7 +67,7 @@ class Block(nn.Module):
 class SmallModel(nn.Module):
     """Next-byte logits of packed byte sequences."""
 
-    def __init__(self, config=ModelConfig(), ops=dsa_ref):
+    def __init__(self, config: ModelConfig = ModelConfig(), ops: Ops = dsa_ref) -> None:
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.attention.dim)
@@ -74,7 +77,14 @@ class SmallModel(nn.Module):
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, tokens, positions=None, caches=None, attention="sparse", record=None):
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        caches: list[LayerCache] | None = None,
+        attention: str = "sparse",
+        record: list[dict] | None = None,
+    ) -> Tensor:
         """tokens: int64 [T]; positions: int [T] as for `DSALayer`, default one sequence (after the cache, if any).
 
         caches: what `new_caches` returned, or None; attention, record: as for `DSALayer`, record gets one dict a layer.
@@ -90,13 +100,13 @@ class SmallModel(nn.Module):
             x = block(x, positions, cache, attention, record)
         return F.linear(self.norm(x), self.embed.weight).float()
 
-    def new_caches(self, capacity):
+    def new_caches(self, capacity: int) -> list[LayerCache]:
         """One empty LayerCache a layer, for one sequence of up to `capacity` tokens."""
         weight = self.embed.weight
         return [LayerCache(self.config.attention, capacity, weight.dtype, weight.device) for _ in self.layers]
 
 
-def save_small_model(model, path):
+def save_small_model(model: SmallModel, path: str | pathlib.Path) -> None:
     """Write weights (bf16) and sizes into one safetensors file."""
     from safetensors.torch import save_file
 
@@ -104,7 +114,9 @@ def save_small_model(model, path):
     save_file(weights, path, metadata={"config": json.dumps(dataclasses.asdict(model.config))})
 
 
-def load_small_model(path=SMALL_MODEL, ops=dsa_ref, **attention):
+def load_small_model(
+    path: str | pathlib.Path = SMALL_MODEL, ops: Ops = dsa_ref, **attention: int | float | bool
+) -> SmallModel:
     """The trained small model in fp32, ready for inference; keywords replace fields of its DSAConfig.
 
     Source: trained by `python -m dsa_ref.training.train`; figures/small_model.json has the command, seed and losses.
