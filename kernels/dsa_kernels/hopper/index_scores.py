@@ -1,17 +1,16 @@
 """Equation 1 on Hopper's FP8 tensor cores, V3.2's sizes: 64 index heads of 128 numbers.
 
 A block owns QUERIES queries and walks over a chunk of the keys in tiles of BK. One warp, `fetch`, brings the tiles by
-TMA into a ring of STAGES; two warpgroups share each tile and `walk` over them for BQ queries each. As in the portable
-kernel, keys are the rows of the product and (query, head) pairs its columns, so that most of the sum over heads stays
-in a thread's registers. A tile is read from L2 once for eight queries, half of what the portable kernel reads.
+TMA into a ring of STAGES places; two warpgroups share each tile and `walk` over them for BQ queries each. As in the
+portable kernel, keys are the rows of the product and (query, head) pairs its columns, so that most of the sum over
+heads stays in a thread's registers. A tile is read from L2 once for eight queries, half of what the portable kernel
+reads.
 
 A tile of 64 keys and eight queries takes 2 · 64 · 8 · 64 · 128 FLOPs, 1024 clocks of the tensor cores, and 8448 bytes.
-Under them hide the relus and weights, at two instructions a product:
-- a warpgroup multiplies two queries at a time, and weighs the first half while the second is multiplied;
-- a relu is x + |x| here, twice the maximum with 0: the addition runs at twice the maximum's rate, keeps NaN, and is
-  exact; the key's scale takes half back;
-- the last sum crosses the four threads of a quad, which hold parts of the same BQ scores. They trade: each gets all
-  parts of one query's scores, adds them, and has a fourth of the scores to scale, mask and store.
+Under them hide the relus and weights, two instructions a product: a warpgroup multiplies its queries in two halves of
+HALF, and weighs the first half while the second is multiplied.
+
+The chapter kernels/book/index_scores.md draws the schedule, the memory and the barriers.
 """
 
 import torch
@@ -22,15 +21,25 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..runtime import aligned
+from .aggregate import aggregate
 
+Buffer = Barriers = gl.shared_memory_descriptor  # one type in Triton; the name says which is meant
 HEADS, DIM = gl.constexpr(64), gl.constexpr(128)
-GROUPS, BQ = gl.constexpr(2), gl.constexpr(4)  # warpgroups, and the queries of each
-BK, STAGES = gl.constexpr(64), gl.constexpr(4)  # keys a tile, tiles in flight (a power of two)
-QUERIES = gl.constexpr(GROUPS.value * BQ.value)
-TILE = gl.constexpr(gl.NVMMASharedLayout(128, 8, 2))
-SCALES = gl.constexpr(gl.NVMMASharedLayout(0, 32, 1))
-# The tensor cores leave row r of a tile with warp r // 16, there in a quad of threads, r % 8. After the trade, the
-# thread of a quad is the query: of sums [BK, BQ, 4], whose last axis is who had it, and of scores [BK, BQ].
+WARPGROUPS, BQ = gl.constexpr(2), gl.constexpr(4)  # those that multiply, and the queries of each
+BK, STAGES = gl.constexpr(64), gl.constexpr(4)  # keys a tile, places of the ring (a power of two)
+QUERIES = gl.constexpr(WARPGROUPS.value * BQ.value)
+HALF = gl.constexpr(BQ.value // 2)  # queries that are multiplied at once
+COLUMNS = gl.constexpr(HALF.value * HEADS.value)  # (query, head) pairs that are multiplied at once
+TILE_BYTES = gl.constexpr(BK.value * (DIM.value + 4))  # keys, and a float32 scale for each
+
+TILE = gl.constexpr(gl.NVMMASharedLayout(128, 8, 2))  # of e4m3 [rows, 128] in shared memory, as tensor cores read it
+SCALES = gl.constexpr(gl.NVMMASharedLayout(0, 32, 1))  # of fp32 [BK] in shared memory
+# The product [BK, COLUMNS] in registers. Warp w of a warpgroup's four has the rows 16 w to 16 w + 15. In it the quad of
+# threads 4 r to 4 r + 3 has rows r and r + 8, and thread p of the quad has columns 2 p and 2 p + 1 of every eight.
+DOTS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS.value, 32]))
+# What `trade_in_quads` makes of it: rows stay where they are, and thread p of a quad has what belongs to query p, first
+# parts [BK, BQ, 4], whose last axis is the thread that had them, then scores [BK, BQ]. The lists say how far each bit
+# of the number of a register, a lane (a thread of a warp) and a warp moves an element.
 TRADED = gl.constexpr(
     gl.DistributedLinearLayout(
         reg_bases=[[8, 0, 0], [0, 0, 1], [0, 0, 2]],
@@ -49,145 +58,223 @@ SCORES = gl.constexpr(
         shape=[BK.value, BQ.value],
     )
 )
-# "halves" is what runs. The ladder's others: "whole" multiplies four queries at once, "turns" lets the warpgroups
-# multiply strictly in turn; "maximum" takes relus as such and "saturate" by a multiplication that clamps to [0, 1], and
-# both lose NaN.
-VERSIONS = ("whole", "turns", "maximum", "saturate", "halves")
-LARGEST = gl.constexpr(2.0**25)  # above any product of 128 numbers up to 448
+
+
+@aggregate
+class Ring:
+    """STAGES places through which the tiles pass: tile i goes through place i % STAGES, in round i // STAGES.
+
+    A barrier counts arrivals; with the last one that it waits for, a phase ends and the next begins. In round r both
+    barriers of a place end their phase r. `mbarrier.wait` names a phase by its parity alone: it returns when the phase
+    that last ended has that parity. A reader waits for phase r of `full`. The filler waits for phase r - 1 of `free`;
+    in round 0 it goes ahead, since a new barrier counts as one whose last phase had parity 1.
+    """
+
+    keys: Buffer  # e4m3 [STAGES, BK, DIM]
+    scales: Buffer  # fp32 [STAGES, BK]
+    full: Barriers  # one a place: its phase ends when TILE_BYTES have arrived
+    free: Barriers  # one a place: its phase ends when both warpgroups have released the tile
+
+    @gluon.jit
+    def acquire_free(self, i):
+        """For `fetch`: the place of tile i, as soon as the tile before it in this place is released."""
+        place = i & (STAGES - 1)
+        mbarrier.wait(self.free.index(place), ((i // STAGES) & 1) ^ 1)
+        return place
+
+    @gluon.jit
+    def acquire_full(self, i):
+        """For a warpgroup: the place of tile i, as soon as the tile has arrived."""
+        place = i & (STAGES - 1)
+        mbarrier.wait(self.full.index(place), (i // STAGES) & 1)
+        return place
+
+    @gluon.jit
+    def release_free(self, place):
+        """For a warpgroup: the tile in this place is needed no more."""
+        mbarrier.arrive(self.free.index(place), count=1)
+
+
+@aggregate
+class Block:
+    """What the warps of a block share."""
+
+    ring: Ring
+    queries: Buffer  # e4m3 [QUERIES / HALF, COLUMNS, DIM]
+    first: gl.tensor  # the first key of the first tile
+    tiles: gl.tensor  # how many there are
+    t0: gl.tensor  # the first query
+    T: gl.tensor
+    S: gl.tensor
 
 
 @gluon.jit
-def fetch(args):
-    k_desc, scale_desc, k_tiles, scales, q_tiles, full, free, turn, ranges, pointers = args
-    first, tiles = ranges[0], ranges[1]
-    for i in range(tiles):
-        stage = i & (STAGES - 1)
-        mbarrier.wait(free.index(stage), ((i // STAGES) & 1) ^ 1)
-        mbarrier.expect(full.index(stage), BK * (DIM + 4))
-        tma.async_copy_global_to_shared(k_desc, [first + i * BK, 0], full.index(stage), k_tiles.index(stage))
-        tma.async_copy_global_to_shared(scale_desc, [first + i * BK], full.index(stage), scales.index(stage))
+def opaque_zero(i):
+    """0, which the compiler cannot know (i < 2^28). Added to the index of a tile that a loop over i reads over and
+    over, it keeps the compiler from computing the tile's descriptors before the loop: they would fill registers.
+    """
+    return i >> 28
 
 
 @gluon.jit
-def own_sums(dots, w, VERSION: gl.constexpr):
-    """Sums over the heads that a thread holds, [BK, queries, 4], of relus, doubled, times their weights."""
-    if VERSION == "maximum":
-        relus = gl.maximum(dots, 0.0)
-    elif VERSION == "saturate":
-        relus = gl.inline_asm_elementwise("mul.sat.f32 $0, $1, 0f33000000;", "=f,f", [dots], gl.float32, True, 1)
-    else:
-        relus = dots + gl.abs(dots)
-    # A thread of a quad holds columns 2 · thread + (0, 1) of every eight.
-    QUERIES_HERE: gl.constexpr = dots.shape[1] // HEADS
-    weighted = gl.reshape(relus * w[None, :], [BK, QUERIES_HERE, HEADS // 8, 4, 2]).permute((0, 1, 3, 2, 4))
-    return gl.sum(gl.reshape(weighted, [BK, QUERIES_HERE, 4, HEADS // 4]), 3)
+def row_pointer(ptr, t, width):
+    """The address of row t, with 64 bits, as T rows of `width` may pass 2^31 elements. The places in a few rows from
+    there on are then 32-bit numbers, half the registers and instructions.
+    """
+    return ptr + t.to(gl.int64) * width
 
 
 @gluon.jit
-def walk(group, args, use: gl.constexpr, state, VERSION: gl.constexpr):
-    """For tile after tile: state = use(state, its first key, scores [BK, BQ] of this warpgroup's queries)."""
-    k_desc, scale_desc, k_tiles, scales, q_tiles, full, free, turn, ranges, pointers = args
-    first, tiles, t0, T, S = ranges
-    COLUMNS: gl.constexpr = q_tiles.shape[1]  # (query, head) pairs that are multiplied at once
-    PARTS: gl.constexpr = BQ * HEADS // COLUMNS
-    DOTS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
-    zeros = gl.zeros([BK, COLUMNS], gl.float32, layout=DOTS)
+def doubled_relu(x):
+    """2 · max(x, 0), exactly, as x + |x|: an addition, which takes |x| at no cost and runs at twice the rate of a
+    maximum, and keeps NaN. The scale of a key takes half of it back.
+    """
+    return x + gl.abs(x)
+
+
+@gluon.jit
+def multiply(block, place, half, i):
+    """Start the products [BK, COLUMNS] of the tile in `place`, tile i, with queries `half` of QUERIES / HALF."""
+    queries = block.queries.index(half + opaque_zero(i)).permute((1, 0))
+    nothing = gl.zeros([BK, COLUMNS], gl.float32, layout=DOTS)
+    return warpgroup_mma(block.ring.keys.index(place), queries, nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def head_sums(dots, w):
+    """Sums of weighted, doubled relus over the 16 heads of a query that a thread has, [BK, HALF, 4 threads of a quad].
+
+    The thread's columns are 2 · thread + (0, 1) of every eight: no sum leaves it.
+    """
+    weighted = gl.reshape(doubled_relu(dots) * w[None, :], [BK, HALF, HEADS // 8, 4, 2]).permute((0, 1, 3, 2, 4))
+    return gl.sum(gl.reshape(weighted, [BK, HALF, 4, HEADS // 4]), 3)
+
+
+@gluon.jit
+def trade_in_quads(first_half, second_half):
+    """Add what the four threads of a quad have of each score: from two times [BK, HALF, 4] to scores [BK, BQ].
+
+    Adding by shuffles would leave every score in all four threads. Instead they trade: each gets all parts of the
+    scores of one query, and has a fourth of the scores to scale, mask and store. Parts are added as (0 + 2) + (1 + 3),
+    as the portable kernel's shuffles do: the bits are the same.
+    """
+    parts = gl.reshape(gl.join(first_half, second_half).permute((0, 3, 1, 2)), [BK, BQ, 4])
+    parts = gl.reshape(gl.convert_layout(parts, TRADED), [BK, BQ, 2, 2])
+    return gl.convert_layout(gl.sum(gl.sum(parts, 2), 2), SCORES)
+
+
+@gluon.jit
+def half_weights(w_ptr, t, T):
+    """Weights of the (query, head) pairs of HALF queries from t on, fp32 [COLUMNS]; 0 past T."""
     column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, DOTS))
-    weights = ()
-    for j in gl.static_range(PARTS):
-        t = t0 + group * BQ + j * (BQ // PARTS)
-        w = gl.load(pointers[0] + t.to(gl.int64) * HEADS + column, t + column // HEADS < T, 0.0)
-        weights = weights + (w,)
-    for i in range(tiles):
-        stage = i & (STAGES - 1)
-        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        if VERSION == "turns":
-            mbarrier.wait(turn.index(group), (i & 1) ^ (1 - group))
-        dots = ()
-        for j in gl.static_range(PARTS):
-            # i >> 28 is 0, but the compiler does not know: the queries' descriptor is not hoisted into registers
-            q_tile = q_tiles.index(PARTS * group + j + (i >> 28)).permute((1, 0))
-            dots = dots + (warpgroup_mma(k_tiles.index(stage), q_tile, zeros, use_acc=False, is_async=True),)
-        k_scale = scales.index(stage).load(gl.SliceLayout(1, SCORES))
-        sums = ()
-        for j in gl.static_range(PARTS):
-            done = warpgroup_mma_wait(PARTS - 1 - j, deps=(dots[j],))
-            if VERSION == "turns" and j == 0:
-                mbarrier.arrive(turn.index(1 - group), count=1)
-            sums = sums + (own_sums(done, weights[j], VERSION),)
-        if PARTS == 2:
-            both = gl.reshape(gl.join(sums[0], sums[1]).permute((0, 3, 1, 2)), [BK, BQ, 4])
-        else:
-            both = sums[0]
-        both = gl.reshape(gl.convert_layout(both, TRADED), [BK, BQ, 2, 2])
-        score = gl.convert_layout(gl.sum(gl.sum(both, 2), 2), SCORES)
-        k_scale *= 1.0 if VERSION == "maximum" else LARGEST if VERSION == "saturate" else 0.5  # as `own_sums` left it
-        state = use(state, first + i * BK, score * k_scale[:, None])
-        mbarrier.arrive(free.index(stage), count=1)  # late: it makes the warps wait for each other
-    return state
+    return gl.load(row_pointer(w_ptr, t, HEADS) + column, t + column // HEADS < T, 0.0)
 
 
 @gluon.jit
-def _store(state, s0, scores):
-    out, place, key, inside, start, end, chunk_last = state
-    s = (s0 + key)[:, None]
-    seen = (s >= start[None, :]) & (s < end[None, :])
-    gl.store(out + s0 + place, gl.where(seen, scores, float("-inf")), inside[None, :] & (s < chunk_last))
-    return state
+def fetch(block, k_desc, scale_desc):
+    """The producer, one warp: bring tile after tile into the ring."""
+    ring = block.ring
+    for i in range(block.tiles):
+        s0 = block.first + i * BK
+        place = ring.acquire_free(i)
+        full = ring.full.index(place)
+        mbarrier.expect(full, TILE_BYTES)  # the one arrival; the phase ends when the bytes are there, too
+        tma.async_copy_global_to_shared(k_desc, [s0, 0], full, ring.keys.index(place))
+        tma.async_copy_global_to_shared(scale_desc, [s0], full, ring.scales.index(place))
 
 
 @gluon.jit
-def _fill(state, first, last):
-    """Store -inf for the keys from first to last."""
-    out, place, key, inside, start, end, chunk_last = state
-    nothing = gl.full([BK, BQ], float("-inf"), gl.float32, layout=SCORES)
-    for s0 in range(first, last, BK):
-        gl.store(out + s0 + place, nothing, inside[None, :] & (s0 + key < last)[:, None])
+def walk(warpgroup, block, w_ptr, sink):
+    """The consumer, a warpgroup: sink = sink.take(first key, scores [BK, BQ] of its queries) for tile after tile."""
+    ring = block.ring
+    t = block.t0 + warpgroup * BQ
+    first_w, second_w = half_weights(w_ptr, t, block.T), half_weights(w_ptr, t + HALF, block.T)
+    for i in range(block.tiles):
+        place = ring.acquire_full(i)
+        first_dots = multiply(block, place, 2 * warpgroup, i)
+        second_dots = multiply(block, place, 2 * warpgroup + 1, i)
+        k_scale = ring.scales.index(place).load(gl.SliceLayout(1, SCORES))
+        # The halves are written out, not looped over: both products are under way before the first is waited for.
+        first_sums = head_sums(warpgroup_mma_wait(1, deps=(first_dots,)), first_w)
+        second_sums = head_sums(warpgroup_mma_wait(0, deps=(second_dots,)), second_w)
+        scores = trade_in_quads(first_sums, second_sums)
+        k_scale *= 0.5  # relus are doubled
+        sink = sink.take(block.first + i * BK, scores * k_scale[:, None])
+        ring.release_free(place)  # late: it makes the warps wait for each other
+    return sink
+
+
+@aggregate
+class ScoreRows:
+    """The rows of the score matrix that a warpgroup writes, and what its queries may see."""
+
+    out: gl.tensor  # pointer to the scores of the first query
+    offset: gl.tensor  # int32 [BK, BQ]: where the scores of a tile at key 0 go, counted from `out`
+    key: gl.tensor  # int32 [BK]: keys of a tile
+    real: gl.tensor  # [BQ]: the query is below T
+    start: gl.tensor  # int32 [BQ]
+    end: gl.tensor  # int32 [BQ]
+    chunk_last: gl.tensor  # no scores are written from this key on
+
+    @gluon.jit
+    def take(self, s0, scores):
+        """Store the scores of a tile, -inf for what a query may not see."""
+        s = (s0 + self.key)[:, None]
+        seen = (s >= self.start[None, :]) & (s < self.end[None, :])
+        inside = self.real[None, :] & (s < self.chunk_last)
+        gl.store(self.out + s0 + self.offset, gl.where(seen, scores, float("-inf")), inside)
+        return self
+
+    @gluon.jit
+    def fill(self, first, last):
+        """Store -inf for the keys from first to last."""
+        nothing = gl.full([BK, BQ], float("-inf"), gl.float32, layout=SCORES)
+        for s0 in range(first, last, BK):
+            gl.store(self.out + s0 + self.offset, nothing, self.real[None, :] & (s0 + self.key < last)[:, None])
 
 
 @gluon.jit
-def _score(group, args, VERSION: gl.constexpr):
-    k_desc, scale_desc, k_tiles, scales, q_tiles, full, free, turn, ranges, pointers = args
-    first, tiles, t0, T, S = ranges
-    w_ptr, start_ptr, end_ptr, out_ptr, chunk_first, chunk_last = pointers
+def _score(warpgroup, block, w_ptr, start_ptr, end_ptr, out_ptr, chunk_first, chunk_last):
+    T, S = block.T, block.S
     row = gl.arange(0, BQ, layout=gl.SliceLayout(0, SCORES))
     key = gl.arange(0, BK, layout=gl.SliceLayout(1, SCORES))
-    t = t0 + group * BQ + row
+    t = block.t0 + warpgroup * BQ + row
     start, end = gl.load(start_ptr + t, t < T, S), gl.load(end_ptr + t, t < T, 0)
-    out = out_ptr + (t0 + group * BQ).to(gl.int64) * S  # the rest of an address fits into 32 bits
-    state = (out, row[None, :] * S + key[:, None], key, t < T, start, end, chunk_last)
-    _fill(state, chunk_first, gl.minimum(first, chunk_last))
-    walk(group, args, _store, state, VERSION)
-    _fill(state, first + tiles * BK, chunk_last)
+    rows = ScoreRows(
+        out=row_pointer(out_ptr, block.t0 + warpgroup * BQ, S), offset=row[None, :] * S + key[:, None], key=key,
+        real=t < T, start=start, end=end, chunk_last=chunk_last,
+    )  # fmt: skip
+    rows.fill(chunk_first, gl.minimum(block.first, chunk_last))
+    walk(warpgroup, block, w_ptr, rows)
+    rows.fill(block.first + block.tiles * BK, chunk_last)
 
 
 @gluon.jit
-def open_block(q_desc, t0):
-    """Shared memory and barriers of a block whose queries start at t0, which have arrived when this returns."""
-    ROWS: gl.constexpr = q_desc.block_type.shape[0]
-    PIECES: gl.constexpr = QUERIES * HEADS // ROWS
-    q_tiles = gl.allocate_shared_memory(gl.float8e4nv, [PIECES, ROWS, DIM], TILE)
-    k_tiles = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BK, DIM], TILE)
+def open_block(q_desc, t0, first, tiles, T, S):
+    """Allocate a block's shared memory, make its barriers, and bring its queries, which are there on return."""
+    PIECES: gl.constexpr = QUERIES // HALF
+    queries = gl.allocate_shared_memory(gl.float8e4nv, [PIECES, COLUMNS, DIM], TILE)
+    keys = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BK, DIM], TILE)
     scales = gl.allocate_shared_memory(gl.float32, [STAGES, BK], SCALES)
-    come = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    queries_arrived = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(come, count=1)
+    mbarrier.init(queries_arrived, count=1)
     for j in gl.static_range(STAGES):
         mbarrier.init(full.index(j), count=1)
-        mbarrier.init(free.index(j), count=GROUPS)
-    for j in gl.static_range(GROUPS):
-        mbarrier.init(turn.index(j), count=1)
-    mbarrier.expect(come, QUERIES * HEADS * DIM)
+        mbarrier.init(free.index(j), count=WARPGROUPS)
+    mbarrier.expect(queries_arrived, QUERIES * HEADS * DIM)
     for j in gl.static_range(PIECES):
-        tma.async_copy_global_to_shared(q_desc, [t0 * HEADS + j * ROWS, 0], come, q_tiles.index(j))
-    mbarrier.wait(come, 0)
-    return k_tiles, scales, q_tiles, full, free, turn
+        tma.async_copy_global_to_shared(q_desc, [t0 * HEADS + j * COLUMNS, 0], queries_arrived, queries.index(j))
+    mbarrier.wait(queries_arrived, 0)
+    ring = Ring(keys=keys, scales=scales, full=full, free=free)
+    # A size of 1 is a constant to Triton, and these fields take tensors.
+    T, S = gl.to_tensor(T), gl.to_tensor(S)
+    return Block(ring=ring, queries=queries, first=first, tiles=tiles, t0=t0, T=T, S=S)
 
 
 @gluon.jit
-def tiles_seen(t0, chunk_first, chunk_last, start_ptr, end_ptr, T, S):
+def visible_tiles(t0, chunk_first, chunk_last, start_ptr, end_ptr, T, S):
     """(first key, number) of the tiles that hold all that some query of the block sees of the chunk."""
     t = t0 + gl.arange(0, QUERIES, layout=gl.BlockedLayout([1], [32], [4], [0]))
     seen_first = gl.min(gl.load(start_ptr + t, t < T, S), 0)
@@ -197,29 +284,29 @@ def tiles_seen(t0, chunk_first, chunk_last, start_ptr, end_ptr, T, S):
 
 
 @gluon.jit
-def _index_scores(
-    q_desc, k_desc, scale_desc, w_ptr, start_ptr, end_ptr, out_ptr, T, S, chunk, VERSION: gl.constexpr
-):  # fmt: skip
+def _index_scores(q_desc, k_desc, scale_desc, w_ptr, start_ptr, end_ptr, out_ptr, T, S, chunk):
     t0 = gl.program_id(0) * QUERIES
     chunk_first = gl.program_id(1) * chunk
     chunk_last = gl.minimum(chunk_first + chunk, S)
-    first, tiles = tiles_seen(t0, chunk_first, chunk_last, start_ptr, end_ptr, T, S)
-    k_tiles, scales, q_tiles, full, free, turn = open_block(q_desc, t0)
-    ranges = (first, tiles, t0, T, S)
-    pointers = (w_ptr, start_ptr, end_ptr, out_ptr, chunk_first, chunk_last)
-    args = (k_desc, scale_desc, k_tiles, scales, q_tiles, full, free, turn, ranges, pointers)
+    first, tiles = visible_tiles(t0, chunk_first, chunk_last, start_ptr, end_ptr, T, S)
+    block = open_block(q_desc, t0, first, tiles, T, S)
     gl.warp_specialize(
-        [(_score, (0, args, VERSION)), (_score, (1, args, VERSION)), (fetch, (args,))], [4, 1], [232, 24]
+        [
+            (_score, (0, block, w_ptr, start_ptr, end_ptr, out_ptr, chunk_first, chunk_last)),
+            (_score, (1, block, w_ptr, start_ptr, end_ptr, out_ptr, chunk_first, chunk_last)),
+            (fetch, (block, k_desc, scale_desc)),
+        ],
+        [4, 1],
+        [232, 24],
     )
 
 
-def descriptors(q_idx, k_idx, k_scale, version="halves"):
+def descriptors(q_idx, k_idx, k_scale):
     """What TMA reads: queries [T · Hi, Di], keys [S, Di] and their scales [S], ones where there are none."""
     rows = aligned(q_idx).view(-1, DIM.value)
     k_scale = torch.ones(len(k_idx), device=k_idx.device) if k_scale is None else aligned(k_scale)
-    queries = BQ.value if version == "whole" else BQ.value // 2
     return (
-        TensorDescriptor.from_tensor(rows, [queries * HEADS.value, DIM.value], TILE.value),
+        TensorDescriptor.from_tensor(rows, [COLUMNS.value, DIM.value], TILE.value),
         TensorDescriptor.from_tensor(aligned(k_idx), [BK.value, DIM.value], TILE.value),
         TensorDescriptor.from_tensor(k_scale, [BK.value], SCALES.value),
     )
@@ -240,13 +327,8 @@ def cannot_serve(q_idx, k_scale, S):
     return None
 
 
-def index_scores(q_idx, k_idx, w, k_scale, start, end, out, version="halves"):
-    """Write the scores to out, fp32 [T, S]. `dsa_kernels.index_scores` has checked the arguments; T > 0.
-
-    Raises ValueError for a version that is not one of VERSIONS.
-    """
-    if version not in VERSIONS:
-        raise ValueError(f"version must be one of {', '.join(VERSIONS)}, got {version!r}")
+def index_scores(q_idx, k_idx, w, k_scale, start, end, out):
+    """Write the scores to out, fp32 [T, S]. `dsa_kernels.index_scores` has checked the arguments; T > 0."""
     T, S = out.shape
     multiprocessors = torch.cuda.get_device_properties(out.device).multi_processor_count
     blocks = triton.cdiv(T, QUERIES.value)
@@ -254,6 +336,6 @@ def index_scores(q_idx, k_idx, w, k_scale, start, end, out, version="halves"):
     chunks = max(1, min(triton.cdiv(S, 32 * BK.value), 4 * multiprocessors // blocks))
     chunk = triton.cdiv(triton.cdiv(S, chunks), BK.value) * BK.value
     _index_scores[(blocks, triton.cdiv(S, chunk))](
-        *descriptors(q_idx, k_idx, k_scale, version), w.float().contiguous(), start.contiguous(), end.contiguous(),
-        out, T, S, chunk, VERSION=version, num_warps=4, maxnreg=168,
+        *descriptors(q_idx, k_idx, k_scale), w.float().contiguous(), start.contiguous(), end.contiguous(),
+        out, T, S, chunk, num_warps=4, maxnreg=168,
     )  # fmt: skip

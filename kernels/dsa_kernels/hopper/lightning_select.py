@@ -23,7 +23,8 @@ from triton.experimental.gluon import language as gl
 from ..topk.bound import LOWEST, bound_of_sample, safe_rank
 from ..topk.listed import LARGEST_LISTED_K, ROWS_AT_ONCE
 from . import index_scores
-from .index_scores import BK, BQ, QUERIES, SCORES, fetch, open_block, tiles_seen, walk
+from .aggregate import aggregate
+from .index_scores import BK, BQ, QUERIES, SCORES, fetch, open_block, row_pointer, visible_tiles, walk
 from .select_topk import LANES, choose
 
 SLOTS = gl.constexpr(128)  # entries of a list, of which a row has BK
@@ -31,29 +32,46 @@ CAP = gl.constexpr(SLOTS.value - 1)  # a list that is full goes on in its last s
 SHORTEST = 24576  # keys; below, a sample that is large enough costs too much
 
 
-@gluon.jit
-def _append(state, s0, scores):
-    lists, empty, place, key, bound = state
-    kept = (scores < bound[None, :]) == 0  # NaN is kept
-    s = (s0 + key)[:, None].to(gl.int64)
-    gl.store(lists + place, (scores.to(gl.int32, bitcast=True).to(gl.int64) << 32) | s, kept)
-    place = gl.minimum(gl.where(kept, place + BK, place), empty + CAP * BK)
-    return lists, empty, place, key, bound
+@aggregate
+class Lists:
+    """The lists of a warpgroup's queries: list (key mod BK, query) of SLOTS entries is one thread's, which has two.
+
+    Slots of a query's lists alternate, so that those that are written together lie side by side: slot j of the list of
+    key is entry j · BK + key of the query's.
+    """
+
+    entries: gl.tensor  # pointer to the entries of the first query
+    empty: gl.tensor  # int32 [BK, BQ]: the first slot of each list, counted from `entries`
+    next: gl.tensor  # int32 [BK, BQ]: the slot in which it goes on
+    key: gl.tensor  # int32 [BK]: keys of a tile
+    bound: gl.tensor  # fp32 [BQ]
+
+    @gluon.jit
+    def take(self, s0, scores):
+        """Append the scores of a tile that are not below the bound, NaN too, each with its key, as one int64."""
+        kept = (scores < self.bound[None, :]) == 0
+        s = (s0 + self.key)[:, None].to(gl.int64)
+        gl.store(self.entries + self.next, (scores.to(gl.int32, bitcast=True).to(gl.int64) << 32) | s, kept)
+        following = gl.minimum(gl.where(kept, self.next + BK, self.next), self.empty + CAP * BK)
+        return Lists(entries=self.entries, empty=self.empty, next=following, key=self.key, bound=self.bound)
+
+    @gluon.jit
+    def counts(self):
+        """How many entries each list has, int32 [BK, BQ]."""
+        return (self.next - self.empty) // BK
 
 
 @gluon.jit
-def _lists(group, args):
-    k_desc, scale_desc, k_tiles, scales, q_tiles, full, free, turn, ranges, pointers = args
-    first, tiles, t0, T, S = ranges
-    w_ptr, bound_ptr, list_ptr, count_ptr = pointers
+def _lists(warpgroup, block, w_ptr, bound_ptr, list_ptr, count_ptr):
     row = gl.arange(0, BQ, layout=gl.SliceLayout(0, SCORES))
     key = gl.arange(0, BK, layout=gl.SliceLayout(1, SCORES))
-    t = t0 + group * BQ + row
-    bound = gl.load(bound_ptr + t, t < T, float("inf"))
-    lists = list_ptr + (t0 + group * BQ).to(gl.int64) * (SLOTS * BK)
+    t = block.t0 + warpgroup * BQ + row
+    bound = gl.load(bound_ptr + t, t < block.T, float("inf"))
+    entries = row_pointer(list_ptr, block.t0 + warpgroup * BQ, SLOTS * BK)
     empty = row[None, :] * (SLOTS * BK) + key[:, None]
-    state = walk(group, args, _append, (lists, empty, empty, key, bound), "halves")
-    gl.store(count_ptr + t[None, :] * BK + key[:, None], (state[2] - empty) // BK, (t < T)[None, :])
+    lists = Lists(entries=entries, empty=empty, next=empty, key=key, bound=bound)
+    lists = walk(warpgroup, block, w_ptr, lists)
+    gl.store(count_ptr + t[None, :] * BK + key[:, None], lists.counts(), (t < block.T)[None, :])
 
 
 @gluon.jit
@@ -65,12 +83,17 @@ def _collect(
     No key is masked: a list holds also keys that its own query does not see, and of rows past T; `choose` drops them.
     """
     t0 = gl.program_id(0) * QUERIES
-    first, tiles = tiles_seen(t0, 0, S, start_ptr, end_ptr, T, S)
-    k_tiles, scales, q_tiles, full, free, turn = open_block(q_desc, t0)
-    ranges = (first, tiles, t0, T, S)
-    pointers = (w_ptr, bound_ptr, list_ptr, count_ptr)
-    args = (k_desc, scale_desc, k_tiles, scales, q_tiles, full, free, turn, ranges, pointers)
-    gl.warp_specialize([(_lists, (0, args)), (_lists, (1, args)), (fetch, (args,))], [4, 1], [232, 24])
+    first, tiles = visible_tiles(t0, 0, S, start_ptr, end_ptr, T, S)
+    block = open_block(q_desc, t0, first, tiles, T, S)
+    gl.warp_specialize(
+        [
+            (_lists, (0, block, w_ptr, bound_ptr, list_ptr, count_ptr)),
+            (_lists, (1, block, w_ptr, bound_ptr, list_ptr, count_ptr)),
+            (fetch, (block, k_desc, scale_desc)),
+        ],
+        [4, 1],
+        [232, 24],
+    )
 
 
 @triton.jit
