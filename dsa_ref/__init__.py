@@ -1,6 +1,7 @@
 """The readable reference of DeepSeek Sparse Attention: every step as loops (`*_loops`) and as PyTorch.
 
 `dsa_kernels` exports the same step functions with the same contracts; a layer takes either package as its `ops`.
+Docstrings cite `dsa_ref/SPEC.md` as SPEC, by section.
 """
 
 from .config import TINY, V32, DSAConfig

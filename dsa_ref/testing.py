@@ -9,10 +9,12 @@ Tensors and arrays are both taken. Source: SPEC section 4.
 import contextlib
 import math
 from collections import Counter
+from collections.abc import Iterator
 from unittest import mock
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .contracts import (
     FLOATS,
@@ -26,24 +28,28 @@ from .contracts import (
 )
 from .select_topk import select_topk
 
+Given = Tensor | np.ndarray
+
 
 class Failed(AssertionError):
     """What is wrong with a result: the broken `property` in a word, `what` was got and expected, the likely `cause`."""
 
-    def __init__(self, what, cause, property=None):
+    def __init__(self, what: str, cause: str, property: str | None = None) -> None:
         self.what, self.cause, self.property = what, cause, property
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.property}: {self.what}. Likely cause: {self.cause}."
 
-    def _render_traceback_(self):
+    def _render_traceback_(self) -> list[str]:
         """What Jupyter shows: the sentence, and before it the learner's own error where that is the reason."""
         return [*([self.own] if self.own else []), f"✗ {self}"]
 
     own = ""  # the traceback of an error raised by the code under test
 
 
-def compare_selection(got, scores, k, start=None, end=None, tolerance=0.0):
+def compare_selection(
+    got: Given, scores: Given, k: int, start: Given | None = None, end: Given | None = None, tolerance: float = 0.0
+) -> None:
     """Pass silently if `got` int32 [T, k] selects from `scores` [T, S] as the contract says; explain where it does not.
 
     start, end: int32 [T], default causal. The order within a row is free, but -1 stands only at its end.
@@ -175,7 +181,7 @@ def _fail(broken, what, cause):
     raise Failed(what, cause, broken)
 
 
-def overlap(a, b) -> float:
+def overlap(a: Given, b: Given) -> float:
     """The share of a's set that is also in b's, averaged over rows; a row where a selects nothing counts 1.
 
     a: int [T, ka], b: int [T, kb], -1 ignored. Raises: ValueError for wrong shapes or T = 0, TypeError for wrong types.
@@ -192,7 +198,7 @@ def overlap(a, b) -> float:
     return sum(shares) / len(shares)
 
 
-def relative_error(got, expected) -> float:
+def relative_error(got: Given | float, expected: Given | float) -> float:
     """||got - expected|| / ||expected|| in float64, any float dtypes, any one shape.
 
     inf where an error has no size: a NaN on either side, an infinity that the other side has not, or any difference
@@ -213,7 +219,7 @@ def relative_error(got, expected) -> float:
     return error / size if size else math.inf
 
 
-def attention_recall(weights, indices) -> float:
+def attention_recall(weights: Given, indices: Given) -> float:
     """The mean over rows of the attention mass on the selected keys, in [0, 1].
 
     weights: float [T, S], attention probabilities, each row summing to 1; indices: int32 [T, k], -1 ignored, a key
@@ -243,20 +249,21 @@ def _check_rows(x):
         raise ValueError("T must be at least 1 for a mean over rows, got 0")
 
 
-def window_selection(k, start, end):
+def window_selection(k: int, start: Given, end: Given) -> Tensor:
     """The control that needs no scores: the last min(k, visible) keys of each range, the query's own included.
 
-    start, end: int32 [T] -> int32 [T, k], ascending, -1 at the end.
+    start, end: int32 [T] -> int32 [T, k], ascending, -1 at the end. Raises: TypeError or ValueError for a bad argument.
     """
     start, end = _ranges(k, start, end)
     keys = torch.maximum(start, end - k)[:, None] + torch.arange(k, dtype=torch.int32, device=start.device)
     return torch.where(keys < end[:, None], keys, -1)
 
 
-def random_selection(k, start, end, seed):
+def random_selection(k: int, start: Given, end: Given, seed: int) -> Tensor:
     """The control that knows nothing: min(k, visible) distinct keys of each range, drawn evenly.
 
-    start, end: int32 [T] -> int32 [T, k], ascending, -1 at the end; the same for the same seed.
+    start, end: int32 [T] -> int32 [T, k], ascending, -1 at the end; the same for the same seed. Raises: TypeError or
+    ValueError for a bad argument.
     """
     start, end = _ranges(k, start, end)
     S = max(1, int(end.max())) if len(end) else 1
@@ -273,7 +280,7 @@ def _ranges(k, start, end):
 
 
 @contextlib.contextmanager
-def poisoned():
+def poisoned() -> Iterator[None]:
     """Memory asked for without a value holds NaN, or the largest integer, instead of lucky zeros."""
     with contextlib.ExitStack() as stack:
         for owner, name in (

@@ -59,6 +59,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor, cache: LayerCache | None, attention: str, record: list[dict] | None
     ) -> Tensor:
+        """x [T, dim] -> [T, dim]; arguments as for `DSALayer`."""
         x = x + self.self_attn(self.attention_norm(x), positions, cache, attention, record)
         y = self.mlp_norm(x)
         return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))

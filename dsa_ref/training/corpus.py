@@ -5,13 +5,14 @@ import sysconfig
 import zlib
 
 import torch
+from torch import Tensor
 
 LEFT_OUT = {"test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data", "site-packages", "dist-packages"}
 HELD_OUT_SHARE = 16  # one file in 16
 
 
-def library_files():
-    """Paths of the library's .py files, sorted, without tests, tables and installed packages; and their root."""
+def library_files() -> tuple[pathlib.Path, list[pathlib.Path]]:
+    """The library's root and the paths of its .py files, sorted, without tests, tables and installed packages."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     files = sorted(path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts))
     return root, files
@@ -22,7 +23,7 @@ def is_held_out(name: str) -> bool:
     return zlib.crc32(name.encode()) % HELD_OUT_SHARE == 0
 
 
-def load_corpus():
+def load_corpus() -> tuple[Tensor, Tensor]:
     """(training bytes, held-out bytes), two uint8 tensors, each the files of its side one after the other."""
     root, files = library_files()
     sides = [], []

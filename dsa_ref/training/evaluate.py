@@ -6,27 +6,29 @@ python -m dsa_ref.training.evaluate --log figures/small_model_recall.json
 import argparse
 import json
 import pathlib
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..index_scores import index_scores
-from ..nn.model import SMALL_MODEL, load_small_model
+from ..nn.model import SMALL_MODEL, SmallModel, load_small_model
 from ..records import provenance, write
 from ..select_topk import select_topk
 from ..testing import attention_recall, random_selection, window_selection
 from .corpus import load_corpus
 
 
-def held_out_windows(corpus, count, length):
-    """`count` windows of length + 1 bytes, evenly spread over the held-out bytes."""
+def held_out_windows(corpus: Tensor, count: int, length: int) -> Tensor:
+    """`count` windows of length + 1 bytes, evenly spread over `corpus`, uint8 [bytes]: uint8 [count, length + 1]."""
     starts = torch.linspace(0, len(corpus) - length - 1, count).long()
     return corpus[(starts[:, None] + torch.arange(length + 1)).to(corpus.device)]
 
 
 @torch.no_grad()
-def held_out_loss(model, windows, attention):
-    """Mean next-byte loss, in nats a byte, over windows uint8 [n, L + 1], one at a time."""
+def held_out_loss(model: SmallModel, windows: Tensor, attention: str) -> float:
+    """Mean next-byte loss, in nats a byte, over windows uint8 [n, L + 1]; attention as for `DSALayer`."""
     losses = []
     for window in windows.long():
         logits = model(window[:-1], attention=attention)
@@ -34,14 +36,14 @@ def held_out_loss(model, windows, attention):
     return torch.stack(losses).mean().item()
 
 
-def attention_weights(step, scale):
+def attention_weights(step: dict, scale: float) -> Tensor:
     """The dense attention probabilities of a recorded dense step, mean over heads: fp32 [T, S], rows sum to 1."""
     logits = torch.einsum("thd,sd->ths", step["q"], step["kv"]) * scale
     later = torch.ones(logits.shape[0], logits.shape[2], dtype=torch.bool, device=logits.device).triu(1)
     return (logits - step["lse"][:, :, None]).exp().masked_fill(later[:, None], 0.0).mean(dim=1)
 
 
-def selected_weights(step, t, scale):
+def selected_weights(step: dict, t: int, scale: float) -> Tensor:
     """The weight (mean over heads) that row t of a recorded sparse step gives to each index: fp32 [k], 0 for -1."""
     chosen = step["indices"][t]
     logits = step["q"][t] @ step["kv"][chosen.clamp(min=0)].T * scale
@@ -49,11 +51,11 @@ def selected_weights(step, t, scale):
 
 
 @torch.no_grad()
-def recall_by_method(model, windows, ks):
+def recall_by_method(model: SmallModel, windows: Tensor, ks: Sequence[int]) -> dict[str, list[float]]:
     """Mean share of the dense attention mass on the k selected keys, over layers and those rows that see more than k.
 
     Methods: "indexer" (trained), "attention itself" (the k largest weights: the ceiling), "window" (the last k), and
-    "random". Returns {method: [recall at k for k in ks]}.
+    "random". windows: uint8 [n, L + 1] with L above every k. Returns {method: [recall at k for k in ks]}, 4 digits.
     """
     scale = model.config.attention.softmax_scale
     recall = {name: torch.zeros(len(ks)) for name in ("attention itself", "indexer", "window", "random")}
@@ -78,7 +80,8 @@ def recall_by_method(model, windows, ks):
     return {name: [round(value, 4) for value in values.tolist()] for name, values in recall.items()}
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> None:
+    """Measure recall on held-out windows and write it with its provenance; arguments as on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=pathlib.Path, default=SMALL_MODEL, help="the trained model")
     parser.add_argument("--log", type=pathlib.Path, required=True, help="where the figures go, as JSON")

@@ -17,8 +17,10 @@ import json
 import math
 import pathlib
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..indexer_loss import indexer_loss
@@ -31,13 +33,16 @@ STAGES = ("dense", "warm-up", "sparse")
 PEAK_RATES = {"dense": 2e-3, "warm-up": 2e-3, "sparse": 3e-4}
 
 
-def indexer_parameters(model, inside=True):
+def indexer_parameters(model: nn.Module, inside: bool = True) -> list[nn.Parameter]:
     """The parameters of all indexers, or (inside=False) all others."""
     return [p for name, p in model.named_parameters() if (".indexer." in name) == inside]
 
 
-def stage_loss(model, tokens, stage):
-    """(language loss, indexer loss), in nats, of token windows int64 [n, L + 1]; None where the stage has none."""
+def stage_loss(model: SmallModel, tokens: Tensor, stage: str) -> tuple[Tensor | None, Tensor | None]:
+    """(language loss, indexer loss), in nats, of token windows int64 [n, L + 1]; None where the stage has none.
+
+    stage: one of STAGES. The indexer loss is the mean over layers.
+    """
     n, length = tokens.shape[0], tokens.shape[1] - 1
     record = []
     logits = model(
@@ -57,8 +62,21 @@ def stage_loss(model, tokens, stage):
     return language, torch.stack(losses).mean()
 
 
-def train_stage(model, stage, corpus, steps, batch, length, generator, log):
-    """Run one stage in place; `log` receives (stage, step, language loss, indexer loss) now and then."""
+def train_stage(
+    model: SmallModel,
+    stage: str,
+    corpus: Tensor,
+    steps: int,
+    batch: int,
+    length: int,
+    generator: torch.Generator,
+    log: Callable[[str, int, float | None, float | None], None],
+) -> None:
+    """Run one stage in place: `steps` optimizer steps on `batch` random windows of length + 1 bytes of uint8 `corpus`.
+
+    generator: draws the windows, on the CPU. log receives (stage, step, language loss, indexer loss), losses in nats,
+    some 20 times.
+    """
     trained = {"dense": [False], "warm-up": [True], "sparse": [False, True]}[stage]
     for inside in (False, True):
         for parameter in indexer_parameters(model, inside):
@@ -66,7 +84,7 @@ def train_stage(model, stage, corpus, steps, batch, length, generator, log):
     groups = [{"params": indexer_parameters(model, inside)} for inside in trained]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_RATES[stage], betas=(0.9, 0.95), weight_decay=0.01)
 
-    def rate(step):  # a short linear rise, then half a cosine down to a tenth
+    def rate(step: int) -> float:  # a short linear rise, then half a cosine down to a tenth
         return min(1.0, (step + 1) / max(1, steps // 20)) * (0.55 + 0.45 * math.cos(math.pi * step / max(1, steps)))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
@@ -84,7 +102,8 @@ def train_stage(model, stage, corpus, steps, batch, length, generator, log):
             log(stage, step, *(None if loss is None else round(loss.item(), 4) for loss in losses))
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> None:
+    """Train all stages, write the weights and the figures; arguments as on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=pathlib.Path, required=True, help="where the safetensors file goes")
     parser.add_argument("--log", type=pathlib.Path, required=True, help="where the figures go, as JSON")
