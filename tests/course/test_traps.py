@@ -93,10 +93,30 @@ def test_planting_reaches_every_user_and_leaves_nothing_behind(trap):
         changed = {place for place, value in names_of_the_reference().items() if before[place] is not value}
     assert changed and not any(module == "dsa_ref.testing" for module, _ in changed)
     if "." not in trap.step:
-        users = {place for place, value in before.items() if value is getattr(dsa_ref, trap.step)}
+        steps = {trap.step, "lightning_select"} if trap.step in ("index_scores", "select_topk") else {trap.step}
+        right = [getattr(dsa_ref, step) for step in steps]
+        users = {place for place, value in before.items() if any(value is step for step in right)}
         assert changed == {place for place in users if place[0] != "dsa_ref.testing"}
     after = names_of_the_reference()
     assert after.keys() == before.keys() and all(after[place] is before[place] for place in before)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return held_out_windows(load_corpus()[1], 1, 200)[0].long()
+
+
+@pytest.mark.parametrize("trap", table.TRAPS, ids=lambda trap: trap.name)
+def test_planting_changes_what_the_model_does(trap, tokens):
+    """A step that the model reaches by another way than its name would be planted in vain."""
+    selections, loss = runs.read(tokens, trap.shows_in)
+    with table.planted(trap):
+        if trap.name == "no amax floor":
+            with pytest.raises(ValueError, match="must not be NaN"):
+                runs.read(tokens, trap.shows_in)
+            return
+        planted, planted_loss = runs.read(tokens, trap.shows_in)
+    assert planted_loss != loss or not all(a.equal(b) for a, b in zip(selections, planted, strict=True))
 
 
 def test_an_error_inside_does_not_leave_the_trap_planted():
@@ -108,9 +128,8 @@ def test_an_error_inside_does_not_leave_the_trap_planted():
 
 
 @pytest.mark.parametrize("way", runs.WAYS)
-def test_every_way_reads_the_text_alike(way):
+def test_every_way_reads_the_text_alike(way, tokens):
     """Chunks, merged halves and padding change nothing for the right model; bf16 scores and unquantised ones little."""
-    tokens = held_out_windows(load_corpus()[1], 1, 200)[0].long()
     selections, loss = runs.read(tokens)
     other, other_loss = runs.read(tokens, way)
     assert len(selections) == len(other) == 4 and all(chosen.shape == (200, 64) for chosen in other)

@@ -5,6 +5,7 @@
 
 `variants` holds the faulty functions, `runs` what is run on them, and `python -m dsa_course.traps` measures the harm.
 Planting replaces a function in every module of the reference that uses it, but not in `dsa_ref.testing`, which judges.
+A fault in one of the two halves of `lightning_select` is in the whole as well, which becomes its two halves then.
 """
 
 import contextlib
@@ -12,6 +13,8 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from unittest import mock
+
+import torch
 
 import dsa_ref
 from dsa_ref.config import DSAConfig
@@ -242,17 +245,34 @@ def trap(name) -> Trap:
     return found[name]
 
 
+@torch.no_grad()
+def select_in_two_steps(q_idx, k_idx, w, k, k_scale=None, start=None, end=None):
+    """`lightning_select` by its definition, through the steps as they are now; the reference's own calls neither."""
+    return dsa_ref.select_topk(dsa_ref.index_scores(q_idx, k_idx, w, k_scale, start, end), k, start, end)
+
+
+def replaced(trap):
+    """What planting replaces: {(module or class, attribute): the function that stands in for it}."""
+    owner, _, attribute = trap.step.rpartition(".")
+    if owner:
+        return {(CLASSES[owner], attribute): trap.variant}
+    steps = {attribute: trap.variant}
+    if attribute in ("index_scores", "select_topk"):
+        steps["lightning_select"] = select_in_two_steps
+    # Each module that imported a step has its own name for it.
+    modules = [module for name, module in sys.modules.items() if f"{name}.".startswith("dsa_ref.")]
+    return {
+        (module, step): variant
+        for module in modules
+        for step, variant in steps.items()
+        if vars(module).get(step) is getattr(dsa_ref, step) and module.__name__ != "dsa_ref.testing"
+    }
+
+
 @contextlib.contextmanager
 def planted(trap):
     """The reference with this fault in it, until the block ends."""
-    owner, _, attribute = trap.step.rpartition(".")
-    if owner:
-        places = [CLASSES[owner]]
-    else:  # each module that imported the step has its own name for it
-        modules = [m for name, m in sys.modules.items() if f"{name}.".startswith("dsa_ref.")]
-        right = getattr(dsa_ref, attribute)
-        places = [m for m in modules if vars(m).get(attribute) is right and m.__name__ != "dsa_ref.testing"]
     with contextlib.ExitStack() as stack:
-        for place in places:
-            stack.enter_context(mock.patch.object(place, attribute, trap.variant))
+        for (place, attribute), variant in replaced(trap).items():
+            stack.enter_context(mock.patch.object(place, attribute, variant))
         yield
