@@ -1,11 +1,10 @@
 """What every test shares: the rungs, the device, poisoned memory, small blocks, and the account of skipped tests.
 
 A test that takes `ops` runs once for each rung: "loops", "reference", "kernels", or those its mark `rungs(...)` names.
-`pytest --check-skips` on the whole directory fails unless exactly the expected tests were skipped.
+`pytest --check-skips` on the whole directory fails unless tests were skipped for the reasons expected here.
 """
 
 import collections
-import importlib
 
 import pytest
 import rungs
@@ -18,16 +17,20 @@ torch.set_num_threads(1)  # pytest -n runs one process a core
 NEEDS_GPU = "needs a CUDA GPU"
 NEEDS_HOPPER = "needs a GPU of compute capability 9.0"
 NEEDS_TRITON = "kernels need triton, which cannot be imported here"
+# The reasons for which tests are skipped, by platform: all of these, and no others.
 EXPECTED_SKIPS = {
-    "cuda": {},
-    "cuda, not Hopper": {NEEDS_HOPPER: 84},
-    "cpu": {NEEDS_GPU: 111},
-    "no triton": {NEEDS_GPU: 66, NEEDS_TRITON: 666},
+    "cuda": set(),
+    "cuda, not Hopper": {NEEDS_HOPPER},
+    "cpu": {NEEDS_GPU},
+    "no triton": {NEEDS_GPU, NEEDS_TRITON},
 }
+MARKS = {"gpu", "hopper"}  # the only tests that NEEDS_GPU and NEEDS_HOPPER may skip, and on a CPU all of them
 
 
 def pytest_addoption(parser):
-    parser.addoption("--check-skips", action="store_true", help="fail unless exactly the expected tests are skipped")
+    parser.addoption(
+        "--check-skips", action="store_true", help="fail unless tests are skipped for the expected reasons"
+    )
 
 
 def pytest_configure(config):
@@ -35,7 +38,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: the test needs a CUDA GPU")
     config.addinivalue_line("markers", "hopper: the test needs a GPU of compute capability 9.0")
     if config.getoption("check_skips") and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(SkipAccount())
+        config.pluginmanager.register(SkipAccount(platform()))
 
 
 def pytest_generate_tests(metafunc):
@@ -45,17 +48,24 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    missing = {"gpu": NEEDS_GPU, "hopper": NEEDS_GPU}
-    if torch.cuda.is_available():
-        missing = {} if has_hopper() else {"hopper": NEEDS_HOPPER}
     for item in items:
-        for mark, reason in missing.items():
-            if item.get_closest_marker(mark):
-                item.add_marker(pytest.mark.skip(reason=reason))
+        marks = {mark for mark in MARKS if item.get_closest_marker(mark)}
+        if reason := cannot_run(marks, platform()):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def has_hopper():
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+def platform():
+    """The key of EXPECTED_SKIPS for this machine."""
+    if torch.cuda.is_available():
+        return "cuda" if torch.cuda.get_device_capability() == (9, 0) else "cuda, not Hopper"
+    return "cpu" if rungs.has_triton() else "no triton"
+
+
+def cannot_run(marks, where):
+    """Why a test with these marks cannot run on that platform, None if it can."""
+    if where == "cuda, not Hopper":
+        return NEEDS_HOPPER if "hopper" in marks else None
+    return NEEDS_GPU if marks and where != "cuda" else None
 
 
 @pytest.fixture
@@ -88,31 +98,40 @@ def small_blocks(monkeypatch):
 
 
 class SkipAccount:
-    """Counts skipped tests by reason and compares the table with EXPECTED_SKIPS. Lives in the controller process."""
+    """Counts skipped tests by reason, and collects what is wrong with them. Lives in the controller process."""
 
-    def __init__(self):
-        self.found = collections.Counter()
-        without_gpu = "cpu" if rungs.has_triton() else "no triton"
-        with_gpu = "cuda" if has_hopper() else "cuda, not Hopper"
-        self.platform = with_gpu if torch.cuda.is_available() else without_gpu
-        self.wanted = {reason: count for reason, count in EXPECTED_SKIPS[self.platform].items() if count}
+    def __init__(self, where):
+        self.where, self.expected = where, EXPECTED_SKIPS[where]
+        self.found, self.faults = collections.Counter(), []
 
     def pytest_runtest_logreport(self, report):
+        marks = MARKS & set(report.keywords)
         if report.skipped:
-            reason = getattr(report, "wasxfail", None) or report.longrepr[2]
-            self.found[reason.removeprefix("Skipped: ")] += 1
+            reason = (getattr(report, "wasxfail", None) or report.longrepr[2]).removeprefix("Skipped: ")
+            self.found[reason] += 1
+            if reason in (NEEDS_GPU, NEEDS_HOPPER) and not marks:
+                self.faults.append(f"{report.nodeid} {reason} and has no mark that says so")
+        elif report.when == "call" and cannot_run(marks, self.where):
+            self.faults.append(f"{report.nodeid} ran, and {cannot_run(marks, self.where)}")
 
     def pytest_collectreport(self, report):
         if report.skipped:
-            self.found[f"{report.nodeid} as a whole"] += 1
+            self.faults.append(f"{report.nodeid} is skipped as a whole: {report.longrepr[2]}")
+
+    def verdict(self):
+        """What is wrong, a line each."""
+        unknown = [f"no test may be skipped here for: {reason}" for reason in self.found if reason not in self.expected]
+        idle = [f"no test was skipped for: {reason}" for reason in self.expected if reason not in self.found]
+        return [*self.faults, *unknown, *idle]
 
     def pytest_sessionfinish(self, session):
-        if session.exitstatus == 0 and self.found != self.wanted:
+        if session.exitstatus == 0 and self.verdict():
             session.exitstatus = 1
 
     def pytest_terminal_summary(self, terminalreporter):
-        verdict = "as expected" if self.found == self.wanted else "NOT as expected"
-        terminalreporter.section(f"skipped tests on platform {self.platform!r}: {verdict}")
-        for reason in sorted(self.found | self.wanted):
-            found, wanted = self.found[reason], self.wanted.get(reason, 0)
-            terminalreporter.write_line(f"{found:5d} skipped, {wanted:5d} expected: {reason}")
+        wrong = self.verdict()
+        terminalreporter.section(f"skipped tests on platform {self.where!r}: {'NOT ' if wrong else ''}as expected")
+        for reason, count in sorted(self.found.items()):
+            terminalreporter.write_line(f"{count:5d} skipped: {reason}")
+        for line in wrong:
+            terminalreporter.write_line(line, red=True)
