@@ -11,7 +11,8 @@
 A bound is luck, the counts are not: a row with fewer than k entries, or with CAP in a list, is flagged, and the caller
 redoes it without luck. NaN is not below any bound, so it is found, too.
 
-Bytes: 8 an entry, written and read once, instead of 4 a score; the lists take 64 KiB a row.
+Bytes: 8 an entry, written and read once, instead of 4 a score; the lists take 64 KiB a row. The chapter
+kernels/book/lightning_select.md follows a row through all three.
 """
 
 import torch
@@ -34,15 +35,15 @@ SHORTEST = 24576  # keys; below, a sample that is large enough costs too much
 
 @aggregate
 class Lists:
-    """The lists of a warpgroup's queries: list (key mod BK, query) of SLOTS entries is one thread's, which has two.
+    """The lists of a warpgroup's queries, BK a query: a key's score goes into list key mod BK.
 
-    Slots of a query's lists alternate, so that those that are written together lie side by side: slot j of the list of
-    key is entry j · BK + key of the query's.
+    Each list is one thread's, which has two. Slot j of a query's list i is its entry j · BK + i: threads whose lists
+    are equally long write side by side.
     """
 
     entries: gl.tensor  # pointer to the entries of the first query
     empty: gl.tensor  # int32 [BK, BQ]: the first slot of each list, counted from `entries`
-    next: gl.tensor  # int32 [BK, BQ]: the slot in which it goes on
+    next: gl.tensor  # int32 [BK, BQ]: the slot in which it goes on, the last one when it is full
     key: gl.tensor  # int32 [BK]: keys of a tile
     bound: gl.tensor  # fp32 [BQ]
 
@@ -62,12 +63,12 @@ class Lists:
 
 
 @gluon.jit
-def _lists(warpgroup, block, w_ptr, bound_ptr, list_ptr, count_ptr):
+def _lists(warpgroup, block, w_ptr, bound_ptr, entry_ptr, count_ptr):
     row = gl.arange(0, BQ, layout=gl.SliceLayout(0, SCORES))
     key = gl.arange(0, BK, layout=gl.SliceLayout(1, SCORES))
     t = block.t0 + warpgroup * BQ + row
     bound = gl.load(bound_ptr + t, t < block.T, float("inf"))
-    entries = row_pointer(list_ptr, block.t0 + warpgroup * BQ, SLOTS * BK)
+    entries = row_pointer(entry_ptr, block.t0 + warpgroup * BQ, SLOTS * BK)
     empty = row[None, :] * (SLOTS * BK) + key[:, None]
     lists = Lists(entries=entries, empty=empty, next=empty, key=key, bound=bound)
     lists = walk(warpgroup, block, w_ptr, lists)
@@ -76,7 +77,7 @@ def _lists(warpgroup, block, w_ptr, bound_ptr, list_ptr, count_ptr):
 
 @gluon.jit
 def _collect(
-    q_desc, k_desc, scale_desc, w_ptr, start_ptr, end_ptr, bound_ptr, list_ptr, count_ptr, T, S,
+    q_desc, k_desc, scale_desc, w_ptr, start_ptr, end_ptr, bound_ptr, entry_ptr, count_ptr, T, S,
 ):  # fmt: skip
     """Lists of every query of a block, from all tiles that some query of it sees.
 
@@ -87,8 +88,8 @@ def _collect(
     block = open_block(q_desc, t0, first, tiles, T, S)
     gl.warp_specialize(
         [
-            (_lists, (0, block, w_ptr, bound_ptr, list_ptr, count_ptr)),
-            (_lists, (1, block, w_ptr, bound_ptr, list_ptr, count_ptr)),
+            (_lists, (0, block, w_ptr, bound_ptr, entry_ptr, count_ptr)),
+            (_lists, (1, block, w_ptr, bound_ptr, entry_ptr, count_ptr)),
             (fetch, (block, k_desc, scale_desc)),
         ],
         [4, 1],
@@ -112,8 +113,12 @@ def _bound(scores_ptr, first_ptr, last_ptr, start_ptr, end_ptr, bound_ptr, k, M:
 
 
 @gluon.jit
-def _choose(list_ptr, word_ptr, count_ptr, start_ptr, end_ptr, out_ptr, nan_ptr, redo_ptr, k):
-    """A row's BK lists of SLOTS entries are LANES lists to `choose`: thread `lane` has every other of a list."""
+def _choose(entry_ptr, half_ptr, count_ptr, start_ptr, end_ptr, out_ptr, nan_ptr, redo_ptr, k):
+    """Choose k keys from a row's BK lists, two threads a list: `choose` is told of LANES lists of HALF entries.
+
+    Threads i and i + BK share list i: one has the slots 0, 2, 4, ..., the other 1, 3, 5, ... half_ptr is the memory of
+    entry_ptr as int32 (see `choose`).
+    """
     HALF: gl.constexpr = SLOTS * BK // LANES
     TABLE: gl.constexpr = gl.BlockedLayout([HALF, 1], [1, 32], [1, LANES // 32], [0, 1])
     lane = gl.arange(0, LANES, layout=gl.SliceLayout(0, TABLE))
@@ -122,8 +127,8 @@ def _choose(list_ptr, word_ptr, count_ptr, start_ptr, end_ptr, out_ptr, nan_ptr,
     full = gl.max(counts, 0) == CAP
     counts = (counts + 1 - lane // BK) // 2
     start, end = gl.load(start_ptr + t), gl.load(end_ptr + t)
-    lists, words = list_ptr + t * (SLOTS * BK), word_ptr + t * (2 * SLOTS * BK)
-    choose(lists, words, counts, full, start, end, k, out_ptr + t * k, nan_ptr + t, redo_ptr + t, HALF, True)
+    entries, halves = entry_ptr + t * (SLOTS * BK), half_ptr + t * (2 * SLOTS * BK)
+    choose(entries, halves, counts, full, start, end, k, out_ptr + t * k, nan_ptr + t, redo_ptr + t, HALF, True)
 
 
 def sampled_keys(S, device):
@@ -164,15 +169,15 @@ def lightning_select(q_idx, k_idx, w, k, k_scale, start, end, out):
             scores, first[part], last[part], start[part], end[part], bound, k, M=M, ALL=BK.value * CAP.value // 2,
             num_warps=8,
         )  # fmt: skip
-        whole = triton.cdiv(rows, QUERIES.value) * QUERIES.value  # blocks write lists for rows past the last, too
-        lists = torch.empty(whole, SLOTS.value * BK.value, dtype=torch.int64, device=out.device)
+        whole = triton.cdiv(rows, QUERIES.value) * QUERIES.value  # a block may write into lists of rows past the last
+        entries = torch.empty(whole, SLOTS.value * BK.value, dtype=torch.int64, device=out.device)
         counts = torch.empty(rows, BK.value, dtype=torch.int32, device=out.device)
         _collect[(triton.cdiv(rows, QUERIES.value),)](
             *index_scores.descriptors(q_idx[part], k_idx, k_scale), w[part], start[part], end[part], bound,
-            lists, counts, rows, S, num_warps=4, maxnreg=168,
+            entries, counts, rows, S, num_warps=4, maxnreg=168,
         )  # fmt: skip
         _choose[(rows,)](
-            lists, lists.view(torch.int32), counts, start[part], end[part], out[part], nan[part], redo[part], k,
+            entries, entries.view(torch.int32), counts, start[part], end[part], out[part], nan[part], redo[part], k,
             num_warps=LANES.value // 32, maxnreg=128,
         )  # fmt: skip
     return nan, redo
