@@ -5,8 +5,7 @@ MLA turns *interleaved* pairs (x0, x1), (x2, x3), ...; the indexer turns *half-s
 layout. The wrong one on both sides leaves norms, shapes and that property right, and the selection wrong, since the
 weights were trained with the other: DeepSeek's code turned the indexer's pairs interleaved until 2025-11-17.
 
-Source: SPEC section 2 step 3 and section 3; DeepSeek-V3.2-Exp inference/model.py (corrected); YaRN, arXiv 2309.00071,
-section 3.2.
+Source: SPEC section 2 step 3, SPEC section 3; DeepSeek-V3.2-Exp inference/model.py (corrected); arXiv 2309.00071.
 """
 
 import math

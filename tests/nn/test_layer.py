@@ -78,6 +78,8 @@ def test_mqa_equals_mha(ops, device, fp8, seed):
     sparse, mha = run(layer, x, positions), run(layer, x, positions, attention="mha")
     assert_same(mha, sparse)
     assert_close(mha[2]["lse"], sparse[2]["lse"], 1e-5)
+    assert sparse[2]["q"].shape == (T, 4, 40) and "q_heads" not in sparse[2]
+    assert mha[2]["q_heads"].shape == (T, 4, 24) and "q" not in mha[2]  # one name, one meaning
 
 
 @RUNGS
