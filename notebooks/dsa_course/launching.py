@@ -112,7 +112,7 @@ def expect_reads_inside(kernel, grid, *args, **constants):
 @contextlib.contextmanager
 def _watched_loads(tensors):
     """A list of (program id, address), one for each stray `tl.load` in the interpreter; empty in compiled mode."""
-    strays, builder = [], _interpreter()
+    strays, builder = [], interpreter()
     if builder is None or any(x.is_cuda for x in tensors.values()):
         yield strays
         return
@@ -136,7 +136,7 @@ def _undefined_others():
 
     Triton leaves it undefined. The zero that the interpreter and NVIDIA's compiler put there is luck.
     """
-    builder = _interpreter()
+    builder = interpreter()
     if builder is None:
         yield
         return
@@ -154,7 +154,7 @@ def _undefined_others():
         yield
 
 
-def _interpreter():
+def interpreter():
     """What executes a kernel's operations in the interpreter; None in compiled mode."""
     return getattr(sys.modules.get("triton.runtime.interpreter"), "interpreter_builder", None)
 

@@ -129,7 +129,7 @@ def selection_over_text(text_bytes, position, selected, weights=None, columns=80
     byte outside [0, position], or weights that do not fit selected.
     """
     shades = _shades(text_bytes, position, selected, weights, columns)
-    cells = _layout(text_bytes, columns)
+    cells = layout_of(text_bytes, columns)
     lines = cells[-1][1] + 1
     inch_a_column, inch_a_line, left, top = 0.1, 0.2, 0.45, 0.1
     legend_columns, bottom = (4, 0.6) if columns >= 72 else (2, 0.8)
@@ -149,7 +149,7 @@ def selection_over_text(text_bytes, position, selected, weights=None, columns=80
     scale = LinearSegmentedColormap.from_list("selected", [COLOURS["visible"], COLOURS["selected"]])
     layers = {}  # (line, ink) -> its characters, drawn in runs: one text object for each byte would take a second
     for i, ((x, y, w), byte) in enumerate(zip(cells, text_bytes, strict=True)):
-        glyph, ink = _glyph(byte), "black" if i <= position else COLOURS["future"]
+        glyph, ink = glyph_of(byte), "black" if i <= position else COLOURS["future"]
         if i in shades:
             axes.add_patch(Rectangle((x, y), w, 0.96, facecolor=scale(0.2 + 0.8 * shades[i]), linewidth=0))
             # The mark lies above the glyph: below it would hide an underscore.
@@ -226,7 +226,7 @@ def _shades(text_bytes, position, selected, weights, columns):
     return {int(i): float(weight / largest) ** 0.5 for i, weight in zip(selected, weights, strict=True)}
 
 
-def _layout(text_bytes, columns):
+def layout_of(text_bytes, columns):
     """The place of every byte: [(column, line, width in cells)]. A newline may stand one past the last column."""
     places, x, y = [], 0, 0
     for byte in text_bytes:
@@ -238,7 +238,8 @@ def _layout(text_bytes, columns):
     return places
 
 
-def _glyph(byte):
+def glyph_of(byte):
+    """The character that stands for a byte in the grid."""
     if byte == 10:
         return "↵"
     if byte == 9:

@@ -9,8 +9,7 @@ import pytest
 import rungs
 import torch
 
-from dsa_course import checking as core
-from dsa_course import launching, toy
+from dsa_course import checking, launching, toy
 from dsa_course.checking import Check, expect, expect_close, expect_shape
 from dsa_ref.testing import Failed, poisoned
 
@@ -25,7 +24,7 @@ def double_check():
 
     @check.property("value")
     def double_value(solution):
-        x = core.whole(5, 3, seed=1)
+        x = checking.whole(5, 3, seed=1)
         squares = {"that is the square": x * x}
         expect_close(solution(x), 2 * x, 0.0, "t d", "every entry counts twice", squares)
 
@@ -173,7 +172,7 @@ def test_the_toy_is_what_its_text_says():
 
 
 def test_guarded_memory():
-    values = core.normal(4, 5, seed=0)
+    values = checking.normal(4, 5, seed=0)
     x = launching.guarded(values, row_gap=3)
     assert x.shape == (4, 5) and x.stride() == (8, 1) and x.cpu().equal(values)
     whole = torch.as_strided(x, (4 * 8 + 2 * launching.GUARD,), (1,), 0)
@@ -211,7 +210,7 @@ needs_triton = pytest.mark.skipif(not rungs.has_triton(), reason="kernels need t
 
 @needs_triton
 def test_a_launch_sees_writes_outside():
-    x, y = launching.guarded(core.normal(10, seed=0)), launching.output(10)
+    x, y = launching.guarded(checking.normal(10, seed=0)), launching.output(10)
     launching.launch(masked, (2,), x, y, 10, BLOCK=8)
     assert y.equal(x)
     with pytest.raises(Failed, match=r"bounds: y_ptr: memory outside the tensor of shape \[10\] was written"):
@@ -220,7 +219,7 @@ def test_a_launch_sees_writes_outside():
 
 @needs_triton
 def test_a_launch_tells_a_stub_from_a_crash():
-    x, y = launching.guarded(core.normal(10, seed=0)), launching.output(10)
+    x, y = launching.guarded(checking.normal(10, seed=0)), launching.output(10)
     with pytest.raises(NotImplementedError):
         launching.launch(untouched, (2,), x, y, 10, BLOCK=8)
     with pytest.raises(Failed, match="^runs: "):

@@ -169,12 +169,12 @@ def test_live_figure_refuses(draw, alt, control, error, named):
 
 
 def test_layout_places_every_byte():
-    places = viz._layout(b"ab\n\tc\nabcdefgh\ni\tj", 8)
+    places = viz.layout_of(b"ab\n\tc\nabcdefgh\ni\tj", 8)
     assert places[:3] == [(0, 0, 1), (1, 0, 1), (2, 0, 1)]  # the newline has a cell of its own
     assert places[3:6] == [(0, 1, 4), (4, 1, 1), (5, 1, 1)]  # a tab is four wide
     assert places[13] == (7, 2, 1) and places[14] == (8, 2, 1)  # a newline never wraps alone
-    assert viz._layout(b"abcdefghi\n", 8)[8:] == [(0, 1, 1), (1, 1, 1)]
-    assert viz._layout(b"abcdef\tg", 8)[6:] == [(0, 1, 4), (4, 1, 1)]  # a tab that does not fit wraps whole
+    assert viz.layout_of(b"abcdefghi\n", 8)[8:] == [(0, 1, 1), (1, 1, 1)]
+    assert viz.layout_of(b"abcdef\tg", 8)[6:] == [(0, 1, 4), (4, 1, 1)]  # a tab that does not fit wraps whole
 
 
 def test_every_byte_is_written_where_it_belongs():
@@ -186,7 +186,7 @@ def test_every_byte_is_written_where_it_belongs():
             if glyph != " ":
                 assert (round(x) + i, int(y)) not in written
                 written[round(x) + i, int(y)] = (glyph, text.get_color())
-    places = viz._layout(TEXT, 80)
+    places = viz.layout_of(TEXT, 80)
     expected = TEXT.decode("latin-1").replace("\xff", "·").replace("\x00", "·").replace("\n", "↵")
     for i, ((x, y, _), glyph) in enumerate(zip(places, expected, strict=True)):
         if glyph in " \t":
@@ -202,7 +202,7 @@ def test_selected_bytes_are_dark_and_only_they():
     text = b"        \n        \n"  # blank, so that only marks give ink
     position, selected = 12, [1, 5, 9, -1, 12]
     figure = viz.selection_over_text(text, position, selected)
-    places = viz._layout(text, 80)
+    places = viz.layout_of(text, 80)
     for i, place in enumerate(places):
         if text[i] == 10:
             continue

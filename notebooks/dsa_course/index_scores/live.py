@@ -216,7 +216,7 @@ def _draw_text(data, shown):
         axes.margins(x=0.01)
     whole.set_xlabel(f"byte s, from 0 to t = {t}")
     first = max(0, t + 1 - shown)
-    near.set_xticks(range(first, t + 1), labels=[viz._glyph(b) for b in data["text"][first:]])
+    near.set_xticks(range(first, t + 1), labels=[viz.glyph_of(b) for b in data["text"][first:]])
     near.tick_params(axis="x", length=0, labelsize=9)
     near.set_xlim(first - 0.7, t + 0.7)
     for label in near.get_xticklabels():

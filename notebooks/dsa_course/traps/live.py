@@ -49,7 +49,7 @@ def live_traps(text_bytes, tokens, layer, trap, byte) -> viz.LiveFigure:
     def draw(data):
         # A key of the future may be added: drawn here, since selection_over_text refuses it.
         figure = viz.selection_over_text(text_bytes, data["byte"], data["kept"])
-        axes, places = figure.axes[0], viz._layout(text_bytes, 80)
+        axes, places = figure.axes[0], viz.layout_of(text_bytes, 80)
         for key in data["added"]:
             x, y, width = places[key]
             axes.add_patch(Rectangle((x, y), width, 0.96, facecolor=ADDED, linewidth=0, zorder=0.5))

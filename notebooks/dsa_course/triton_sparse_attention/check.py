@@ -37,7 +37,7 @@ def recorded(real=True):
 
     real: False records only. Nothing is stored and each float loaded is 0, so offsets may lead anywhere.
     """
-    seen, builder = [], launching._interpreter()
+    seen, builder = [], launching.interpreter()
     if builder is None:
         yield seen
         return
@@ -67,7 +67,7 @@ def _expect_wide(kernel, grid, *args, reached, cause, **constants):
     reached: {tensor's name: (tensor, offsets in elements)}, what the kernel must load or store.
     """
     with recorded(real=False) as seen:
-        if launching._interpreter() is not None and launching.device() == "cpu":
+        if launching.interpreter() is not None and launching.device() == "cpu":
             launching.launch(kernel, grid, *args, **constants)
     for name, (x, offsets) in reached.items():
         missed = set((x.data_ptr() + x.element_size() * offsets).ravel().tolist()) - set(seen)
