@@ -38,7 +38,7 @@ class Row(NamedTuple):
     others: str
 
 
-# The standard library may be imported everywhere.
+# The standard library may be imported everywhere. "?" is an import by a name that only the running program knows.
 TABLE = [
     # the reference: ground floor, steps, judges, then what is built on the steps
     Row("dsa_ref.version dsa_ref.config", "", ""),
@@ -63,7 +63,7 @@ TABLE = [
         "torch",
     ),
     # the kernels, which share only sizes and argument checks with the reference
-    Row("dsa_kernels.runtime", "dsa_kernels.hopper.*", "torch"),
+    Row("dsa_kernels.runtime", "dsa_kernels.hopper.*", "torch ?"),  # it looks for Gluon's parts by their names
     Row("dsa_kernels.rounding", "dsa_kernels.runtime", "triton"),
     Row(
         "dsa_kernels.topk.*",
@@ -142,11 +142,11 @@ def imported(module, source, is_package):
                 yield node.lineno, *part_of(node.value.id, node.attr)  # `import dsa_ref`, then dsa_ref.x
         elif isinstance(node, ast.Call) and re.search(r"(^|\.)(import_module|__import__)$", ast.unparse(node.func)):
             argument = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
-            if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
-                whole = argument is node.args[0]
-                name = argument.value if whole else argument.value.rpartition(".")[0]  # f"a.b.{x}": below a.b
-                level = len(name) - len(name.lstrip("."))
-                yield node.lineno, absolute(level, name.lstrip(".")), None
+            text = str(argument.value) if isinstance(argument, ast.Constant) else "?"
+            name = text.lstrip(".")
+            if argument is not node.args[0]:
+                name = name.rpartition(".")[0] if text != "?" else text  # f"a.b.{x}": below a.b
+            yield node.lineno, absolute(len(text) - len(text.lstrip(".")), name), None
 
 
 def matches(module, patterns, before=None):
@@ -239,6 +239,8 @@ PLANTED = [
     ("dsa_kernels.hopper.select_topk", "from ..select_topk import LOWEST"),
     ("dsa_kernels.hopper.unions", "from ..rounding import round_to"),
     ("dsa_kernels.hopper.unions", "import importlib\nimportlib.import_module('..select_topk', __package__)"),
+    ("dsa_kernels.hopper.unions", "import importlib\nimportlib.import_module(f'..{name}.x', __package__)"),
+    ("dsa_kernels.hopper.unions", "import importlib\nimportlib.import_module(name)"),  # cannot be read off
     ("dsa_kernels.topk.lists", "from ..hopper import unions"),
     ("dsa_bench.cases", "from dsa_ref.contracts import row_ranges"),
     ("dsa_bench.cases", "from dsa_ref import row_ranges"),

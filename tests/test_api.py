@@ -1,0 +1,33 @@
+"""API.md is what `make api` makes of the source today, and names everything that can be imported."""
+
+import pytest
+
+import dsa_ref
+from notebooks.maintain import api
+
+
+def test_the_page_is_current():
+    """After a change of a signature or of a docstring's first paragraph: `make api`."""
+    assert api.PAGE.read_text(encoding="utf-8") == api.page()
+
+
+def test_the_page_names_every_public_name_once():
+    page = api.page()
+    reference, kernels = page.split("\n## ")[1:3]
+    assert kernels.startswith("`dsa_kernels`")
+    for name in dsa_ref.__all__:
+        assert reference.count(f"- [`{name}(") + reference.count(f"- [`{name}`]") == 1, name
+    assert "select_topk_loops" not in kernels and "- [`sparse_attention(q:" in kernels
+    assert "main(" not in page
+
+
+def test_a_public_name_must_be_defined_and_have_a_docstring(tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "ROOT", tmp_path)
+    path = tmp_path / "package.py"
+    path.write_text('def f(x: int = 1) -> str:\n    """Do it\n    well.\n\n    More."""\ndef g(): pass\nLIMIT = 3\n')
+    assert api.entry("f", path) == ["- [`f(x: int=1) -> str`](package.py): Do it well."]
+    assert api.entry("LIMIT", path) == ["- [`LIMIT`](package.py) `= 3`"]
+    with pytest.raises(ValueError, match="g is public and must have a docstring"):
+        api.entry("g", path)
+    with pytest.raises(ValueError, match="got 'h'"):
+        api.entry("h", path)
