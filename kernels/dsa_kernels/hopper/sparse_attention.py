@@ -1,6 +1,29 @@
 """Attention over gathered rows on Hopper's tensor cores, V3.2's sizes: rows of 576 columns, of which 512 are the value.
 
-TODO
+A tile is 64 rows of q: 64 heads of one query, or with fewer heads the G = 64 / H neighbouring queries that share the
+union of their lists (`unions`). A program stays on its multiprocessor and takes the next tile from a counter when it
+has done one. Three warpgroups work on a tile in steps of 128 keys, called key blocks 0 and 1:
+
+- `gather` fetches q by TMA and the selected rows by 16-byte asynchronous copies, in quarters: 64 keys, half of their
+  columns. It waits until a quarter is free, refills it, and is at the next tile's keys while the other two still finish
+  this one.
+- `left` multiplies q by block 0 and owns output columns 0 to 255; `right` takes block 1 and columns 256 to 511. Each
+  needs the probabilities P of both blocks for its half of the values V: its own come from registers, the other's
+  through shared memory. So no logit is computed twice, and one's softmax hides behind the other's products.
+
+    left   | q·k0 | softmax 0 | P0·V0 left | P1·V1 left | q·k0 of the next step
+    right         | q·k1 | softmax 1 | P1·V1 right | P0·V0 right | q·k1 of the next step
+
+The running maximum passes from left to right and back. It moves only when a logit exceeds it by more than 8 in base 2:
+probabilities up to 2^8 instead of 1 cost no precision, and hardly ever are the accumulators rescaled, which one branch
+then skips. `left` hands P0 over before its own product is done, and products begin when half of their columns have
+come.
+
+A step must move 128 · 1152 bytes, from L2 where it can, and takes 2 · 64 · 128 · (576 + 512) FLOPs, 4352 clocks of the
+tensor cores. `python -m dsa_bench sparse_attention --peers` measures it; figures/ keeps the record.
+
+Read `sparse_shared` first: what the warpgroups share, and how they wait for each other. `sparse_tiles` holds what each
+does in its registers. The chapter kernels/book/sparse_attention.md draws the clocks, the memory and the barriers.
 """
 
 import torch
@@ -14,10 +37,12 @@ from ..runtime import aligned
 from .sparse_shared import BK, SWIZZLED, allocate, copy_columns, next_turn
 from .sparse_tiles import (
     COPY,
-    LOGITS,
+    LN_2,
+    LOG2_E,
     ROWS,
-    WEIGHTS,
     Softmax,
+    as_operand,
+    bit_of_query,
     exp2,
     masked,
     multiply_half,
@@ -85,9 +110,7 @@ def gather(
 
 
 @gluon.jit
-def left_step(
-    state, logits, shared, bit, zero, turn, scale, GROUPED: gl.constexpr, LAST: gl.constexpr
-):  # fmt: skip
+def left_step(state, logits, shared, bit, zero, turn, scale, GROUPED: gl.constexpr, LAST: gl.constexpr):
     """Softmax of block 0, P0 · V0 and P1 · V1 for columns 0 to 255, and unless LAST the next step's logits."""
     q, k0, k1 = shared.q, shared.k0, shared.k1
     logits = masked(logits, scale, k0.valid, bit, GROUPED)
@@ -97,8 +120,7 @@ def left_step(
     p = exp2(logits - m0[:, None])
     total = state.total * factor + gl.sum(p, 1)
     acc = rescale(state.acc, factor)
-    p_operand = gl.convert_layout(p.to(gl.bfloat16), WEIGHTS)
-    p0v0 = warpgroup_mma(p_operand, k0.left.columns.index(zero), acc, is_async=True)
+    p0v0 = warpgroup_mma(as_operand(p), k0.left.columns.index(zero), acc, is_async=True)
 
     m = shared.right_max.receive(turn, ROWS)
     factor = exp2(m0 - m)
@@ -110,18 +132,17 @@ def left_step(
 
     shared.p1.acquire_full(turn)
     acc = rescale(acc, factor)
-    p1v1 = warpgroup_mma(shared.p1.tile.index(zero), k1.left.columns.index(zero), acc, is_async=True)
-    s = gl.zeros([64, BK], gl.float32, layout=LOGITS)
+    p1v1 = warpgroup_mma(shared.p1.operand.index(zero), k1.left.columns.index(zero), acc, is_async=True)
     if LAST:
         acc = warpgroup_mma_wait(0, deps=(p1v1,))
         k1.left.release_free()
-        return Softmax(m=m, total=total, acc=acc), s
+        return Softmax(m=m, total=total, acc=acc), logits  # which nobody reads
     else:
         turn = next_turn(turn)
-        s = multiply_half(s, q.left, k0.left, turn, zero, True)
+        s = multiply_half(None, q.left, k0.left, turn, zero)
         acc = warpgroup_mma_wait(2, deps=(p1v1,))  # all but the two products of the line above
         k1.left.release_free()
-        s = multiply_half(s, q.right, k0.right, turn, zero, False)
+        s = multiply_half(s, q.right, k0.right, turn, zero)
         s = multiply_rope(s, q.rope, k0.rope, zero)
         return Softmax(m=m, total=total, acc=acc), warpgroup_mma_wait(0, deps=(s,))
 
@@ -133,7 +154,7 @@ def left(
 ):  # fmt: skip
     q, k0 = shared.q, shared.k0
     r = gl.arange(0, 64, layout=ROWS)
-    bit = 1 << gl.minimum(r // (GH // G), 31)  # of each row's query
+    bit = bit_of_query(r, G, GH)
     turn = 0
     tile_turn = 0
     number = q.acquire_full(tile_turn)
@@ -142,9 +163,8 @@ def left(
         n_rows = gl.minimum(GH - number % TILES * 64, all_rows - tile.row0)
         state = nothing_yet()
         zero = opaque_zero(number)
-        s = gl.zeros([64, BK], gl.float32, layout=LOGITS)
-        s = multiply_half(s, q.left, k0.left, turn, zero, True)
-        s = multiply_half(s, q.right, k0.right, turn, zero, False)
+        s = multiply_half(None, q.left, k0.left, turn, zero)
+        s = multiply_half(s, q.right, k0.right, turn, zero)
         s = multiply_rope(s, q.rope, k0.rope, zero)
         s = warpgroup_mma_wait(0, deps=(s,))
         for step in range(tile.steps - 1):
@@ -155,7 +175,7 @@ def left(
         turn = next_turn(turn)
         shared.left_sum.send(state.total)
         total = state.total + shared.right_sum.receive(tile_turn, ROWS)
-        lse = (state.m + gl.log2(gl.where(total == 0.0, 1.0, total))) * 0.6931471805599453
+        lse = (state.m + gl.log2(gl.where(total == 0.0, 1.0, total))) * LN_2
         gl.store(lse_ptr + tile.row0 + r, gl.where(total == 0.0, float("-inf"), lse), mask=r < n_rows)
         store_output(state.acc, total, out_ptr, tile.row0, n_rows, 0)
         tile_turn = next_turn(tile_turn)
@@ -163,15 +183,12 @@ def left(
 
 
 @gluon.jit
-def right_step(
-    state, shared, bit, zero, last, turn, scale, GROUPED: gl.constexpr
-):  # fmt: skip
+def right_step(state, shared, bit, zero, last, turn, scale, GROUPED: gl.constexpr):
     """Logits and softmax of block 1, P1 · V1 and P0 · V0 for columns 256 to 511."""
     q, k0, k1 = shared.q, shared.k0, shared.k1
-    s = gl.zeros([64, BK], gl.float32, layout=LOGITS)
-    s = multiply_half(s, q.right, k1.right, turn, zero, True)
+    s = multiply_half(None, q.right, k1.right, turn, zero)
     s = multiply_rope(s, q.rope, k1.rope, zero)
-    s = multiply_half(s, q.left, k1.left, turn, zero, False)
+    s = multiply_half(s, q.left, k1.left, turn, zero)
     logits = warpgroup_mma_wait(0, deps=(s,))
     q.release_free(last)
 
@@ -184,12 +201,11 @@ def right_step(
     total = state.total * factor + gl.sum(p, 1)
     acc = rescale(state.acc, factor)
     shared.p1.write(p)
-    p_operand = gl.convert_layout(p.to(gl.bfloat16), WEIGHTS)
-    p1v1 = warpgroup_mma(p_operand, k1.right.columns.index(zero), acc, is_async=True)
+    p1v1 = warpgroup_mma(as_operand(p), k1.right.columns.index(zero), acc, is_async=True)
     shared.p1.release_full()
 
     shared.p0.acquire_full(turn)
-    p0v0 = warpgroup_mma(shared.p0.tile.index(zero), k0.right.columns.index(zero), p1v1, is_async=True)
+    p0v0 = warpgroup_mma(shared.p0.operand.index(zero), k0.right.columns.index(zero), p1v1, is_async=True)
     p0v0 = warpgroup_mma_wait(1, deps=(p0v0,))
     k1.right.release_free()
     acc = warpgroup_mma_wait(0, deps=(p0v0,))
@@ -203,7 +219,7 @@ def right(
     G: gl.constexpr, GH: gl.constexpr, TILES: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
     q = shared.q
-    bit = 1 << gl.minimum(gl.arange(0, 64, layout=ROWS) // (GH // G), 31)
+    bit = bit_of_query(gl.arange(0, 64, layout=ROWS), G, GH)
     turn = 0
     tile_turn = 0
     number = q.acquire_full(tile_turn)
@@ -288,7 +304,7 @@ def _launch(q, kv, lists, lengths, scale, out, lse, G, multiprocessors):
     q256, q64 = (TensorDescriptor(q, [all_rows, D], [D, 1], [64, columns], SWIZZLED.value) for columns in (256, 64))
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     _sparse_attention[(min(tiles, multiprocessors),)](
-        q256, q64, kv, lists, lengths, counter, out, lse, scale * 1.4426950408889634, lists.shape[1], tiles, all_rows,
+        q256, q64, kv, lists, lengths, counter, out, lse, scale * LOG2_E.value, lists.shape[1], tiles, all_rows,
         G=G, GH=G * H, TILES=tiles_of_group, GROUPED=G > 1,
         num_warps=4, maxnreg=168,
     )  # fmt: skip

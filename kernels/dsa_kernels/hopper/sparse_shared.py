@@ -56,7 +56,7 @@ class Queries:
     left: Buffer  # bf16 [1, 64, 256], columns 0 to 255
     right: Buffer  # bf16 [1, 64, 256], columns 256 to 511
     rope: Buffer  # bf16 [1, 64, 64], columns 512 to 575
-    tile: Buffer  # int32 [1]
+    number: Buffer  # int32 [1], the tile's
     full: Barrier  # left and right wait for gather's 73,728 bytes
     free: Barrier  # gather waits for left's and right's last q · kᵀ of the tile
 
@@ -65,9 +65,9 @@ class Queries:
         mbarrier.wait(self.free, turn ^ 1)
 
     @gluon.jit
-    def fill(self, q256, q64, row0, tile):
+    def fill(self, q256, q64, row0, number):
         """`gather`'s one arrival says how many bytes must land before the phase ends, then TMA brings them."""
-        self.tile.store(gl.full([1], tile, gl.int32, layout=SCALAR))
+        self.number.store(gl.full([1], number, gl.int32, layout=SCALAR))
         mbarrier.expect(self.full, Q_BYTES)
         tma.async_copy_global_to_shared(q256, [row0, 0], self.full, self.left.index(0))
         tma.async_copy_global_to_shared(q256, [row0, 256], self.full, self.right.index(0))
@@ -76,14 +76,14 @@ class Queries:
     @gluon.jit
     def no_more(self, tiles):
         """A number that no tile has, and no q."""
-        self.tile.store(gl.full([1], tiles, gl.int32, layout=SCALAR))
+        self.number.store(gl.full([1], tiles, gl.int32, layout=SCALAR))
         mbarrier.arrive(self.full, count=1)
 
     @gluon.jit
     def acquire_full(self, turn):
         """Waits for the next tile's rows and returns its number."""
         mbarrier.wait(self.full, turn)
-        return load_scalar(self.tile)
+        return load_scalar(self.number)
 
     @gluon.jit
     def release_free(self, pred=True):
@@ -183,15 +183,15 @@ class Message:
 
 
 @aggregate
-class Weights:
+class Probabilities:
     """The probabilities of one block in bf16, from the warpgroup that computed them to the other's tensor cores."""
 
-    tile: Buffer  # bf16 [1, 64, 64]
+    operand: Buffer  # bf16 [1, 64, 64]
     full: Barrier  # the other waits for this one's probabilities
 
     @gluon.jit
     def write(self, p):
-        self.tile.index(0).store(p.to(gl.bfloat16))
+        self.operand.index(0).store(p.to(gl.bfloat16))
         fence_async_shared()  # stores take another path than the tensor cores read
 
     @gluon.jit
@@ -210,11 +210,11 @@ class Shared:
     q: Queries
     k0: KeyBlock
     k1: KeyBlock
-    p0: Weights
-    p1: Weights
-    left_max: Message
-    right_max: Message
-    left_sum: Message
+    p0: Probabilities  # from left
+    p1: Probabilities  # from right
+    left_max: Message  # the running maximum after block 0
+    right_max: Message  # ... and after block 1
+    left_sum: Message  # each one's sum of probabilities, when the tile is done
     right_sum: Message
 
 
@@ -240,7 +240,7 @@ def allocate(GROUPED: gl.constexpr):
         left=gl.allocate_shared_memory(gl.bfloat16, [1, 64, 256], SWIZZLED),
         right=gl.allocate_shared_memory(gl.bfloat16, [1, 64, 256], SWIZZLED),
         rope=gl.allocate_shared_memory(gl.bfloat16, [1, 64, 64], SWIZZLED),
-        tile=gl.allocate_shared_memory(gl.int32, [1], PLAIN),
+        number=gl.allocate_shared_memory(gl.int32, [1], PLAIN),
         full=barrier(1),
         free=barrier(2),
     )
@@ -257,10 +257,10 @@ def allocate(GROUPED: gl.constexpr):
         valid=gl.allocate_shared_memory(gl.int32 if GROUPED else gl.float32, [BK], PLAIN),
     )
     # P0 lives in the bytes of k0's rope columns: 8 KiB of its own would not fit. `left` writes it when its logits, the
-    # only use of those columns, are done; `gather` refills them when k0.right is free, which is after `right`'s P0 · V0.
-    p0 = Weights(tile=k0.rope, full=barrier(1))
+    # only use of those columns, are done; `gather` refills them when k0.right is free, so after `right`'s P0 · V0.
+    p0 = Probabilities(operand=k0.rope, full=barrier(1))
     # `right` overwrites P1 after it has received `left_max` of the next step, which `left` sends after its P1 · V1.
-    p1 = Weights(tile=gl.allocate_shared_memory(gl.bfloat16, [1, 64, BK], SWIZZLED), full=barrier(1))
+    p1 = Probabilities(operand=gl.allocate_shared_memory(gl.bfloat16, [1, 64, BK], SWIZZLED), full=barrier(1))
     # The maximum goes there and back in the same 64 numbers: each writes after it has received the other's.
     left_max = message()
     right_max = Message(buffer=left_max.buffer, sent=barrier(1))

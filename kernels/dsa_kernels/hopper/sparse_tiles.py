@@ -10,13 +10,14 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 from .aggregate import aggregate
 from .sparse_shared import BK
 
+LOG2_E, LN_2 = gl.constexpr(1.4426950408889634), gl.constexpr(0.6931471805599453)
 NEVER = gl.constexpr(-1e30)  # below every logit, and finite: a row that has seen nothing yields 0 and no NaN
 THRESHOLD = gl.constexpr(8.0)  # in base 2: how far a logit may exceed the running maximum before that moves
 # The tensor cores' own layouts of [64, 64] and [64, 256] in a warpgroup: 32 and 128 registers a thread. A row lies in
 # four neighbouring lanes of one warp.
 LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
-WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, OUTPUT.value, 2))  # P as an operand from registers
+P_REGISTERS = gl.constexpr(gl.DotOperandLayout(0, OUTPUT.value, 2))  # P as an operand from registers
 ROWS = gl.constexpr(gl.SliceLayout(1, LOGITS.value))  # a number for each row of the logits
 KEYS = gl.constexpr(gl.SliceLayout(0, LOGITS.value))  # a number for each column
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # [64, 64] with 16 bytes a copy
@@ -54,7 +55,7 @@ class Tile:
 @gluon.jit
 def tile_at(tile, lengths_ptr, k, GH: gl.constexpr, TILES: gl.constexpr, GROUPED: gl.constexpr):
     group = tile // TILES
-    length = gl.to_tensor(k)
+    length = gl.to_tensor(k)  # where k is 1, the launch has made it a constant
     if GROUPED:
         length = gl.load(lengths_ptr + group)
     return Tile(
@@ -102,6 +103,12 @@ def nothing_yet():
     m = gl.full([64], NEVER, gl.float32, layout=ROWS)
     total = gl.full([64], 0.0, gl.float32, layout=ROWS)
     return Softmax(m=m, total=total, acc=gl.zeros([64, 256], gl.float32, layout=OUTPUT))
+
+
+@gluon.jit
+def bit_of_query(r, G: gl.constexpr, GH: gl.constexpr):
+    """Which of a union's bits is that of row r's query. The last one also stands for rows that no query has."""
+    return 1 << gl.minimum(r // (GH // G), 31)
 
 
 @gluon.jit
@@ -165,13 +172,22 @@ def opaque_zero(counter):
 
 
 @gluon.jit
-def multiply_half(acc, q, k, turn, zero, FIRST: gl.constexpr):
-    """acc + q · kᵀ over a half's 256 columns, or without acc if FIRST. Two products, each begun when its columns have
-    come. Asynchronous."""
+def as_operand(p):
+    """P for a product that takes it from registers: the layout of logits is the operand's, so that nothing moves."""
+    return gl.convert_layout(p.to(gl.bfloat16), P_REGISTERS)
+
+
+@gluon.jit
+def multiply_half(acc, q, k, turn, zero):
+    """acc + q · kᵀ over a half's 256 columns; acc is None where it begins. Two products, each started when its columns
+    have come. Asynchronous."""
+    BEGINS: gl.constexpr = acc is None
+    if BEGINS:
+        acc = gl.zeros([64, BK], gl.float32, layout=LOGITS)
     q, columns = q.index(zero), k.columns.index(zero)
     k.acquire_first(turn)
     acc = warpgroup_mma(
-        q.slice(0, 128, 1), columns.slice(0, 128, 1).permute((1, 0)), acc, use_acc=not FIRST, is_async=True
+        q.slice(0, 128, 1), columns.slice(0, 128, 1).permute((1, 0)), acc, use_acc=not BEGINS, is_async=True
     )
     k.acquire_full(turn)
     return warpgroup_mma(q.slice(128, 128, 1), columns.slice(128, 128, 1).permute((1, 0)), acc, is_async=True)
