@@ -10,8 +10,13 @@ import torch
 def check_env(triton=False):
     """Print Python, versions and device. triton: whether this notebook cannot do without Triton.
 
-    Raises: RuntimeError with the remedy where Triton is needed and missing.
+    Raises: RuntimeError with the remedy where Triton is needed and missing, or what the course draws with.
     """
+    if missing := [name for name in ("ipywidgets", "matplotlib") if importlib.util.find_spec(name) is None]:
+        raise RuntimeError(
+            f"The notebooks draw with {' and '.join(missing)}, which cannot be imported here: run `make lab`, or "
+            "`pip install -e '.[course]'` in the project's folder."
+        )
     has_triton = importlib.util.find_spec("triton") is not None
     print(f"Python {platform.python_version()}, torch {torch.__version__}, NumPy {importlib.metadata.version('numpy')}")
     if torch.cuda.is_available():

@@ -1,5 +1,6 @@
 """The machinery under the exercises' checks: what it catches on its own, and what it says."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import rungs
 import torch
 
-from dsa_course import checking, launching, toy
+from dsa_course import checking, environment, launching, toy
 from dsa_course.checking import Check, expect, expect_close, expect_shape
 from dsa_ref.testing import Failed, poisoned
 
@@ -169,6 +170,24 @@ def test_the_toy_is_what_its_text_says():
     assert scores[7].tolist() == [7, 0, 1, -3, 0, 8, 0, 1]
     assert dsa_ref.select_topk(scores, given.k)[7].tolist() == [0, 2, 5]
     assert given.scale == given.kv.shape[1] ** -0.5
+
+
+def without(monkeypatch, *names):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in names else found(name))
+
+
+def test_the_card_says_what_is_missing_and_where_it_comes_from(monkeypatch, capsys):
+    environment.check_env()
+    assert "Python 3." in capsys.readouterr().out
+    without(monkeypatch, "triton")
+    environment.check_env()
+    assert "No Triton here" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="use WSL on Windows"):
+        environment.check_env(triton=True)
+    without(monkeypatch, "matplotlib")
+    with pytest.raises(RuntimeError, match=r"draw with matplotlib, .* `pip install -e '.\[course\]'`"):
+        environment.check_env()
 
 
 def test_guarded_memory():
