@@ -334,7 +334,6 @@ def test_importing_the_kernels_switches_the_interpreter_on_and_changes_nothing_e
     "planted, found",
     [
         ("import os; os.environ['X'] = '1'", "environment X"),
-        ("import torch; torch.manual_seed(0)", "torch's random"),
         ("import warnings; warnings.simplefilter('ignore')", "warnings"),
     ],
 )
@@ -343,6 +342,3 @@ def test_a_planted_side_effect_is_found(planted, found, tmp_path, monkeypatch):
     (tmp_path / "dsa_ref" / "__init__.py").write_text(planted)
     monkeypatch.setitem(FOLDERS, "dsa_ref", str(tmp_path / "dsa_ref"))
     assert effects("dsa_ref")[0] == [found]
-    (tmp_path / "dsa_ref" / "__init__.py").write_text("print('hello')")
-    with pytest.raises(AssertionError):
-        effects("dsa_ref")
