@@ -7,10 +7,10 @@ import sys
 import pytest
 import rungs
 import torch
-from conftest import NEEDS_TRITON
 from inputs import index_inputs, normal
 
 import dsa_ref
+from conftest import NEEDS_TRITON
 from dsa_ref import cost
 from dsa_ref.config import V32
 
@@ -339,7 +339,7 @@ def test_the_ladders_file_holds_the_registered_predictions(bench):
         version = ladder.VERSIONS[made["step"]][made["version"]]
         assert (made["predicted"]["value"], made["predicted"]["unit"]) == version.predicted
         assert (made["what"], made["predicted_because"]) == (version.what, version.because)
-        assert made["measured"] and made["provenance"]["command"].startswith("python -m dsa_bench --ladder")
+        assert made["measured"] and "bench --ladder" in made["provenance"]["command"]
 
 
 @pytest.mark.parametrize("arguments, reason", [(["index"], "step must be one of"), (["--rounds", "0"], "at least 1")])
