@@ -45,10 +45,7 @@ def check_vectors(x, floats=FLOATS, power_of_two=False) -> None:
 
 def check_index_scores(q_idx, k_idx, w, k_scale, start, end, floats=FLOATS) -> None:
     """Arguments of `index_scores` and `lightning_select`."""
-    arguments = {"q_idx": (q_idx, "T Hi Di"), "k_idx": (k_idx, "S Di"), "w": (w, "T Hi")}
-    if k_scale is not None:
-        arguments["k_scale"] = (k_scale, "S")
-    check_shapes(**arguments)
+    check_shapes(q_idx=(q_idx, "T Hi Di"), k_idx=(k_idx, "S Di"), w=(w, "T Hi"), k_scale=(k_scale, "S | None"))
     check_dtype("q_idx", q_idx, (*floats, E4M3))
     check_dtype("k_idx", k_idx, (q_idx.dtype,))
     check_dtype("w", w, floats)
@@ -81,8 +78,7 @@ def check_dense_attention(q, kv, scale, v_dim, start, end) -> None:
 
 def check_mha_attention(q, k, v, scale, indices, start, end) -> None:
     """Arguments of `mha_attention`."""
-    arguments = {"q": (q, "T H Dq"), "k": (k, "S H Dq"), "v": (v, "S H Dv")}
-    check_shapes(**arguments, **({} if indices is None else {"indices": (indices, "T k")}))
+    check_shapes(q=(q, "T H Dq"), k=(k, "S H Dq"), v=(v, "S H Dv"), indices=(indices, "T k | None"))
     check_dtype("k", k, (q.dtype,))
     check_dtype("v", v, (q.dtype,))
     check_dtype("q", q, FLOATS)
@@ -94,12 +90,12 @@ def check_mha_attention(q, k, v, scale, indices, start, end) -> None:
 
 def check_indexer_loss(q_idx, k_idx, w, q, kv, scale, indices, start, end) -> None:
     """Arguments of `indexer_loss`."""
-    check_shapes(q_idx=(q_idx, "T Hi Di"), k_idx=(k_idx, "S Di"), q=(q, "T H D"), kv=(kv, "S D"))
     check_index_scores(q_idx, k_idx, w, None, start, end)
+    both = {"q_idx": (q_idx, "T Hi Di"), "k_idx": (k_idx, "S Di")}
+    check_shapes(**both, q=(q, "T H D"), kv=(kv, "S D"), indices=(indices, "T k | None"))
     check_dtype("q_idx", q_idx, FLOATS)  # FP8 values have a scale, for which there is no argument
     check_attention(q, kv, scale, v_dim=1)
     if indices is not None:
-        check_shapes(q=(q, "T H D"), indices=(indices, "T k"))
         check_indices(indices, len(kv))
 
 
@@ -116,12 +112,14 @@ def check_attention(q, kv, scale, v_dim, floats=FLOATS) -> None:
 def check_shapes(**arguments) -> None:
     """Check tensors against symbolic shapes: ``check_shapes(q=(q, "T H D"), kv=(kv, "S D"))``.
 
-    A symbol has one size wherever it occurs, and only T may be 0. A leading ``*`` stands for any dims. All tensors
-    must be on one device.
+    A symbol has one size wherever it occurs, and only T may be 0. A leading ``*`` stands for any dims; what ends in
+    ``| None`` may be None. All tensors must be on one device.
     """
     sizes, origin, first = {}, {}, None
     for name, (tensor, spec) in arguments.items():
-        symbols = spec.split()
+        if tensor is None and spec.endswith(" | None"):
+            continue
+        symbols = spec.removesuffix(" | None").split()
         wanted = f"shape [{', '.join(symbols)}]"
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor of {wanted}, got {_kind(tensor)}")

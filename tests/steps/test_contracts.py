@@ -49,7 +49,7 @@ def without_hints(function):
 
 
 def public_functions():
-    """Every public function and method of the reference, by its dotted name; but for the checks, which take anything."""
+    """Every public function and method of the reference by its dotted name, without the checks, which take anything."""
     named = {f"dsa_ref.{name}": getattr(dsa_ref, name) for name in dsa_ref.__all__}
     for module in (cost, nn, testing, corpus, evaluate, train):
         for name, value in vars(module).items():
