@@ -1,5 +1,7 @@
 """API.md is what `make api` makes of the source today, and names everything that can be imported."""
 
+import ast
+
 import pytest
 
 import dsa_ref
@@ -31,3 +33,11 @@ def test_a_public_name_must_be_defined_and_have_a_docstring(tmp_path, monkeypatc
         api.entry("g", path)
     with pytest.raises(ValueError, match="got 'h'"):
         api.entry("h", path)
+
+
+def test_the_kernels_public_functions_have_hints():
+    path = api.ROOT / api.PACKAGES["dsa_kernels"]
+    for name in api.public_names(ast.parse(path.read_text(encoding="utf-8"))):
+        function, _ = api.definition(name, path)
+        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        assert [argument.arg for argument in arguments if not argument.annotation] == [] and function.returns, name

@@ -81,6 +81,7 @@ def definition(name, path):
 
 
 def signature(node, method=False) -> str:
+    """The arguments as the source has them, a method's without self, and what it returns."""
     arguments = ast.unparse(node.args)
     if method:
         arguments = arguments.partition(", ")[2]  # without self
@@ -90,6 +91,7 @@ def signature(node, method=False) -> str:
 
 
 def is_property(node) -> bool:
+    """Whether a method is read like an attribute."""
     return any(ast.unparse(decorator).endswith("property") for decorator in node.decorator_list)
 
 
