@@ -110,31 +110,41 @@ class Block:
 
 @gluon.jit
 def opaque_zero(i):
-    """0, which the compiler cannot know (i < 2^28). Added to the index of a tile that a loop over i reads over and
-    over, it keeps the compiler from computing the tile's descriptors before the loop: they would fill registers.
+    """0, as i stays below 2^28, which the compiler does not know.
+
+    It stands in the index of the queries, which a loop over i multiplies again and again. Without it the compiler sees
+    that their descriptors, by which the tensor cores find them, are the same in every round, computes them before the
+    loop, and keeps them in some 15 registers a thread, so that others could spill. (With triton 3.6.0 and 3.7.1 they
+    would not, and both loops together would have 41 instructions fewer; how fast that is has not been measured.)
     """
     return i >> 28
 
 
 @gluon.jit
 def row_pointer(ptr, t, width):
-    """The address of row t, with 64 bits, as T rows of `width` may pass 2^31 elements. The places in a few rows from
-    there on are then 32-bit numbers, half the registers and instructions.
+    """The address of row t of rows of `width` elements, in 64 bits: many rows may pass 2^31 elements.
+
+    It is one number for a warpgroup. What each thread adds to it, a place in the next few rows, fits into 32 bits, at
+    half the registers and instructions.
     """
     return ptr + t.to(gl.int64) * width
 
 
 @gluon.jit
 def doubled_relu(x):
-    """2 · max(x, 0), exactly, as x + |x|: an addition, which takes |x| at no cost and runs at twice the rate of a
-    maximum, and keeps NaN. The scale of a key takes half of it back.
+    """2 · max(x, 0), exactly, as x + |x|; `walk` halves the scale of the key instead.
+
+    An addition takes |x| in place of x at no cost, runs at twice the rate of a maximum, and keeps NaN.
     """
     return x + gl.abs(x)
 
 
 @gluon.jit
 def multiply(block, place, half, i):
-    """Start the products [BK, COLUMNS] of the tile in `place`, tile i, with queries `half` of QUERIES / HALF."""
+    """Start the products [BK, COLUMNS] of tile i, in `place`, with queries `half` of QUERIES / HALF: k · qᵀ.
+
+    They run in the background, and whoever wants the result waits for it.
+    """
     queries = block.queries.index(half + opaque_zero(i)).permute((1, 0))
     nothing = gl.zeros([BK, COLUMNS], gl.float32, layout=DOTS)
     return warpgroup_mma(block.ring.keys.index(place), queries, nothing, use_acc=False, is_async=True)
@@ -144,10 +154,11 @@ def multiply(block, place, half, i):
 def head_sums(dots, w):
     """Sums of weighted, doubled relus over the 16 heads of a query that a thread has, [BK, HALF, 4 threads of a quad].
 
-    The thread's columns are 2 · thread + (0, 1) of every eight: no sum leaves it.
+    A query's 64 columns are eight times four threads' two. Those of a thread are summed: nothing leaves it.
     """
-    weighted = gl.reshape(doubled_relu(dots) * w[None, :], [BK, HALF, HEADS // 8, 4, 2]).permute((0, 1, 3, 2, 4))
-    return gl.sum(gl.reshape(weighted, [BK, HALF, 4, HEADS // 4]), 3)
+    weighted = gl.reshape(doubled_relu(dots) * w[None, :], [BK, HALF, HEADS // 8, 4, 2])
+    by_thread = gl.reshape(weighted.permute((0, 1, 3, 2, 4)), [BK, HALF, 4, HEADS // 4])
+    return gl.sum(by_thread, 3)
 
 
 @gluon.jit
@@ -185,7 +196,10 @@ def fetch(block, k_desc, scale_desc):
 
 @gluon.jit
 def walk(warpgroup, block, w_ptr, sink):
-    """The consumer, a warpgroup: sink = sink.take(first key, scores [BK, BQ] of its queries) for tile after tile."""
+    """The consumer, a warpgroup: sink = sink.take(first key, scores [BK, BQ] of its queries) for tile after tile.
+
+    sink: an aggregate that does something with scores: `ScoreRows` here, `Lists` in lightning_select.
+    """
     ring = block.ring
     t = block.t0 + warpgroup * BQ
     first_w, second_w = half_weights(w_ptr, t, block.T), half_weights(w_ptr, t + HALF, block.T)
@@ -194,7 +208,8 @@ def walk(warpgroup, block, w_ptr, sink):
         first_dots = multiply(block, place, 2 * warpgroup, i)
         second_dots = multiply(block, place, 2 * warpgroup + 1, i)
         k_scale = ring.scales.index(place).load(gl.SliceLayout(1, SCORES))
-        # The halves are written out, not looped over: both products are under way before the first is waited for.
+        # Wait until at most one product is under way, weigh the first half meanwhile, wait for the second. Written out,
+        # not looped over, so that both products start before the first wait.
         first_sums = head_sums(warpgroup_mma_wait(1, deps=(first_dots,)), first_w)
         second_sums = head_sums(warpgroup_mma_wait(0, deps=(second_dots,)), second_w)
         scores = trade_in_quads(first_sums, second_sums)
@@ -209,7 +224,7 @@ class ScoreRows:
     """The rows of the score matrix that a warpgroup writes, and what its queries may see."""
 
     out: gl.tensor  # pointer to the scores of the first query
-    offset: gl.tensor  # int32 [BK, BQ]: where the scores of a tile at key 0 go, counted from `out`
+    offset: gl.tensor  # int32 [BK, BQ]: where a tile's scores go, counted from `out` and the tile's first key
     key: gl.tensor  # int32 [BK]: keys of a tile
     real: gl.tensor  # [BQ]: the query is below T
     start: gl.tensor  # int32 [BQ]
@@ -235,6 +250,7 @@ class ScoreRows:
 
 @gluon.jit
 def _score(warpgroup, block, w_ptr, start_ptr, end_ptr, out_ptr, chunk_first, chunk_last):
+    """A warpgroup's rows of the block's chunk of keys: -inf before and after the tiles, scores in them."""
     T, S = block.T, block.S
     row = gl.arange(0, BQ, layout=gl.SliceLayout(0, SCORES))
     key = gl.arange(0, BK, layout=gl.SliceLayout(1, SCORES))
@@ -290,6 +306,8 @@ def _index_scores(q_desc, k_desc, scale_desc, w_ptr, start_ptr, end_ptr, out_ptr
     chunk_last = gl.minimum(chunk_first + chunk, S)
     first, tiles = visible_tiles(t0, chunk_first, chunk_last, start_ptr, end_ptr, T, S)
     block = open_block(q_desc, t0, first, tiles, T, S)
+    # Three functions side by side: the first in the block's own four warps, the others in four more and in one more,
+    # whose threads get 232 and 24 registers; the first gets what is left.
     gl.warp_specialize(
         [
             (_score, (0, block, w_ptr, start_ptr, end_ptr, out_ptr, chunk_first, chunk_last)),
@@ -332,10 +350,10 @@ def index_scores(q_idx, k_idx, w, k_scale, start, end, out):
     T, S = out.shape
     multiprocessors = torch.cuda.get_device_properties(out.device).multi_processor_count
     blocks = triton.cdiv(T, QUERIES.value)
-    # About four waves of blocks, but chunks of at least 32 tiles to pay for fetching the queries.
+    # About four blocks a multiprocessor, but chunks of at least 32 tiles to pay for fetching the queries.
     chunks = max(1, min(triton.cdiv(S, 32 * BK.value), 4 * multiprocessors // blocks))
     chunk = triton.cdiv(triton.cdiv(S, chunks), BK.value) * BK.value
     _index_scores[(blocks, triton.cdiv(S, chunk))](
         *descriptors(q_idx, k_idx, k_scale), w.float().contiguous(), start.contiguous(), end.contiguous(),
-        out, T, S, chunk, num_warps=4, maxnreg=168,
+        out, T, S, chunk, num_warps=4, maxnreg=168,  # three times 168 registers are what the warps share out
     )  # fmt: skip

@@ -26,7 +26,7 @@ from ..topk.listed import LARGEST_LISTED_K, ROWS_AT_ONCE
 from . import index_scores
 from .aggregate import aggregate
 from .index_scores import BK, BQ, QUERIES, SCORES, fetch, open_block, row_pointer, visible_tiles, walk
-from .select_topk import LANES, choose
+from .select_topk import LANES, choose, columns, pack
 
 SLOTS = gl.constexpr(128)  # entries of a list, of which a row has BK
 CAP = gl.constexpr(SLOTS.value - 1)  # a list that is full goes on in its last slot
@@ -51,8 +51,7 @@ class Lists:
     def take(self, s0, scores):
         """Append the scores of a tile that are not below the bound, NaN too, each with its key, as one int64."""
         kept = (scores < self.bound[None, :]) == 0
-        s = (s0 + self.key)[:, None].to(gl.int64)
-        gl.store(self.entries + self.next, (scores.to(gl.int32, bitcast=True).to(gl.int64) << 32) | s, kept)
+        gl.store(self.entries + self.next, pack(scores, (s0 + self.key)[:, None]), kept)
         following = gl.minimum(gl.where(kept, self.next + BK, self.next), self.empty + CAP * BK)
         return Lists(entries=self.entries, empty=self.empty, next=following, key=self.key, bound=self.bound)
 
@@ -120,8 +119,7 @@ def _choose(entry_ptr, half_ptr, count_ptr, start_ptr, end_ptr, out_ptr, nan_ptr
     entry_ptr as int32 (see `choose`).
     """
     HALF: gl.constexpr = SLOTS * BK // LANES
-    TABLE: gl.constexpr = gl.BlockedLayout([HALF, 1], [1, 32], [1, LANES // 32], [0, 1])
-    lane = gl.arange(0, LANES, layout=gl.SliceLayout(0, TABLE))
+    lane = gl.arange(0, LANES, layout=gl.SliceLayout(0, columns(HALF)))
     t = gl.program_id(0).to(gl.int64)
     counts = gl.load(count_ptr + t * BK + lane % BK)
     full = gl.max(counts, 0) == CAP
