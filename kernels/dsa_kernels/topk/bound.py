@@ -1,9 +1,11 @@
 """A number that some more than k scores of a row should reach, from a sample of the row.
 
-Of a sample of M of n scores, k * M / n should belong to the k largest of the row. The sample's score at that rank plus
-4.5 standard deviations is below the k-th largest of the row in all but one row of some 300,000, if the sample is
-independent. A row whose data share a pattern with the places of the sample can still be misjudged: so whoever uses a
-bound counts the scores that reach it, and flags the row if they are fewer than k or more than there is room for.
+Of a sample of M of n scores, k * M / n should belong to the k largest of the row. The bound is the sample's score at
+that rank plus 4.5 standard deviations. It is above the k-th largest of the row, and so too high, only if the sample has
+as many of the k largest as this rank. A row in random order meets that once in 144,000 rows where 64 are expected (128K
+scores, M = 4096), once in 41,000 where 16 are (1M scores, M = 8192): the tail of the hypergeometric distribution. A row
+whose data share a pattern with the places of the sample may meet it always. So whoever uses a bound counts the scores
+that reach it, and flags the row if they are fewer than k or more than there is room for.
 """
 
 import torch
@@ -18,9 +20,9 @@ LONG = 1 << 18  # keys; above, a larger sample and more room: fewer of a sample 
 
 @triton.jit
 def safe_rank(expected):
-    """The rank in a sample that leaves at least k scores above it, where `expected` of them are in the sample.
+    """The rank in a sample whose score at least k scores of the row should reach, where `expected` of them are in it.
 
-    4.5 standard deviations of that number more: one row in some 300,000 fails if the sample is independent.
+    4.5 standard deviations of that number more, and one.
     """
     return (expected + 4.5 * tl.sqrt(expected)).to(tl.int32) + 1
 
