@@ -342,6 +342,14 @@ def test_the_ladders_file_holds_the_registered_predictions(bench):
         assert made["measured"] and "bench --ladder" in made["provenance"]["command"]
 
 
+def test_a_record_names_its_program_its_card_and_the_peers(bench, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    made = bench("measure").environment(["--log", "x"], "dsa_bench.exact")
+    assert made["command"] == "python -m dsa_bench.exact --log x" and "commit" in made
+    assert bench("records").default_log(made["device"]).name == "h100.json"
+    assert made["peers"] == bench("peers").versions()
+
+
 @pytest.mark.parametrize("arguments, reason", [(["index"], "step must be one of"), (["--rounds", "0"], "at least 1")])
 def test_senseless_arguments_exit_with_2(bench, capsys, arguments, reason):
     with pytest.raises(SystemExit) as stopped:
