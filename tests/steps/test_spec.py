@@ -17,7 +17,7 @@ PLANTED = ("tests/steps/test_spec.py", "tests/course/test_pointers.py")  # they 
 
 def files():
     found = [path for path in ROOT.iterdir() if path.is_file()]
-    found += [path for room in ROOMS for path in (ROOT / room).rglob("*") if "checkpoints" not in str(path)]
+    found += [path for room in ROOMS for path in (ROOT / room).rglob("*") if ".ipynb_checkpoints" not in path.parts]
     return [path for path in found if path.suffix in ENDINGS or path.name == "Makefile"]
 
 
@@ -45,9 +45,11 @@ def wrong_citations(text, path=ROOT / "README.md"):
         sections, steps = ([int(number) for number in re.findall(r"\d+", part or "")] for part in match.groups())
         there = all(n in known for n in sections) and all(step in known[sections[-1]] for step in steps)
         wrong += [] if there else [match[0]]
-    for match in DOCUMENT.finditer(text):
-        if not any((folder / match[0]).is_file() for folder in (ROOT, path.parent)):
-            wrong.append(match[0])
+    names = {document.name for document in files() if document.suffix == ".md"}
+    for document in DOCUMENT.findall(text):
+        here = any((folder / document).is_file() for folder in (ROOT, path.parent))
+        if not here and document not in names:  # a bare name may be any document's of ours
+            wrong.append(document)
     return wrong
 
 
