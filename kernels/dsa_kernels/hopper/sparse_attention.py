@@ -66,7 +66,7 @@ def gather(
     shared, q256, q64, kv_ptr, lists_ptr, lengths_ptr, counter_ptr, k, tiles,
     GH: gl.constexpr, TILES: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
-    """Fills the quarters in the order in which they are used and come free."""
+    """Fills the quarters, in the order in which they are used and come free."""
     q, k0, k1 = shared.q, shared.k0, shared.k1
     places = gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
     columns = gl.arange(0, 64, layout=gl.SliceLayout(0, COPY))
@@ -104,7 +104,7 @@ def gather(
             k1.left.copy(rows1.source, rows1.there)
             k1.left.release_full()
             turn = next_turn(turn)
-        number = gl.atomic_add(counter_ptr, 1, sem="relaxed") + gl.num_programs(0)
+        number = gl.atomic_add(counter_ptr, 1, sem="relaxed") + gl.num_programs(0)  # the first ones go by program_id
     q.acquire_free(q_turn)
     q.no_more(tiles)
 
@@ -122,6 +122,7 @@ def left_step(state, logits, shared, bit, zero, turn, scale, GROUPED: gl.constex
     acc = rescale(state.acc, factor)
     p0v0 = warpgroup_mma(as_operand(p), k0.left.columns.index(zero), acc, is_async=True)
 
+    # While that runs: what is relative to m0 becomes relative to m, the maximum after both blocks.
     m = shared.right_max.receive(turn, ROWS)
     factor = exp2(m0 - m)
     total = total * factor
@@ -152,6 +153,7 @@ def left(
     shared, out_ptr, lse_ptr, lengths_ptr, k, tiles, all_rows, scale,
     G: gl.constexpr, GH: gl.constexpr, TILES: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
+    """All tiles: the first step's logits, the steps, the sums; columns 0 to 255 of out, and lse."""
     q, k0 = shared.q, shared.k0
     r = gl.arange(0, 64, layout=ROWS)
     bit = bit_of_query(r, G, GH)
@@ -184,13 +186,13 @@ def left(
 
 @gluon.jit
 def right_step(state, shared, bit, zero, last, turn, scale, GROUPED: gl.constexpr):
-    """Logits and softmax of block 1, P1 · V1 and P0 · V0 for columns 256 to 511."""
+    """Logits and softmax of block 1, P1 · V1 and P0 · V0 for columns 256 to 511. last: is it the tile's last step?"""
     q, k0, k1 = shared.q, shared.k0, shared.k1
     s = multiply_half(None, q.right, k1.right, turn, zero)
     s = multiply_rope(s, q.rope, k1.rope, zero)
     s = multiply_half(s, q.left, k1.left, turn, zero)
     logits = warpgroup_mma_wait(0, deps=(s,))
-    q.release_free(last)
+    q.release_free(pred=last)
 
     logits = masked(logits, scale, k1.valid, bit, GROUPED)
     largest = gl.max(logits, 1)
@@ -218,6 +220,7 @@ def right(
     shared, out_ptr, lse_ptr, lengths_ptr, k, tiles, all_rows, scale,
     G: gl.constexpr, GH: gl.constexpr, TILES: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
+    """All tiles: the steps, the sums, columns 256 to 511 of out."""
     q = shared.q
     bit = bit_of_query(gl.arange(0, 64, layout=ROWS), G, GH)
     turn = 0
@@ -243,6 +246,8 @@ def _sparse_attention(
     q256, q64, kv_ptr, lists_ptr, lengths_ptr, counter_ptr, out_ptr, lse_ptr, scale, k, tiles, all_rows,
     G: gl.constexpr, GH: gl.constexpr, TILES: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
+    """G: queries that share a list; if GROUPED, more than one, and the lists are unions. GH: their rows of q, G · H.
+    TILES: of 64 rows in GH. tiles: of all queries."""
     shared = allocate(GROUPED)
     gl.warp_specialize(
         [
@@ -250,8 +255,8 @@ def _sparse_attention(
             (right, (shared, out_ptr, lse_ptr, lengths_ptr, k, tiles, all_rows, scale, G, GH, TILES, GROUPED)),
             (gather, (shared, q256, q64, kv_ptr, lists_ptr, lengths_ptr, counter_ptr, k, tiles, GH, TILES, GROUPED)),
         ],
-        [4, 4],
-        [216, 72],
+        [4, 4],  # warps of right and gather; left is what the launch's num_warps are for
+        [216, 72],  # and their registers a thread; left gets what is left of 3 · maxnreg
     )
 
 

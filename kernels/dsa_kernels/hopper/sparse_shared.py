@@ -31,6 +31,7 @@ Buffer = Barrier = gl.shared_memory_descriptor  # one type in Triton; the name s
 
 @gluon.jit
 def next_turn(turn):
+    """0 after 1, 1 after 0."""
     return turn ^ 1
 
 
@@ -220,6 +221,7 @@ class Shared:
 
 @gluon.jit
 def key_half(FULL_COUNT: gl.constexpr):
+    """A quarter of the two blocks, which is full with FULL_COUNT arrivals."""
     return KeyHalf(
         columns=gl.allocate_shared_memory(gl.bfloat16, [1, BK, 256], SWIZZLED),
         first_full=barrier(128),
@@ -230,6 +232,7 @@ def key_half(FULL_COUNT: gl.constexpr):
 
 @gluon.jit
 def message():
+    """A message with a buffer of its own."""
     return Message(buffer=gl.allocate_shared_memory(gl.float32, [64], PLAIN), sent=barrier(1))
 
 

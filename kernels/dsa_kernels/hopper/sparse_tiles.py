@@ -53,14 +53,15 @@ class Tile:
 
 
 @gluon.jit
-def tile_at(tile, lengths_ptr, k, GH: gl.constexpr, TILES: gl.constexpr, GROUPED: gl.constexpr):
-    group = tile // TILES
+def tile_at(number, lengths_ptr, k, GH: gl.constexpr, TILES: gl.constexpr, GROUPED: gl.constexpr):
+    """The tile of this number. Groups of G queries have GH rows of q and TILES tiles each."""
+    group = number // TILES
     length = gl.to_tensor(k)  # where k is 1, the launch has made it a constant
     if GROUPED:
         length = gl.load(lengths_ptr + group)
     return Tile(
         group=group,
-        row0=group * GH + tile % TILES * 64,
+        row0=group * GH + number % TILES * 64,
         length=length,
         steps=gl.maximum(1, gl.cdiv(length, 2 * BK)),
     )
@@ -100,6 +101,7 @@ class Softmax:
 
 @gluon.jit
 def nothing_yet():
+    """The state before the first key."""
     m = gl.full([64], NEVER, gl.float32, layout=ROWS)
     total = gl.full([64], 0.0, gl.float32, layout=ROWS)
     return Softmax(m=m, total=total, acc=gl.zeros([64, 256], gl.float32, layout=OUTPUT))
