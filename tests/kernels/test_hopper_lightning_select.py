@@ -1,40 +1,40 @@
 """The fused selection on Hopper: the portable kernels' set, on rows that a sample bounds and on rows that defeat it."""
 
 import functools
-import importlib
 
 import pytest
+import rungs
 import torch
 from inputs import normal
+
+if rungs.has_triton():
+    import dsa_kernels
 
 pytestmark = pytest.mark.hopper
 T, S, K = 37, 50_000, 2048
 
 
-def step(name):
-    return getattr(importlib.import_module("dsa_kernels"), name)
-
-
 def given(device, seed=0, T=T, S=S):
-    q_idx, q_scale = step("quantize")(normal(T, 64, 128, seed=seed, device=device).bfloat16())
-    k_idx, k_scale = step("quantize")(normal(S, 128, seed=seed + 1, device=device).bfloat16())
+    q_idx, q_scale = dsa_kernels.quantize(normal(T, 64, 128, seed=seed, device=device).bfloat16())
+    k_idx, k_scale = dsa_kernels.quantize(normal(S, 128, seed=seed + 1, device=device).bfloat16())
     return q_idx, k_idx, normal(T, 64, seed=seed + 2, device=device) * q_scale, k_scale
 
 
 def both(inputs, k=K, *ranges):
     """The sets of the fused and of the portable selection, each row ascending."""
     q_idx, k_idx, w, k_scale = inputs
-    select = functools.partial(step("lightning_select"), q_idx, k_idx, w, k, k_scale, *ranges)
+    select = functools.partial(dsa_kernels.lightning_select, q_idx, k_idx, w, k, k_scale, *ranges)
     return [select(variant=variant).sort(dim=1).values for variant in ("hopper", "portable")]
 
 
 def flagged(inputs, k=K):
     """How many rows the fused kernel leaves to be redone."""
+    from dsa_kernels.hopper.lightning_select import lightning_select
+
     q_idx, k_idx, w, k_scale = inputs
     start = torch.zeros(len(q_idx), dtype=torch.int32, device=q_idx.device)
     out = torch.empty(len(q_idx), k, dtype=torch.int32, device=q_idx.device)
-    fused = importlib.import_module("dsa_kernels.hopper.lightning_select").lightning_select
-    return int(fused(q_idx, k_idx, w, k, k_scale, start, start + len(k_idx), out)[1].sum())
+    return int(lightning_select(q_idx, k_idx, w, k, k_scale, start, start + len(k_idx), out)[1].sum())
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -66,11 +66,13 @@ def test_without_key_scales(device):
 @pytest.mark.parametrize("case", ("equal", "one list", "beside the sample"))
 def test_rows_that_defeat_it_are_redone(device, case):
     q_idx, k_idx, w, k_scale = given(device)
+    from dsa_kernels.hopper.lightning_select import sampled_keys
+
     key = torch.arange(S, device=device)
     favoured = key % 64 == 5
     if case == "beside the sample":
         favoured = key % 8 == 0
-        favoured[importlib.import_module("dsa_kernels.hopper.lightning_select").sampled_keys(S, device)] = False
+        favoured[sampled_keys(S, device)] = False
     inputs = q_idx, k_idx, w.abs(), torch.where(favoured, 64 * k_scale, k_scale)
     if case == "equal":
         inputs = q_idx, k_idx, torch.zeros_like(w), k_scale
@@ -86,7 +88,7 @@ def test_a_graph_redoes_rows_too(device):
     expected = both((q_idx, k_idx, w, k_scale))[1]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        indices = step("lightning_select")(q_idx, k_idx, w, K, k_scale, variant="hopper")
+        indices = dsa_kernels.lightning_select(q_idx, k_idx, w, K, k_scale, variant="hopper")
     indices.fill_(-7)
     graph.replay()
     assert torch.equal(indices.sort(dim=1).values, expected)
@@ -98,14 +100,14 @@ def test_nan_is_refused(device, place):
     k_scale[place] = torch.nan
     start = torch.zeros(T, dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match="scores must not be NaN, got NaN in row 0"):
-        step("lightning_select")(q_idx, k_idx, w, K, k_scale, start, start + S, variant="hopper")
+        dsa_kernels.lightning_select(q_idx, k_idx, w, K, k_scale, start, start + S, variant="hopper")
 
 
 def test_what_it_cannot_serve(device):
     q_idx, k_idx, w, k_scale = given(device)
     with pytest.raises(ValueError, match="needs k <= 2048, got 2049"):
-        step("lightning_select")(q_idx, k_idx, w, 2049, k_scale, variant="hopper")
+        dsa_kernels.lightning_select(q_idx, k_idx, w, 2049, k_scale, variant="hopper")
     with pytest.raises(ValueError, match="needs at least 24576 keys, got 24575"):
-        step("lightning_select")(q_idx, k_idx[:24575], w, K, k_scale[:24575], variant="hopper")
+        dsa_kernels.lightning_select(q_idx, k_idx[:24575], w, K, k_scale[:24575], variant="hopper")
     with pytest.raises(ValueError, match="needs float8_e4m3fn, got bfloat16"):
-        step("lightning_select")(q_idx.float().bfloat16(), k_idx.float().bfloat16(), w, K, variant="hopper")
+        dsa_kernels.lightning_select(q_idx.float().bfloat16(), k_idx.float().bfloat16(), w, K, variant="hopper")

@@ -1,7 +1,5 @@
 """The union of a few queries' lists, and who selected each key, against Python's sets."""
 
-import importlib
-
 import pytest
 import rungs
 import torch
@@ -13,7 +11,9 @@ def unions():
     """The module, with tables and segments so small that every loop over them goes around more than once."""
     if not rungs.has_triton():
         pytest.skip("kernels need triton, which cannot be imported here")
-    return importlib.import_module("dsa_kernels.hopper.unions")
+    from dsa_kernels.hopper import unions
+
+    return unions
 
 
 @pytest.fixture
