@@ -1,6 +1,7 @@
 """The bench without a GPU: what it counts, makes, judges, writes and says. What it measures, only a GPU can show."""
 
 import importlib
+import inspect
 import json
 import sys
 
@@ -258,6 +259,17 @@ def test_ladder_runs_a_variant_or_a_function_of_its_own(bench, monkeypatch):
     own = ladder.Version("", (1.0, "ms"), "", call=lambda x: (x, "own"))
     monkeypatch.setitem(ladder.VERSIONS, "index_scores", {"a": ladder.Version("", (1.0, "ms"), ""), "b": own})
     assert [ladder.function_of("index_scores", name)(7) for name in "ab"] == [(7, "a"), (7, "own")]
+
+
+def test_copies_of_sparse_attention_take_what_the_public_function_takes(bench):
+    """On a GPU without Gluon, or none at all, a version is never called: a copy that is not there must show here."""
+    versions = bench("ladder").VERSIONS["sparse_attention"].values()
+    copies = [version.call.args[0] for version in versions if getattr(version.call, "args", ())]
+    assert len(copies) == len(set(copies)) == 3
+    wanted = list(inspect.signature(rungs.dsa_kernels.sparse_attention).parameters)[:5]
+    for name in copies:
+        copy = bench(f"ladder.sparse_attention.{name}")
+        assert list(inspect.signature(copy.sparse_attention).parameters)[:5] == wanted
 
 
 def test_missing_peers_say_why(bench, no_gpu):

@@ -45,7 +45,7 @@ from .sparse_tiles import (
     bit_of_query,
     exp2,
     masked,
-    multiply_half,
+    multiply_quarter,
     multiply_rope,
     nothing_yet,
     opaque_zero,
@@ -140,10 +140,10 @@ def left_step(state, logits, shared, bit, zero, turn, scale, GROUPED: gl.constex
         return Softmax(m=m, total=total, acc=acc), logits  # which nobody reads
     else:
         turn = next_turn(turn)
-        s = multiply_half(None, q.left, k0.left, turn, zero)
+        s = multiply_quarter(None, q.left, k0.left, turn, zero)
         acc = warpgroup_mma_wait(2, deps=(p1v1,))  # all but the two products of the line above
         k1.left.release_free()
-        s = multiply_half(s, q.right, k0.right, turn, zero)
+        s = multiply_quarter(s, q.right, k0.right, turn, zero)
         s = multiply_rope(s, q.rope, k0.rope, zero)
         return Softmax(m=m, total=total, acc=acc), warpgroup_mma_wait(0, deps=(s,))
 
@@ -165,8 +165,8 @@ def left(
         n_rows = gl.minimum(GH - number % TILES * 64, all_rows - tile.row0)
         state = nothing_yet()
         zero = opaque_zero(number)
-        s = multiply_half(None, q.left, k0.left, turn, zero)
-        s = multiply_half(s, q.right, k0.right, turn, zero)
+        s = multiply_quarter(None, q.left, k0.left, turn, zero)
+        s = multiply_quarter(s, q.right, k0.right, turn, zero)
         s = multiply_rope(s, q.rope, k0.rope, zero)
         s = warpgroup_mma_wait(0, deps=(s,))
         for step in range(tile.steps - 1):
@@ -188,9 +188,9 @@ def left(
 def right_step(state, shared, bit, zero, last, turn, scale, GROUPED: gl.constexpr):
     """Logits and softmax of block 1, P1 · V1 and P0 · V0 for columns 256 to 511. last: is it the tile's last step?"""
     q, k0, k1 = shared.q, shared.k0, shared.k1
-    s = multiply_half(None, q.right, k1.right, turn, zero)
+    s = multiply_quarter(None, q.right, k1.right, turn, zero)
     s = multiply_rope(s, q.rope, k1.rope, zero)
-    s = multiply_half(s, q.left, k1.left, turn, zero)
+    s = multiply_quarter(s, q.left, k1.left, turn, zero)
     logits = warpgroup_mma_wait(0, deps=(s,))
     q.release_free(pred=last)
 

@@ -1,12 +1,13 @@
 """Shared memory of `sparse_attention`: each buffer, each barrier, and which warpgroup may touch what when.
 
-Three warpgroups share these buffers: `gather` fills, `left` and `right` compute. Each buffer has barriers beside it:
+Three warpgroups share these buffers: `gather` fills q and the keys, `left` and `right` read them, and hand each other
+probabilities, maxima and sums. A buffer has its barriers beside it, and is used through their methods:
 
-    acquire_free(turn)   `gather` waits until those who read the last contents are done, and may fill
-    release_full()        ... and has filled; copies in flight do it themselves when they land
-    acquire_full(turn)    `left` or `right` waits for new contents, and may read
-    release_free()       ... and has read what it wanted
-    send(x), receive(turn)   a value from one computing warpgroup to the other, once a step or once a tile
+    acquire_free(turn)       who fills waits here until those who read the last contents are done
+    release_full()           it has filled; for copies in flight: the barrier will know when they have landed
+    acquire_full(turn)       who reads waits here for new contents
+    release_free()           it has read what it wanted
+    send(x), receive(turn)   a number for each row, from `left` to `right` or back, once a step or once a tile
 
 Turns. An mbarrier counts arrivals; with the last one that it waits for, a phase ends and the next begins. Whoever waits
 names a phase, but only by its parity: `mbarrier.wait(b, 0)` returns when phase 0 is over (or 2, 4, ...: nobody is ever
@@ -92,13 +93,13 @@ class Queries:
 
 
 @aggregate
-class KeyHalf:
-    """256 columns of a block of 64 keys. Products begin when the first 128 have come."""
+class KeyQuarter:
+    """256 columns of a block of 64 keys, a quarter of a step's two blocks. Products begin when 128 have come."""
 
     columns: Buffer  # bf16 [1, 64, 256]
     first_full: Barrier  # the products of q wait for gather's copies of columns 0 to 127
     full: Barrier  # ... and for the others, and what travels with them (`KeyBlock`)
-    free: Barrier  # gather waits for the last product that reads this half
+    free: Barrier  # gather waits for the last product that reads these columns
 
     @gluon.jit
     def acquire_free(self, turn):
@@ -156,10 +157,10 @@ def arrive_when_copied(barrier):
 class KeyBlock:
     """64 keys: a row's value is left and right together, and the key is the value and the rope columns."""
 
-    left: KeyHalf  # columns 0 to 255
-    right: KeyHalf  # columns 256 to 511
+    left: KeyQuarter  # columns 0 to 255
+    right: KeyQuarter  # columns 256 to 511
     rope: Buffer  # bf16 [1, 64, 64], columns 512 to 575; full and free together with `right`
-    valid: Buffer  # [64], see `sparse_tiles.selected`; full and free together with the half that its softmax frees
+    valid: Buffer  # [64], see `sparse_tiles.selected`; full and free together with `left` in k0, `right` in k1
 
 
 @aggregate
@@ -220,9 +221,9 @@ class Shared:
 
 
 @gluon.jit
-def key_half(FULL_COUNT: gl.constexpr):
-    """A quarter of the two blocks, which is full with FULL_COUNT arrivals."""
-    return KeyHalf(
+def key_quarter(FULL_COUNT: gl.constexpr):
+    """A quarter that is full with FULL_COUNT arrivals."""
+    return KeyQuarter(
         columns=gl.allocate_shared_memory(gl.bfloat16, [1, BK, 256], SWIZZLED),
         first_full=barrier(128),
         full=barrier(FULL_COUNT),
@@ -248,14 +249,14 @@ def allocate(GROUPED: gl.constexpr):
         free=barrier(2),
     )
     k0 = KeyBlock(
-        left=key_half(128 + 1),  # 128 threads' copies, and one arrival for `valid`, which travels with k0.left
-        right=key_half(128),
+        left=key_quarter(128 + 1),  # 128 threads' copies, and one arrival for `valid`, which travels with k0.left
+        right=key_quarter(128),
         rope=gl.allocate_shared_memory(gl.bfloat16, [1, BK, 64], SWIZZLED),
         valid=gl.allocate_shared_memory(gl.int32 if GROUPED else gl.float32, [BK], PLAIN),
     )
     k1 = KeyBlock(
-        left=key_half(128),
-        right=key_half(128 + 1),
+        left=key_quarter(128),
+        right=key_quarter(128 + 1),
         rope=gl.allocate_shared_memory(gl.bfloat16, [1, BK, 64], SWIZZLED),
         valid=gl.allocate_shared_memory(gl.int32 if GROUPED else gl.float32, [BK], PLAIN),
     )

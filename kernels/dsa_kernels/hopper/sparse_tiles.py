@@ -132,24 +132,24 @@ def raised(m, largest):
 
 @gluon.jit
 def exp2(x):
-    """2^x by the one instruction for it. Triton's own also handles results below 2^-126, in two more."""
+    """2^x by the one instruction for it. Triton's own is also right below 2^-126, for three more."""
     return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
-def _unless_all(neutral, op, n, looked_at):
-    """PTX for x = op(x, y) on the n values a thread holds, and its constraints; skipped where the y looked at all have
-    the bits `neutral`."""
-    test = " ".join(f"xor.b32 t, ${2 * n + i}, {neutral}; or.b32 any, any, t;" for i in looked_at)
-    change = " ".join(f"{op}.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
-    skip = f".reg .pred p; .reg .b32 any, t; mov.b32 any, 0; {test} setp.eq.b32 p, any, 0; @p bra DONE;"
-    return gl.constexpr(f"{{ {skip} {change} DONE: }}"), gl.constexpr(
-        ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
-    )
+def _unless_all_are_one(n):
+    """PTX for x = x · y on the n values a thread holds, skipped where all y are 1, and its constraints.
+
+    In OUTPUT a thread holds, in this order, two columns of a row, the same two of the row 8 below, and so on: values 0
+    and 2 show the factors of both its rows. 0x3F800000 are the bits of 1.0.
+    """
+    differs = " ".join(f"xor.b32 t, ${2 * n + i}, 0x3F800000; or.b32 any, any, t;" for i in (0, 2))
+    skip = f".reg .pred p; .reg .b32 any, t; mov.b32 any, 0; {differs} setp.eq.b32 p, any, 0; @p bra DONE;"
+    multiply = " ".join(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
+    types = ["=f"] * n + [str(i) for i in range(n)] + ["f"] * n  # results, x in the results' registers, y
+    return gl.constexpr(f"{{ {skip} {multiply} DONE: }}"), gl.constexpr(",".join(types))
 
 
-# A thread's 128 values of OUTPUT are, in this order, two columns of a row, the same two of the row 8 below, and so on:
-# values 0 and 2 show the factors of both its rows. 0x3F800000 is 1.0.
-RESCALE, RESCALE_TYPES = _unless_all("0x3F800000", "mul", 128, (0, 2))
+RESCALE, RESCALE_TYPES = _unless_all_are_one(128)
 
 
 @gluon.jit
@@ -180,9 +180,9 @@ def as_operand(p):
 
 
 @gluon.jit
-def multiply_half(acc, q, k, turn, zero):
-    """acc + q · kᵀ over a half's 256 columns; acc is None where it begins. Two products, each started when its columns
-    have come. Asynchronous."""
+def multiply_quarter(acc, q, k, turn, zero):
+    """acc + q · kᵀ over a quarter's 256 columns; acc is None where the sum begins. Two products, each started when its
+    columns have come. Asynchronous."""
     BEGINS: gl.constexpr = acc is None
     if BEGINS:
         acc = gl.zeros([64, BK], gl.float32, layout=LOGITS)
@@ -197,7 +197,7 @@ def multiply_half(acc, q, k, turn, zero):
 
 @gluon.jit
 def multiply_rope(acc, q, k, zero):
-    """acc + q · kᵀ over the rope columns, which have come with k.right. Asynchronous."""
+    """acc + q · kᵀ over the rope columns, which have come with the block's right quarter. Asynchronous."""
     return warpgroup_mma(q.index(zero), k.index(zero).permute((1, 0)), acc, is_async=True)
 
 

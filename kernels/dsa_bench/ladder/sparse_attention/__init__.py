@@ -13,15 +13,10 @@ from ..version import Version
 CASE = "4096 x 32K, 128 heads, random"  # the shape that they are compared on
 
 
-def _copy(name):
-    """`sparse_attention` of a file beside this one, imported when it is called: where Triton interprets it has no Gluon
-    to import."""
-
-    def call(q, kv, indices, scale, v_dim):
-        copy = importlib.import_module(f"dsa_bench.ladder.sparse_attention.{name}")
-        return copy.sparse_attention(q, kv, indices, scale, v_dim)
-
-    return call
+def _copy(name, q, kv, indices, scale, v_dim):
+    """Run the copy in the file `name` beside this one. It is imported here, since Triton's interpreter has no Gluon."""
+    copy = importlib.import_module(f"dsa_bench.ladder.sparse_attention.{name}")
+    return copy.sparse_attention(q, kv, indices, scale, v_dim)
 
 
 VERSIONS = {
@@ -34,19 +29,19 @@ VERSIONS = {
         "Gluon: one warpgroup gathers, two multiply, each with half of the output.",
         (548.0, "TFLOP/s"),
         "a study in Gluon, with the mask for -1, reached it on an H200",
-        call=_copy("one_tile_a_program"),
+        call=functools.partial(_copy, "one_tile_a_program"),
     ),
     "persistent": Version(
         "A program walks over many tiles and gathers the next one's keys while it finishes this one.",
         (565.0, "TFLOP/s"),
         "62.1 waves of tiles become one: no half-empty last wave, no start-up between tiles; 3 %",
-        call=_copy("persistent"),
+        call=functools.partial(_copy, "persistent"),
     ),
     "rare rescaling": Version(
         "The output is rescaled only where the running maximum grew by more than a threshold.",
         (575.0, "TFLOP/s"),
         "a guess of 2 %: 256 multiplications a thread and block fewer, where most are hidden already",
-        call=_copy("rare_rescaling"),
+        call=functools.partial(_copy, "rare_rescaling"),
     ),
     "early hand-over": Version(
         "Probabilities go to the other warpgroup before one's own product with the values is waited for.",
