@@ -46,7 +46,7 @@ def mode() -> str:
     return "interpreter" if INTERPRETED else "compiled"
 
 
-def check_runnable(**tensors) -> None:
+def check_runnable(**tensors: torch.Tensor | None) -> None:
     """Raise unless the kernels can serve these tensors (None is skipped).
 
     ValueError: a CPU tensor in compiled mode, a GPU older than compute capability 8.0, or a tensor that asks for a

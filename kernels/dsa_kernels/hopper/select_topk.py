@@ -50,11 +50,13 @@ def pack(score, key):
 
 @gluon.jit
 def score_of(entry):
+    """The score of an entry that `pack` has made."""
     return (entry >> 32).to(gl.int32).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
 def key_of(entry):
+    """The key of an entry that `pack` has made."""
     return entry.to(gl.int32)
 
 

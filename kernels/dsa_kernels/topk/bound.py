@@ -31,7 +31,9 @@ def safe_rank(expected):
 def sampled_place(j, n, M: tl.constexpr, RUN: tl.constexpr):
     """Where the j-th of M samples of n scores lies, int64: runs of neighbours, one in each of M / RUN equal stretches.
 
-    The places in the stretches have no period that data could share. The last run may reach past n.
+    Where in its stretch a run begins is a hash of the stretch's number: times 2654435761, which is 2^32 over the golden
+    ratio, of which 16 bits count as a fraction of the stretch. So the places have no period that data could share. The
+    last run may reach past n.
     """
     stretch = (j // RUN).to(tl.int64)
     shift = (stretch * 2654435761 % 65536) * (n // (M // RUN)) // 65536

@@ -71,7 +71,7 @@ def _scan(
                 xs = xs + (x.to(tl.float32),)
             place = tl.minimum(place, empty + (SLOTS - AHEAD) * LISTS)  # a list grows by at most AHEAD entries now
             for i in tl.static_range(AHEAD):
-                kept = (xs[i] < bound) == 0
+                kept = (xs[i] < bound) == 0  # NaN is kept
                 s = (start + s0 + i * LANES + lane).to(tl.int64)
                 tl.store(lists + place, (xs[i].to(tl.int32, bitcast=True).to(tl.int64) << 32) | s, kept)
                 place = tl.where(kept, place + LISTS, place)

@@ -56,7 +56,7 @@ def _select_sampled(
 
     # The exact threshold among the list, and the ties in the order of their index.
     if redo == 0:
-        tl.debug_barrier()
+        tl.debug_barrier()  # a thread reads entries that others have written
         c = tl.arange(0, CAP)
         x = tl.load(values + c, c < count, 0.0)
         s = tl.load(places + c, c < count, 0)
