@@ -17,7 +17,6 @@ from typing import NamedTuple
 import pytest
 import rungs
 import torch
-
 from conftest import NEEDS_TRITON
 
 ROOT = pathlib.Path(__file__).parents[1]

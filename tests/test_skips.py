@@ -3,7 +3,6 @@
 import types
 
 import pytest
-
 from conftest import EXPECTED_SKIPS, NEEDS_GPU, NEEDS_HOPPER, NEEDS_TRITON, SkipAccount, cannot_run
 
 

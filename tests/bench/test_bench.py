@@ -8,10 +8,10 @@ import sys
 import pytest
 import rungs
 import torch
+from conftest import NEEDS_TRITON
 from inputs import index_inputs, normal
 
 import dsa_ref
-from conftest import NEEDS_TRITON
 from dsa_ref import cost
 from dsa_ref.config import V32
 

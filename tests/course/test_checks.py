@@ -4,8 +4,8 @@ import importlib
 import pathlib
 
 import pytest
-
 from conftest import NEEDS_TRITON
+
 from dsa_course import checks
 from dsa_course.checking import Check
 from dsa_ref.testing import Failed

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import rungs
 import torch
+from conftest import NEEDS_TRITON
 from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
-from conftest import NEEDS_TRITON
 from dsa_course.viz import LiveFigure
 from notebooks.conftest import WRITE_KERNELS
 from notebooks.maintain.learner import LEARNER, SOURCE

@@ -12,7 +12,6 @@ import sys
 
 import pytest
 import rungs
-
 from conftest import NEEDS_TRITON
 
 ROOT = pathlib.Path(__file__).parents[2]

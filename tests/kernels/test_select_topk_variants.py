@@ -3,9 +3,8 @@
 import pytest
 import rungs
 import torch
-from inputs import best, causal, normal, small_integers
-
 from conftest import NEEDS_TRITON
+from inputs import best, causal, normal, small_integers
 
 if rungs.has_triton():
     import dsa_kernels

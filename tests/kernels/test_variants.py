@@ -12,9 +12,8 @@ import types
 import pytest
 import rungs
 import torch
-from inputs import best, exact_scores, index_inputs, normal, selected, small_integers
-
 from conftest import NEEDS_TRITON
+from inputs import best, exact_scores, index_inputs, normal, selected, small_integers
 
 if rungs.has_triton():
     import dsa_kernels
