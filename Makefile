@@ -40,7 +40,7 @@ test-browser: $(INSTALLED)  ## move every notebook's slider in JupyterLab (needs
 	$(VENV_PYTHON) -m pytest -m browser tests/course/test_browser.py
 
 test-install: $(INSTALLED)  ## install our wheel beside Hugging Face's kernels in a new environment (needs PyPI)
-	$(VENV_PYTHON) -m pytest -m install tests/test_install.py
+	$(VENV_PYTHON) -m pytest -s -m install tests/test_install.py
 
 course: $(INSTALLED)  ## execute every notebook, then make the learner edition and the README's picture
 	$(VENV_PYTHON) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False \
