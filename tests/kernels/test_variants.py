@@ -5,7 +5,9 @@ were asked, and let the portable kernels do the work.
 """
 
 import ast
+import os
 import pathlib
+import subprocess
 import sys
 import types
 
@@ -209,11 +211,15 @@ def test_a_triton_without_gluon(missing, device, monkeypatch):
     assert runtime.hopper_variant("select_topk", None, "hopper", normal(4, 9), 2) is None
 
 
-def test_this_triton_has_gluon_and_the_interpreter_none(monkeypatch):
-    """The pinned versions have it all; without this, the test above could pass for another reason."""
-    for interpreted in (True, False):
-        monkeypatch.setattr(runtime, "INTERPRETED", interpreted)
-        assert runtime.gluon_compiles.__wrapped__() is not interpreted
+@pytest.mark.parametrize("interpreted", (False, True))
+def test_this_triton_has_gluon_and_the_interpreter_none(interpreted):
+    """The pinned versions have it all; without this, the test above could pass for another reason.
+
+    In a new process, where nothing has imported Gluon yet.
+    """
+    code = f"import triton; from dsa_kernels import runtime; assert runtime.gluon_compiles() is {not interpreted}"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": str(int(interpreted))}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_the_list_of_gluon_names_is_what_hopper_imports():

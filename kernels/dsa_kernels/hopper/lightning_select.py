@@ -26,7 +26,7 @@ from ..topk.listed import LARGEST_LISTED_K, ROWS_AT_ONCE
 from . import index_scores
 from .aggregate import aggregate
 from .index_scores import BK, BQ, QUERIES, SCORES, fetch, open_block, row_pointer, visible_tiles, walk
-from .select_topk import LANES, choose, columns, pack
+from .select_topk import LANES, choose, columns
 
 SLOTS = gl.constexpr(128)  # entries of a list, of which a row has BK
 CAP = gl.constexpr(SLOTS.value - 1)  # a list that is full goes on in its last slot
@@ -51,7 +51,9 @@ class Lists:
     def take(self, s0, scores):
         """Append the scores of a tile that are not below the bound, NaN too, each with its key, as one int64."""
         kept = (scores < self.bound[None, :]) == 0
-        gl.store(self.entries + self.next, pack(scores, (s0 + self.key)[:, None]), kept)
+        key = (s0 + self.key)[:, None].to(gl.int64)
+        entry = (scores.to(gl.int32, bitcast=True).to(gl.int64) << 32) | key  # what `select_topk.pack` makes of them
+        gl.store(self.entries + self.next, entry, kept)
         following = gl.minimum(gl.where(kept, self.next + BK, self.next), self.empty + CAP * BK)
         return Lists(entries=self.entries, empty=self.empty, next=following, key=self.key, bound=self.bound)
 
