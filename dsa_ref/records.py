@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import time
 
 import torch
 
-PACKAGE = pathlib.Path(__file__).parent
+PACKAGE = pathlib.Path(__file__).resolve().parent  # behind a link: the checkout is where the files are
 COMMIT_VARIABLE = "DSA_COMMIT"
 
 
@@ -70,30 +71,41 @@ def figures_folder() -> pathlib.Path:
 
     Raises: FileNotFoundError where neither lies in a checkout of this project.
     """
-    for start in (PACKAGE, pathlib.Path.cwd()):
+    try:
+        current = pathlib.Path.cwd()
+    except FileNotFoundError:
+        current = None
+    for start in filter(None, (PACKAGE, current)):
         for folder in (start, *start.parents):
             if (folder / "figures").is_dir() and _is_checkout(folder):
                 return folder / "figures"
     raise FileNotFoundError(
-        f"figures/ must lie above the current folder, {pathlib.Path.cwd()}, or above {PACKAGE}: records are kept in a "
+        f"figures/ must lie above the current folder, {current or 'which is gone'}, or above {PACKAGE}: records are kept in a "
         "checkout of dsa-reference, not in the installed package. Change into a checkout"
     )
 
 
 def read(name: str | os.PathLike) -> dict:
-    """The record `name`, a file in `figures_folder()` or any path. Raises: FileNotFoundError, as `figures_folder`."""
+    """The record `name`: a path relative to `figures_folder()`, unlike `write`'s, or an absolute one.
+
+    Raises: FileNotFoundError, as `figures_folder` and where there is no such file.
+    """
     path = pathlib.Path(name)
     return json.loads((path if path.is_absolute() else figures_folder() / path).read_text(encoding="utf-8"))
 
 
 def write(path: str | os.PathLike, record: dict) -> None:
-    """Write `record` as JSON to `path`, which is taken as it is: programs get it on their command line."""
+    """Write `record` as JSON to `path`, relative to the current folder, unlike `read`'s: programs get it as --log."""
     pathlib.Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _is_checkout(folder):
     project = folder / "pyproject.toml"
-    return project.is_file() and 'name = "dsa-reference"' in project.read_text(encoding="utf-8")
+    if not project.is_file():
+        return False
+    text = project.read_text(encoding="utf-8", errors="replace")  # another project's may be in any encoding
+    table = re.search(r"^[ \t]*\[[ \t]*project[ \t]*\](.*?)(?=^[ \t]*\[|\Z)", text, re.M | re.S)
+    return bool(table and re.search(r"""^[ \t]*name[ \t]*=[ \t]*["']dsa-reference["']""", table[1], re.M))
 
 
 def _git(folder, *arguments):

@@ -1,6 +1,7 @@
 """Provenance names the commit, wherever the code runs from, and records are found from a checkout and an install."""
 
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -106,6 +107,61 @@ def test_records_are_found_from_the_package_or_from_the_current_folder(checkout,
         records.read("h100.json")
     monkeypatch.chdir(inner)
     assert records.figures_folder() == checkout.parent / "figures"
+
+
+@pytest.mark.parametrize(
+    "text, ours",
+    [
+        (PROJECT, True),
+        ('[build-system]\nrequires = []\n[project] # ours\nversion="1"\nname="dsa-reference"\n', True),
+        ("[ project ]\n  name  =  'dsa-reference' # a comment\n[tool.x]\n", True),
+        ('[project]\nname = "another" # not name = "dsa-reference"\n', False),
+        ('[project]\n# name = "dsa-reference"\nname = "another"\n', False),
+        ('[project]\nname = "another"\n[tool.x]\nname = "dsa-reference"\n', False),
+        ('[project]\nname = "dsa-reference-of-another"\n', False),
+        ('[project]\nauthors = "J\xf6rg"\nname = "another"\n', False),
+        ("", False),
+    ],
+)
+def test_a_checkout_of_this_project_is_known_by_its_name(text, ours, tmp_path, monkeypatch):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "pyproject.toml").write_text(text, encoding="latin-1")
+    monkeypatch.setattr(records, "PACKAGE", tmp_path / "dsa_ref")
+    monkeypatch.chdir(tmp_path / "figures")
+    if ours:
+        assert records.figures_folder() == tmp_path / "figures"
+    else:
+        with pytest.raises(FileNotFoundError, match="Change into a checkout"):
+            records.figures_folder()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a folder in use cannot be removed")
+def test_a_current_folder_that_is_gone_is_named(checkout, tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setattr(records, "PACKAGE", checkout)
+    assert records.figures_folder() == checkout.parent / "figures"
+    monkeypatch.setattr(records, "PACKAGE", tmp_path / "site-packages" / "dsa_ref")
+    with pytest.raises(FileNotFoundError, match="current folder, which is gone, or above"):
+        records.figures_folder()
+
+
+def test_a_linked_package_has_the_commit_and_the_records_of_its_checkout(checkout, tmp_path):
+    shutil.copy(records.__file__, checkout / "records.py")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "dsa_ref").symlink_to(checkout)
+    code = "from dsa_ref import records; print(records.figures_folder(), records.commit()['commit'])"
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "linked",
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "linked")},
+    )
+    commit = git(checkout, "rev-parse", "--short=10", "HEAD")
+    assert ran.stdout.split() == [str(checkout.parent / "figures"), f"{commit}-dirty"], ran.stderr
 
 
 def test_a_written_record_is_read_again(tmp_path):

@@ -41,7 +41,7 @@ def main(arguments=None) -> int:
         print(NO_GPU, file=sys.stderr)
         return 2
     provenance = measure.environment(arguments)
-    log = options.log or (ladder.LADDER if options.ladder else records.default_log(provenance["device"]))
+    log = options.log or (records.ladder_log() if options.ladder else records.default_log(provenance["device"]))
     if log is None:
         parser.error(f"no file for figures of a {provenance['device']}: pass --log")
     if options.only and not options.ladder and not options.log:

@@ -1,20 +1,23 @@
 """What a run leaves behind: a table of at most 120 columns, and JSON that keeps the steps it did not measure."""
 
 import json
-import pathlib
 
-from dsa_ref.records import write
+from dsa_ref.records import figures_folder, write
 
 from .run import OURS
 
-FIGURES = pathlib.Path(__file__).parents[2] / "figures"
 CARDS = {"H200": "h200.json", "H100": "h100.json"}
 COLUMNS = (("case", 34), ("who", 28), ("ms", 8), ("10-90 %", 11), ("rate", 13), ("of best", 7), ("ours is", 7))
 
 
 def default_log(gpu):
     """Where figures of a card with this name go, None for a card that has no file."""
-    return next((FIGURES / file for card, file in CARDS.items() if card in gpu), None)
+    return next((figures_folder() / file for card, file in CARDS.items() if card in gpu), None)
+
+
+def ladder_log():
+    """Where the ladder's figures go, on any card."""
+    return figures_folder() / "ladder.json"
 
 
 def merge(path, steps, ceilings):

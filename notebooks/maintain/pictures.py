@@ -4,7 +4,6 @@
 """
 
 import base64
-import pathlib
 
 import nbformat
 
@@ -13,7 +12,7 @@ from dsa_ref import records
 
 from .learner import SOURCE
 
-FIGURES = pathlib.Path(__file__).parents[2] / "figures"
+FIGURES = records.figures_folder()
 
 
 def stored(notebook, text) -> bytes:

@@ -343,7 +343,7 @@ def test_a_selection_that_differs_is_found(bench, monkeypatch):
 def test_the_ladders_file_holds_the_registered_predictions(bench):
     """What was measured stays; what was expected is not to drift from `VERSIONS`."""
     ladder = bench("ladder")
-    entries = json.loads(ladder.LADDER.read_text())["entries"]
+    entries = json.loads(bench("records").ladder_log().read_text())["entries"]
     assert [(made["step"], made["version"]) for made in entries] == [
         (step, name) for step, versions in ladder.VERSIONS.items() for name in versions
     ]

@@ -7,7 +7,9 @@ A version is a `variant` of the step's public function, or a whole copy of a ker
 import functools
 import json
 
-from .. import measure, records
+from dsa_ref.records import write
+
+from .. import measure
 from ..cases import CASES, public_function
 from ..run import figures, free
 from . import index_scores, lightning_select, select_topk, sparse_attention
@@ -21,7 +23,6 @@ STEPS = {
 }
 VERSIONS = {step: module.VERSIONS for step, module in STEPS.items()}
 LADDER_CASES = {step: module.CASE for step, module in STEPS.items()}
-LADDER = records.FIGURES / "ladder.json"
 
 
 def function_of(step, name):
@@ -84,7 +85,7 @@ def update(path, entries):
     by_version = {(made["step"], made["version"]): made for made in found + entries}
     registered = [(step, name) for step, versions in VERSIONS.items() for name in versions]
     kept = [by_version[key] for key in registered if key in by_version]
-    path.write_text(json.dumps({"entries": kept}, indent=1) + "\n")
+    write(path, {"entries": kept})
 
 
 def entry_lines(made):

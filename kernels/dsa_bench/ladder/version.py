@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """One rung. Its prediction was made before it was measured.
+    """One rung. Its prediction was made before it was measured; where none was made, `because` says so.
 
     what: what it does, in a sentence; predicted: (number, unit), the unit "ms" or the case's own ("TFLOP/s", "TB/s");
     because: what the prediction rests on; kept: whether it, or what it taught, is in the kernel that runs today;
