@@ -20,17 +20,17 @@ def ci(tmp_path):
     programs.mkdir()
     (tmp_path / ".ci").mkdir()
     shutil.copy(RUN, tmp_path / ".ci" / "run")
-    for name in ("bash", "dirname"):
+    for name in ("bash", "dirname", "env", "true"):
         (programs / name).symlink_to(shutil.which(name))
 
-    def run(**scripts):
+    def run(environment=(), **scripts):
         scripts = {"make": "echo target $1", "uname": "echo Linux", "id": "echo 0"} | scripts
         for name, script in scripts.items():
             path = programs / name.replace("_", "-")
             path.write_text(f"#!{shutil.which('bash')}\n{script}\n")
             path.chmod(0o755)
         command = [shutil.which("bash"), str(tmp_path / ".ci" / "run")]
-        ran = subprocess.run(command, env={"PATH": str(programs)}, capture_output=True, text=True)
+        ran = subprocess.run(command, env={"PATH": str(programs), **dict(environment)}, capture_output=True, text=True)
         said = ran.stdout + ran.stderr
         targets = [line.removeprefix("target ") for line in said.splitlines() if line.startswith("target ")]
         return ran.returncode, targets, said
@@ -43,9 +43,12 @@ def test_where_chromium_is_the_browser_test_runs(ci, name):
     assert ci(**{name: "true"})[:2] == (0, [*TARGETS, "test-browser"])
 
 
-def test_where_chromium_can_be_installed_it_is(ci):
+@pytest.mark.parametrize(
+    "user", [{}, {"id": "echo 1000", "sudo": '[ "$1" = -n ] && shift && "$@"'}], ids=["root", "sudo"]
+)
+def test_where_chromium_can_be_installed_it_is(ci, user):
     installs = f'[ "$1" = update ] || {shutil.which("cp")} "$0" "${{0%/*}}/chromium"'
-    assert ci(apt_get=installs)[:2] == (0, [*TARGETS, "test-browser"])
+    assert ci(**user, apt_get=installs)[:2] == (0, [*TARGETS, "test-browser"])
 
 
 @pytest.mark.parametrize("apt_get", ["exit 100", '[ "$1" = update ]', "true"])
@@ -54,10 +57,20 @@ def test_where_installing_it_fails_ci_fails(ci, apt_get):
     assert code != 0 and targets == TARGETS
 
 
-@pytest.mark.parametrize("machine", [{"id": "echo 1000", "apt_get": "true"}, {"uname": "echo Darwin"}, {}])
-def test_where_it_cannot_be_installed_ci_says_so(ci, machine):
+NOT_ROOT = {"id": "echo 1000", "apt_get": "true"}
+NO_BROWSER = [NOT_ROOT, NOT_ROOT | {"sudo": "exit 1"}, {"uname": "echo Darwin"}, {}]
+
+
+@pytest.mark.parametrize("machine", NO_BROWSER)
+def test_where_it_cannot_be_installed_it_is_left_out_on_a_desk(ci, machine):
     code, targets, said = ci(**machine)
     assert code == 0 and targets == TARGETS and "The browser test was left out" in said
+
+
+@pytest.mark.parametrize("machine", NO_BROWSER)
+def test_where_it_cannot_be_installed_a_ci_service_fails(ci, machine):
+    code, targets, said = ci({"CI": "true"}, **machine)
+    assert code != 0 and targets == TARGETS and "The browser test cannot run" in said
 
 
 @pytest.mark.parametrize("target", [*TARGETS, "test-browser"])
