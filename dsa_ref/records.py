@@ -80,8 +80,8 @@ def figures_folder() -> pathlib.Path:
             if (folder / "figures").is_dir() and _is_checkout(folder):
                 return folder / "figures"
     raise FileNotFoundError(
-        f"figures/ must lie above the current folder, {current or 'which is gone'}, or above {PACKAGE}: records are kept in a "
-        "checkout of dsa-reference, not in the installed package. Change into a checkout"
+        f"figures/ must lie above the current folder, {current or 'which is gone'}, or above {PACKAGE}: records "
+        "are kept in a checkout of dsa-reference, not in the installed package. Change into a checkout"
     )
 
 

@@ -98,7 +98,7 @@ NEW = OLD | {"command": "python -m dsa_bench", "commit": "abc", "device": "H100"
         ),
         ({key: value for key, value in OLD.items() if key != "gpu"}, ["no device"]),
         ({key: value for key, value in NEW.items() if key != "triton"}, ["no triton"]),
-        ({key: value for key, value in OLD.items() if key != "date"}, ["no date"]),
+        ({key: value for key, value in NEW.items() if key != "date"}, ["no date"]),
     ],
 )
 def test_a_provenance_that_lacks_something_is_refused(provenance, wrong):
