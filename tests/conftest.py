@@ -24,6 +24,12 @@ EXPECTED_SKIPS = {
     "cpu": {NEEDS_GPU},
     "no triton": {NEEDS_GPU, NEEDS_TRITON},
 }
+# Tests that plain pytest leaves out, by their mark: the file that a target of the Makefile runs with that mark.
+RUN_BY_TARGET = {
+    "grading": "tests/course/test_grading.py",
+    "browser": "tests/course/test_browser.py",
+    "install": "tests/test_install.py",
+}
 MARKS = {"gpu", "hopper"}  # the only tests that NEEDS_GPU and NEEDS_HOPPER may skip, and on a CPU all of them
 
 
@@ -47,7 +53,16 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("ops", mark.args if mark else rungs.NAMES, indirect=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` leaves tests out
 def pytest_collection_modifyitems(items):
+    lost = [
+        f"{item.nodeid} is marked {mark}: only {file} is run with that mark"
+        for item in items
+        for mark, file in RUN_BY_TARGET.items()
+        if item.get_closest_marker(mark) and item.path != item.config.rootpath / file
+    ]
+    if lost:
+        raise pytest.UsageError(*lost)
     for item in items:
         marks = {mark for mark in MARKS if item.get_closest_marker(mark)}
         if reason := cannot_run(marks, platform()):

@@ -1,9 +1,22 @@
 """The account of skipped tests: what it accepts, and that nothing can be skipped past it."""
 
+import pathlib
+import re
 import types
 
 import pytest
-from conftest import EXPECTED_SKIPS, NEEDS_GPU, NEEDS_HOPPER, NEEDS_TRITON, SkipAccount, cannot_run
+from conftest import (
+    EXPECTED_SKIPS,
+    NEEDS_GPU,
+    NEEDS_HOPPER,
+    NEEDS_TRITON,
+    RUN_BY_TARGET,
+    SkipAccount,
+    cannot_run,
+    pytest_collection_modifyitems,
+)
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def report(reason=None, *marks, when="setup", xfail=None):
@@ -70,3 +83,25 @@ def test_what_a_mark_asks_for():
     assert [cannot_run({"gpu"}, where) for where in EXPECTED_SKIPS] == [None, None, NEEDS_GPU, NEEDS_GPU]
     assert [cannot_run({"hopper"}, where) for where in EXPECTED_SKIPS] == [None, NEEDS_HOPPER, NEEDS_GPU, NEEDS_GPU]
     assert [cannot_run(set(), where) for where in EXPECTED_SKIPS] == [None] * 4
+
+
+def item(file, *marks):
+    made = types.SimpleNamespace(
+        nodeid=f"{file}::test_x", path=ROOT / file, config=types.SimpleNamespace(rootpath=ROOT)
+    )
+    made.get_closest_marker = lambda name: name if name in marks else None
+    return made
+
+
+@pytest.mark.parametrize("mark", RUN_BY_TARGET)
+def test_a_test_that_no_target_would_run_is_refused(mark):
+    pytest_collection_modifyitems([item("tests/steps/test_rope.py"), item(RUN_BY_TARGET[mark], mark)])
+    with pytest.raises(pytest.UsageError, match=f"tests/steps/test_rope.py::test_x is marked {mark}"):
+        pytest_collection_modifyitems([item("tests/steps/test_rope.py", mark)])
+
+
+def test_the_makefile_runs_each_mark_that_plain_pytest_leaves_out():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    left_out = re.search(r'"-m", "(not .+)"', project)[1].removeprefix("not ").split(" and not ")
+    targets = re.findall(r"-m (\w+) (tests/\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert sorted(left_out) == sorted(RUN_BY_TARGET) and dict(targets) == RUN_BY_TARGET
