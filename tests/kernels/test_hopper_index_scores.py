@@ -17,6 +17,8 @@ from conftest import NEEDS_TRITON
 ROOT = pathlib.Path(__file__).parents[2]
 BOOK = ROOT / "kernels" / "book"
 COPIES = ("whole", "turns", "maximum", "saturate")
+# in the order in which `open_block` makes them
+BUFFERS = ("queries", "ring.keys", "ring.scales", "queries_arrived", "ring.full", "ring.free")
 COMPILE = """
 import importlib, json, subprocess, sys
 import triton  # before dsa_kernels, which would switch the interpreter on where there is no GPU
@@ -58,11 +60,16 @@ def compiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compiled")
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": path}
+    env["MLIR_ENABLE_DUMP"] = "_index_scores"  # Triton prints to stderr what each of its passes is given
     script = folder / "compile.py"
     script.write_text(COMPILE)
     done = subprocess.run([sys.executable, script, *COPIES], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    placed = next(dump for dump in done.stderr.split("IR Dump") if "allocation.offset" in dump)  # production's is first
+    offsets = [int(x) for x in re.findall(r"local_alloc \{allocation\.offset = (\d+) : i32\}", placed)]
+    found = json.loads(done.stdout.splitlines()[-1])
+    found["production"]["offsets"] = offsets
+    return found
 
 
 def test_memory_map_of_the_chapter_adds_up(compiled):
@@ -74,6 +81,9 @@ def test_memory_map_of_the_chapter_adds_up(compiled):
         offset += int(size.replace(",", ""))
     assert len(rows) == 8 and f"**{offset:,}**" in chapter
     assert compiled["production"]["shared"] == compiled["scan"]["shared"] == offset
+    for name, offset_of_buffer in zip(BUFFERS, compiled["production"]["offsets"], strict=True):
+        (row,) = (text for at, size, text in rows if 0 <= offset_of_buffer - int(at, 16) < int(size.replace(",", "")))
+        assert f"`{name}`" in row, f"{name} lies at {offset_of_buffer:#x}, and the chapter has there: {row}"
     assert f"{offset:,} bytes to the byte" in (BOOK / "lightning_select.md").read_text(encoding="utf-8")
 
 

@@ -12,6 +12,12 @@ import rungs
 
 ROOT = pathlib.Path(__file__).parents[2]
 CHAPTER = ROOT / "kernels" / "book" / "sparse_attention.md"
+BUFFERS = (  # in the order in which `allocate` makes them; barriers, which have a row of the map together, are left out
+    *("q.left", "q.right", "q.rope", "q.number"),
+    *("k0.left.columns", "k0.right.columns", "k0.rope", "k0.valid"),
+    *("k1.left.columns", "k1.right.columns", "k1.rope", "k1.valid"),
+    *("p1.operand", "left_max.buffer", "left_sum.buffer", "right_sum.buffer"),
+)
 COMPILE = """
 import json, subprocess, sys
 import triton  # before dsa_kernels, which would switch the interpreter on where there is no GPU
@@ -44,11 +50,19 @@ def compiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compiled")
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": path}
+    env["MLIR_ENABLE_DUMP"] = "_sparse_attention"  # Triton prints to stderr what each of its passes is given
     script = folder / "compile.py"
     script.write_text(COMPILE)
     done = subprocess.run([sys.executable, script], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1]) | {"offsets": offsets_of_buffers(done.stderr)}
+
+
+def offsets_of_buffers(dumps):
+    """Where the compiler has put each buffer that is no barrier, in the order of the source."""
+    placed = next(dump for dump in dumps.split("IR Dump") if "allocation.offset" in dump)
+    found = re.findall(r"local_alloc \{allocation\.offset = (\d+) : i32\}.*!ttg\.memdesc<([0-9x]+x\w+)", placed)
+    return [int(offset) for offset, shape in found if not shape.endswith("xi64")]
 
 
 def number(text):
@@ -63,6 +77,14 @@ def test_memory_map_of_the_chapter_adds_up(compiled):
         offset += number(size)
     assert len(rows) == 16 and f"**{offset:,}**" in CHAPTER.read_text(encoding="utf-8")
     assert compiled["shared"] == offset <= 232_448
+
+
+def test_memory_map_names_each_buffer_where_the_compiler_has_put_it(compiled):
+    rows = re.findall(r"^\| ([\d,]+) \| ([\d,]+) \| (.*) \|$", CHAPTER.read_text(encoding="utf-8"), re.MULTILINE)
+    for name, offset in zip(BUFFERS, compiled["offsets"], strict=True):
+        (row,) = (text for at, size, text in rows if number(at) <= offset < number(at) + number(size))
+        assert f"`{name}`" in row, f"{name} lies at {offset}, and the chapter has there: {row}"
+        assert sum(f"`{name}`" in text for _, _, text in rows) == 1, name
 
 
 def test_no_register_is_spilled_and_no_product_waits_for_the_last(compiled):

@@ -4,8 +4,11 @@ Three warpgroups share these buffers: `gather` fills q and the keys, `left` and 
 probabilities, maxima and sums. A buffer has its barriers beside it, and is used through their methods:
 
     acquire_free(turn)       who fills waits here until those who read the last contents are done
+    fill, copy, write        it fills: by TMA, by asynchronous copies, by stores
+    send_valid               ... and says of a block's keys which are none; it travels with a quarter
     release_full()           it has filled; for copies in flight: the barrier will know when they have landed
-    acquire_full(turn)       who reads waits here for new contents
+    acquire_first(turn)      who reads waits here for the first half of a quarter's columns
+    acquire_full(turn)       ... and here for all of the new contents
     release_free()           it has read what it wanted
     send(x), receive(turn)   a number for each row, from `left` to `right` or back, once a step or once a tile
 
@@ -27,6 +30,8 @@ Q_BYTES = gl.constexpr(64 * 576 * 2)
 SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # what TMA writes and the tensor cores read
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 SCALAR = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+# Tiles for the tensor cores are allocated with a first axis of one place, [1, 64, 256]. A product takes `.index(zero)`
+# of them, where `zero` is a 0 that the compiler cannot see through: `sparse_tiles.opaque_zero` says why.
 Buffer = Barrier = gl.shared_memory_descriptor  # one type in Triton; the name says which is meant
 
 
@@ -68,7 +73,7 @@ class Queries:
 
     @gluon.jit
     def fill(self, q256, q64, row0, number):
-        """`gather`'s one arrival says how many bytes must land before the phase ends, then TMA brings them."""
+        """`expect`, `gather`'s one arrival, says how many bytes must land before the phase ends. TMA brings them."""
         self.number.store(gl.full([1], number, gl.int32, layout=SCALAR))
         mbarrier.expect(self.full, Q_BYTES)
         tma.async_copy_global_to_shared(q256, [row0, 0], self.full, self.left.index(0))
@@ -89,7 +94,7 @@ class Queries:
 
     @gluon.jit
     def release_free(self, pred=True):
-        mbarrier.arrive(self.free, count=1, pred=pred)
+        mbarrier.arrive(self.free, count=1, pred=pred)  # it arrives only if pred is true
 
 
 @aggregate
@@ -143,13 +148,17 @@ class KeyQuarter:
 
 @gluon.jit
 def copy_columns(target, source, there):
-    """Start the copy of 64 columns of 64 rows, 16 bytes at a time."""
+    """Start the copy of 64 columns of 64 rows, 16 bytes at a time: a panel, 128 bytes a row (see kernels/README.md)."""
     async_copy.async_copy_global_to_shared(target, source, mask=there)
 
 
 @gluon.jit
 def arrive_when_copied(barrier):
-    """Each of the 128 threads of `gather` arrives when the copies that it has started so far have landed."""
+    """Each of the 128 threads of `gather` arrives when the copies that it has started so far have landed.
+
+    increment_count=False: these are arrivals that the barrier was made for. With True each would first raise the number
+    of arrivals that the phase waits for, by itself.
+    """
     async_copy.mbarrier_arrive(barrier, increment_count=False)
 
 

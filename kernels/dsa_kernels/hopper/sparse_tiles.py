@@ -21,7 +21,8 @@ P_REGISTERS = gl.constexpr(gl.DotOperandLayout(0, OUTPUT.value, 2))  # P as an o
 ROWS = gl.constexpr(gl.SliceLayout(1, LOGITS.value))  # a number for each row of the logits
 KEYS = gl.constexpr(gl.SliceLayout(0, LOGITS.value))  # a number for each column
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # [64, 64] with 16 bytes a copy
-# [64, 256] with 8 neighbouring columns in a thread, for 16-byte stores, and the layout half-way to it from OUTPUT.
+# [64, 256] with 8 neighbouring columns in a thread, for 16-byte stores, and the layout half-way to it from OUTPUT. The
+# lists say how far each bit of the number of a register, a lane (a thread of a warp) and a warp moves an element.
 HALF_WAY = gl.constexpr(
     gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64], [0, 128]],
@@ -167,8 +168,9 @@ def rescale(acc, factor):
 def opaque_zero(counter):
     """0, for a counter below 2^28, which the compiler cannot know.
 
-    It is the index into buffers of one place, where 0 would do: with addresses that it knows, the compiler prepares
-    every product's descriptors before the loop, and they fill the registers.
+    It is the index into buffers of one place, where 0 would do. A product finds an operand in shared memory by a
+    descriptor, a number of 64 bits. With addresses that it knows, the compiler computes every product's descriptors
+    before the loop, and they fill the registers.
     """
     return counter >> 28
 
