@@ -70,6 +70,8 @@ class SmallModel(nn.Module):
 
     def __init__(self, config: ModelConfig = ModelConfig(), ops: Ops = dsa_ref) -> None:
         super().__init__()
+        if config.attention.index_pattern:
+            raise ValueError("config.attention.index_pattern must be empty: every layer of this model has an indexer")
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.attention.dim)
         self.layers = nn.ModuleList(Block(config, ops) for _ in range(config.n_layers))
@@ -128,6 +130,8 @@ def load_small_model(
     with safe_open(path, framework="pt") as file:
         fields = json.loads(file.metadata()["config"])
         weights = {name: file.get_tensor(name).float() for name in file.keys()}
+    if "max_seq_len" in attention and not DSAConfig(**fields["attention"]).yarn:
+        attention = {"rope_factor": 1.0} | attention  # trained without YaRN: a length alone must not turn it on
     fields["attention"] = DSAConfig(**(fields["attention"] | attention))
     model = SmallModel(ModelConfig(**fields), ops)
     model.load_state_dict(weights)
