@@ -63,3 +63,8 @@ def _settings():
     if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and newer
         return [(backend.matmul, "fp32_precision", "ieee") for backend in (backends.cuda, backends.mkldnn)]
     return [(backends.cuda.matmul, "allow_tf32", False)]
+
+
+def autocast_on(device: torch.device) -> bool:
+    """Whether autocast is on for tensors of this device."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
