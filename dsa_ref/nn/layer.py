@@ -310,12 +310,19 @@ class DSALayer(nn.Module):
         if not isinstance(cache, LayerCache):
             raise TypeError(f"cache must be a LayerCache, got {type(cache).__name__}")
         c = self.config
-        wanted, got = (c.latent_dim, c.index_head_dim), (cache.kv.shape[1], cache.k_idx.shape[1])
+        if (cache.k_idx is None) != (self.indexer is None):
+            kind = "a layer with" if cache.k_idx is not None else "a layer without"
+            raise ValueError(
+                f"cache must be made with indexer={self.indexer is not None}, got one of {kind} an indexer"
+            )
+        wanted, got = (c.latent_dim, c.index_head_dim), (cache.kv.shape[1], c.index_head_dim)
+        if cache.k_idx is not None:
+            got = (cache.kv.shape[1], cache.k_idx.shape[1])
         if wanted != got:
             raise ValueError(f"cache must have rows of {wanted} for this layer's latents and index keys, got {got}")
         if cache.kv.device != x.device:
             raise ValueError(f"cache must be on {x.device} like x, got {cache.kv.device}")
-        if (cache.k_idx.dtype == E4M3) != c.index_fp8:
+        if cache.k_idx is not None and (cache.k_idx.dtype == E4M3) != c.index_fp8:
             raise TypeError(f"cache must be made for index_fp8 = {c.index_fp8}, got keys of {cache.k_idx.dtype}")
 
     def _check_record(self, record) -> None:
