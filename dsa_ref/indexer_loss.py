@@ -16,11 +16,12 @@ Source: DeepSeek-V3.2-Exp report, equations 3 and 4; SPEC section 5.
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .blocks import list_blocks, masked_blocks
 from .contracts import Array, Bound, check_indexer_loss, row_ranges
 from .index_scores import index_scores_loops, score_block
-from .sparse_attention import attention_weights, masked_softmax
+from .sparse_attention import attention_weights, gather_rows, masked_softmax
 
 
 def indexer_loss_loops(
@@ -32,9 +33,9 @@ def indexer_loss_loops(
     scores = index_scores_loops(q_idx, k_idx, w, None, start, end)
     total, rows = 0.0, 0
     for t in range(T):
-        keys = [s for s in range(kv.shape[0]) if scores[t, s] > -np.inf]
-        if indices is not None:
-            keys = [s for s in keys if s in indices[t]]
+        first = 0 if start is None else start[t]
+        last = kv.shape[0] - T + t + 1 if end is None else end[t]
+        keys = [s for s in range(first, last) if indices is None or s in indices[t]]
         if not keys:
             continue
         p = np.zeros(len(keys))
@@ -69,24 +70,30 @@ def indexer_loss(
     (T, Hi, Di), S, (_, H, D) = q_idx.shape, len(kv), q.shape
     start, end = row_ranges(T, S, q.device, start, end)
     q, kv = q.detach().float(), kv.detach().float()
-    total = q.new_zeros(())
+    total, alive = q.new_zeros(()), 0
+    for rows, keys, lists, mask in _blocks(indices, start, end, S, per_pair=Hi + H, per_index=D + Di + Hi + H):
+        seen, dims = (kv[keys], "sd") if lists is None else (gather_rows(kv, lists, mask), "tsd")
+        p = attention_weights(q[rows], seen, scale, mask, dims)[0].mean(dim=1)
+        block = (q_idx[rows], k_idx[keys], w[rows], p, lists, mask)
+        total = total + checkpoint(_kl, *block, use_reentrant=False, preserve_rng_state=False)
+        alive = alive + mask.any(dim=1).sum()
+    return total / alive.clamp(min=1)
+
+
+def _blocks(indices, start, end, S, per_pair, per_index):
+    """(rows, keys, lists, mask) of each block: in the warm-up `keys` is a range and lists None, else lists name keys."""
     if indices is None:
-        for rows, keys, mask in masked_blocks(start, end, S, per_pair=Hi + H):
-            total = total + _kl(q_idx[rows], k_idx[keys], w[rows], q[rows], kv[keys], scale, mask, "sd")
-        alive = end > start
+        for rows, keys, mask in masked_blocks(start, end, S, per_pair):
+            yield rows, keys, None, mask
     else:
-        inside = (indices >= start[:, None]) & (indices < end[:, None])
-        for rows in list_blocks(indices, per_index=D + Di + Hi + H):
-            picked = indices[rows].clamp(min=0)
-            total = total + _kl(q_idx[rows], k_idx[picked], w[rows], q[rows], kv[picked], scale, inside[rows], "tsd")
-        alive = inside.any(dim=1)
-    return total / alive.sum().clamp(min=1)
+        for rows, lists in list_blocks(indices, per_index):
+            yield rows, slice(S), lists, (lists >= start[rows, None]) & (lists < end[rows, None])
 
 
-def _kl(q_idx, k_idx, w, q, kv, scale, mask, dims) -> Tensor:
-    """Sum over a block's rows of KL(p || softmax(I)) on the keys in mask [T, S]; `dims` as for `attend`."""
-    scores = score_block(q_idx, k_idx, w, None, torch.float32, dims)
-    p = attention_weights(q, kv, scale, mask, dims)[0].mean(dim=1)
+def _kl(q_idx, k_idx, w, p, lists, mask) -> Tensor:
+    """Sum over a block's rows of KL(p || softmax(I)) on the keys in mask [T, S]."""
+    keys, dims = (k_idx, "sd") if lists is None else (gather_rows(k_idx, lists, mask), "tsd")
+    scores = score_block(q_idx, keys, w, None, torch.float32, dims, mask)
     _, lse = masked_softmax(scores, mask)
     log_guess = torch.where(mask, scores - torch.where(lse == -torch.inf, 0.0, lse)[:, None], 0.0)
     return (torch.xlogy(p, p) - p * log_guess).sum()

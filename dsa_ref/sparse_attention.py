@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .blocks import list_blocks
 from .contracts import Array, check_sparse_attention
+from .products import masked_einsum
 
 
 def sparse_attention_loops(q: Array, kv: Array, indices: Array, scale: float, v_dim: int) -> tuple[Array, Array]:
@@ -24,7 +25,7 @@ def sparse_attention_loops(q: Array, kv: Array, indices: Array, scale: float, v_
     T, H, _ = q.shape
     out, lse = np.zeros((T, H, v_dim)), np.full((T, H), -np.inf)
     for t in range(T):
-        keys = [s for s in indices[t] if s >= 0]
+        keys = sorted({int(s) for s in indices[t] if s >= 0})
         for h in range(H):
             if keys:
                 logits = np.array([scale * np.dot(q[t, h], kv[s]) for s in keys])
@@ -47,15 +48,19 @@ def sparse_attention(q: Tensor, kv: Tensor, indices: Tensor, scale: float, v_dim
     check_sparse_attention(q, kv, indices, scale, v_dim)
     dtype = torch.promote_types(q.dtype, torch.float32)
     outs, lses = [], []
-    for rows in list_blocks(indices, per_index=q.shape[1] + q.shape[2]):
-        missing = indices[rows] < 0
-        gathered = kv[indices[rows].clamp(min=0)].to(dtype)
-        if missing.any():  # a weight of 0 would not keep a NaN of row 0 out
-            gathered = gathered.masked_fill(missing[:, :, None], 0.0)
-        out, lse = attend(q[rows].to(dtype), gathered, gathered[..., :v_dim], scale, ~missing, "tsd")
+    for rows, lists in list_blocks(indices, per_index=q.shape[1] + q.shape[2]):
+        there = lists >= 0
+        gathered = gather_rows(kv, lists, there).to(dtype)
+        out, lse = attend(q[rows].to(dtype), gathered, gathered[..., :v_dim], scale, there, "tsd")
         outs.append(out.to(q.dtype))
         lses.append(lse)
     return torch.cat(outs), torch.cat(lses)
+
+
+def gather_rows(table: Tensor, lists: Tensor, mask: Tensor) -> Tensor:
+    """The rows of table [S, D] that lists [T, k] name, [T, k, D], and zeros where the mask [T, k] does not hold."""
+    gathered = table[lists.clamp(min=0)]
+    return gathered if mask.all() else gathered.masked_fill(~mask[:, :, None], 0.0)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, dims: str) -> tuple[Tensor, Tensor]:
@@ -64,12 +69,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, dims: st
     dims: k's and v's: "sd" for rows shared by all, "tsd" where each query has rows of its own, "shd" where each head.
     """
     weights, lse = attention_weights(q, k, scale, mask, dims)
-    return torch.einsum(f"ths,{dims}->thd", weights, v), lse
+    return masked_einsum(f"ths,{dims}->thd", weights, v, mask), lse
 
 
 def attention_weights(q: Tensor, k: Tensor, scale: float, mask: Tensor, dims: str) -> tuple[Tensor, Tensor]:
     """The softmax of equation 2: (weights [T, H, S], log-sum-exp [T, H]). Arguments as for `attend`."""
-    return masked_softmax(torch.einsum(f"thd,{dims}->ths", q, k) * scale, mask[:, None])
+    return masked_softmax(masked_einsum(f"thd,{dims}->ths", q, k, mask) * scale, mask[:, None])
 
 
 def masked_softmax(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,9 +41,16 @@ class Row(NamedTuple):
 # The standard library may be imported everywhere. "?" is an import by a name that only the running program knows.
 TABLE = [
     # the reference: ground floor, steps, judges, then what is built on the steps
-    Row("dsa_ref.version dsa_ref.config", "", ""),
+    Row("dsa_ref.version dsa_ref.hf_config", "", ""),
+    Row("dsa_ref.config", "dsa_ref.hf_config", ""),
+    Row("dsa_ref.precision", "", "torch"),
+    Row("dsa_ref.products", "dsa_ref.precision", "torch"),
     Row("dsa_ref.contracts dsa_ref.blocks", "dsa_ref.config dsa_ref.contracts", "numpy torch"),
-    Row("dsa_ref/step", "dsa_ref.config dsa_ref.contracts dsa_ref.blocks dsa_ref/step", "numpy torch"),
+    Row(
+        "dsa_ref/step",
+        "dsa_ref.config dsa_ref.products dsa_ref.contracts dsa_ref.blocks dsa_ref/step",
+        "numpy torch",
+    ),
     Row(
         "dsa_ref.testing dsa_ref.cost",
         "dsa_ref.config dsa_ref.contracts dsa_ref.blocks dsa_ref/step",
@@ -53,8 +60,9 @@ TABLE = [
     Row("dsa_ref", "dsa_ref.version dsa_ref.config dsa_ref/step dsa_ref.nn", ""),
     Row(
         "dsa_ref.nn.*",
-        "dsa_ref dsa_ref.config dsa_ref.contracts dsa_ref.blocks dsa_ref/step dsa_ref.nn.*",  # the root: default ops
-        "torch safetensors",
+        "dsa_ref dsa_ref.config dsa_ref.precision dsa_ref.contracts dsa_ref.blocks dsa_ref/step "
+        "dsa_ref.nn.*",  # the root: default ops
+        "torch safetensors ?",  # a copied or unpickled layer imports its ops by name
     ),
     Row(
         "dsa_ref.training.*",
@@ -63,7 +71,8 @@ TABLE = [
         "torch",
     ),
     # the kernels, which share only sizes and argument checks with the reference
-    Row("dsa_kernels.runtime", "dsa_kernels.hopper.*", "torch ?"),  # it looks for Gluon's parts by their names
+    Row("dsa_kernels.interpreter", "", "torch triton"),
+    Row("dsa_kernels.runtime", "dsa_kernels.interpreter dsa_kernels.hopper.*", "torch ?"),  # Gluon's parts, by their names
     Row("dsa_kernels.rounding", "dsa_kernels.runtime", "triton"),
     Row(
         "dsa_kernels.topk.*",
