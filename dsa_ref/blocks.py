@@ -40,8 +40,8 @@ def row_blocks(start: Tensor, end: Tensor, per_pair: int) -> Iterator[tuple[slic
 def list_blocks(indices: Tensor, per_index: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, lists): index lists [T, k] in blocks of rows, and those rows' lists, cut to the longest of them.
 
-    ``per_index`` is how many numbers the caller holds for each entry of a list. What is not there costs nothing: k may be
-    far above the number of keys.
+    ``per_index`` is how many numbers the caller holds for each entry of a list. k may be far above the number of keys:
+    what is not there costs nothing.
     """
     lists = compact(indices)
     lengths = (lists >= 0).sum(dim=1, dtype=torch.int32)
@@ -50,7 +50,7 @@ def list_blocks(indices: Tensor, per_index: int) -> Iterator[tuple[slice, Tensor
 
 
 def compact(indices: Tensor) -> Tensor:
-    """Index lists [T, k] with -1 after the last index alone, cut to the longest list, but not to nothing: [T, width]."""
+    """Index lists [T, k] with -1 nowhere but at the end, cut to the longest list: [T, width] with width >= 1."""
     indices = in_use(indices)
     used = indices >= 0
     if (used[:, 1:] > used[:, :-1]).any():  # an index after a -1

@@ -54,9 +54,9 @@ def mha_attention(
 ) -> tuple[Tensor, Tensor]:
     """MHA mode with the selection as a mask: per-head keys and values, every pair computed, few kept.
 
-    q: float [T, H, Dq]; k: [S, H, Dq]; v: [S, H, Dv]; indices: int32 [T, k] as for `sparse_attention`, or None for all
-    visible keys; a row sees the selected keys that also lie in its range.
-    Returns (out [T, H, Dv] in q.dtype, lse [T, H]). Raises as `dense_attention` does.
+    q: float [T, H, Dq]; k: [S, H, Dq]; v: [S, H, Dv]; indices: int32 [T, k], distinct within a row, as for
+    `sparse_attention`, or None for all visible keys; a row sees the selected keys that also lie in its range.
+    Returns (out [T, H, Dv] in q.dtype, lse [T, H]). Raises as `dense_attention` and `sparse_attention` do.
     """
     check_mha_attention(q, k, v, scale, indices, start, end)
     start, end = row_ranges(len(q), len(k), q.device, start, end)

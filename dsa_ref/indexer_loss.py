@@ -28,7 +28,7 @@ def indexer_loss_loops(
     q_idx: Array, k_idx: Array, w: Array, q: Array, kv: Array, scale: float, indices: Array | None = None,
     start: Bound = None, end: Bound = None,
 ) -> float:  # fmt: skip
-    """Both equations as loops over arrays, float64 -> the loss, a float."""
+    """Both equations as loops over arrays, float64 -> the loss, a float. S_t is a set: a key counts once."""
     T, H, _ = q.shape
     scores = index_scores_loops(q_idx, k_idx, w, None, start, end)
     total, rows = 0.0, 0
@@ -46,7 +46,7 @@ def indexer_loss_loops(
         largest = scores[t, keys].max()
         log_guess = scores[t, keys] - largest - np.log(np.sum(np.exp(scores[t, keys] - largest)))
         for i in range(len(keys)):
-            if p[i] > 0:
+            if p[i] != 0:
                 total += p[i] * (np.log(p[i]) - log_guess[i])
         rows += 1
     return total / max(rows, 1)
@@ -60,11 +60,13 @@ def indexer_loss(
 
     q_idx [T, Hi, Di], k_idx [S, Di], w [T, Hi]: the indexer's side, as for `index_scores`, unquantised.
     q [T, H, D], kv [S, D], scale: attention's side, as for `sparse_attention`.
-    indices: None for the warm-up (equation 3), int32 [T, k] for the sparse stage (equation 4).
+    indices: None for the warm-up (equation 3), int32 [T, k], distinct within a row, for the sparse stage (equation 4).
     start, end: int32 [T], default causal; a selected key outside a row's range is left out of that row. With no
-    row that has a key the loss is 0. Computed in fp32, also for fp64 inputs.
+    row that has a key the loss is 0. Computed in fp32, also for fp64 inputs. Memory: one number for each pair, and one
+    for each pair and head of a single block.
 
-    Raises: ValueError for wrong shapes, devices, ranges or indices; TypeError for wrong dtypes.
+    Raises: ValueError for wrong shapes, devices or ranges, indices outside [-1, S) or named twice in a row; TypeError
+    for wrong dtypes.
     """
     check_indexer_loss(q_idx, k_idx, w, q, kv, scale, indices, start, end)
     (T, Hi, Di), S, (_, H, D) = q_idx.shape, len(kv), q.shape
@@ -81,7 +83,7 @@ def indexer_loss(
 
 
 def _blocks(indices, start, end, S, per_pair, per_index):
-    """(rows, keys, lists, mask) of each block: in the warm-up `keys` is a range and lists None, else lists name keys."""
+    """(rows, keys, lists, mask) of each block: it sees the range `keys`, or in the sparse stage what `lists` name."""
     if indices is None:
         for rows, keys, mask in masked_blocks(start, end, S, per_pair):
             yield rows, keys, None, mask
@@ -96,4 +98,4 @@ def _kl(q_idx, k_idx, w, p, lists, mask) -> Tensor:
     scores = score_block(q_idx, keys, w, None, torch.float32, dims, mask)
     _, lse = masked_softmax(scores, mask)
     log_guess = torch.where(mask, scores - torch.where(lse == -torch.inf, 0.0, lse)[:, None], 0.0)
-    return (torch.xlogy(p, p) - p * log_guess).sum()
+    return (torch.xlogy(p, p) - p * log_guess.masked_fill(p == 0, 0.0)).sum()  # 0 · ln 0 is 0 on either side

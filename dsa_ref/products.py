@@ -1,7 +1,7 @@
 """Products over the (query, key) pairs that a mask allows, and over no others: backward too, and next to NaN.
 
-A hidden pair has the weight 0, which keeps its key out of a sum unless the key holds NaN or an infinity: 0 · NaN is NaN.
-In an einsum here "t" is the query and "s" the key. Each is computed exactly as `precision` says.
+A hidden pair has the weight 0. That keeps its key out of a sum unless the key holds NaN or infinity, as 0 · NaN is NaN.
+In each einsum here "t" is the query and "s" the key; it is computed as `precision` says, also in the backward pass.
 """
 
 import torch

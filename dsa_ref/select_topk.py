@@ -51,8 +51,10 @@ def select_block(scores: Tensor, k: int, start: Tensor, end: Tensor, rows: slice
     """
     mask = visible(start, end, rows, keys)
     scores = scores.masked_fill(~mask, -torch.inf)
-    if scores.isnan().any():
-        raise ValueError(f"scores must not be NaN, got NaN in rows {rows.start} to {rows.stop - 1}")
+    bad = scores.isnan()
+    if bad.any():
+        t, s = bad.nonzero()[0].tolist()
+        raise ValueError(f"scores must not be NaN, got NaN in row {rows.start + t} for key {keys.start + s}")
     width = min(k, scores.shape[1])
     wanted = (end[rows] - start[rows]).clamp(max=width)
     threshold = scores.topk(width).values[:, -1:]

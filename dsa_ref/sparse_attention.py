@@ -20,15 +20,15 @@ from .products import masked_einsum
 def sparse_attention_loops(q: Array, kv: Array, indices: Array, scale: float, v_dim: int) -> tuple[Array, Array]:
     """Equation 2 as loops over arrays, float64 -> (out [T, H, v_dim], lse [T, H]).
 
-    Subtracting the largest logit changes no weight and keeps exp from overflowing.
+    S_t is a set: a key counts once. Subtracting the largest logit changes no weight and keeps exp from overflowing.
     """
     T, H, _ = q.shape
     out, lse = np.zeros((T, H, v_dim)), np.full((T, H), -np.inf)
     for t in range(T):
         keys = sorted({int(s) for s in indices[t] if s >= 0})
         for h in range(H):
-            if keys:
-                logits = np.array([scale * np.dot(q[t, h], kv[s]) for s in keys])
+            logits = np.array([scale * np.dot(q[t, h], kv[s]) for s in keys])
+            if keys and logits.max() != -np.inf:
                 exponentials = np.exp(logits - logits.max())
                 out[t, h] = exponentials / exponentials.sum() @ kv[keys, :v_dim]
                 lse[t, h] = logits.max() + np.log(exponentials.sum())
@@ -41,9 +41,10 @@ def sparse_attention(q: Tensor, kv: Tensor, indices: Tensor, scale: float, v_dim
     q: float [T, H, D]; kv: [S, D] of the same dtype; indices: int32 [T, k], -1 where nothing is selected, distinct
     within a row; scale: float > 0; v_dim: the first v_dim columns of kv are the value.
     Returns (out [T, H, v_dim] in q.dtype, lse fp32 [T, H], natural logarithm); computed in fp32 (fp64 for fp64). A row
-    with nothing selected gives 0 and -inf.
+    with nothing selected gives 0 and -inf. Time and memory follow the selected keys, not k.
 
-    Raises: ValueError for wrong shapes, devices, indices outside [-1, S), scale or v_dim; TypeError for wrong dtypes.
+    Raises: ValueError for wrong shapes, devices, indices outside [-1, S) or named twice in a row, scale or v_dim;
+    TypeError for wrong dtypes.
     """
     check_sparse_attention(q, kv, indices, scale, v_dim)
     dtype = torch.promote_types(q.dtype, torch.float32)
