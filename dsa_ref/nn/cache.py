@@ -122,8 +122,9 @@ def all_or_nothing(caches: Sequence[LayerCache], record: list | None) -> Iterato
 
 
 def _widened(new: Tensor | None, held: Tensor) -> Tensor | None:
-    """`new` in the dtype of `held` where autocast is on and that dtype holds its every value."""
-    if new is None or not autocast_on(new.device) or not {new.dtype, held.dtype} <= {*FLOATS}:
+    """`new` in the dtype of `held` where autocast, which works up to fp32, is on and that dtype holds its every value."""
+    floats = {torch.float32, torch.bfloat16, torch.float16}
+    if new is None or not autocast_on(new.device) or not {new.dtype, held.dtype} <= floats:
         return new
     return new.to(held.dtype) if torch.promote_types(new.dtype, held.dtype) == held.dtype else new
 
