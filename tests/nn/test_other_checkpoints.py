@@ -3,12 +3,13 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
-from inputs import assert_same_bits, normal
+from inputs import assert_close, assert_same_bits, normal
 from safetensors.torch import save_file
 
-from dsa_ref import TINY, DSAConfig, DSALayer, LayerCache, load_layer
+from dsa_ref import TINY, DSAConfig, DSALayer, LayerCache, hadamard_loops, load_layer, quantize_loops, rope_loops
 from dsa_ref.nn import ModelConfig, SmallModel, save_checkpoint
 
 TINY_JSON = {
@@ -167,6 +168,24 @@ def test_weights_proj_in_fp32_stays_in_fp32():
     assert_same_bits(narrow.indexer.weights_proj.weight, weights[name].bfloat16())
     x = normal(20, 64, dtype=torch.bfloat16)
     assert loaded(x, torch.arange(20)).isfinite().all()
+
+
+@pytest.mark.rungs("reference", "kernels")
+def test_fp8_after_the_interleaved_layout(ops, device):
+    """The index keys are RoPE, rotation and FP8 in float64 loops, and both rungs' layers agree."""
+    layer = make_layers()[0]
+    assert layer.config.index_fp8 and layer.config.index_rope == "interleaved"
+    x, positions, record = normal(30, 64, device=device), torch.arange(30, device=device), []
+    run = DSALayer(layer.config, ops).requires_grad_(False)
+    run.load_state_dict(layer.state_dict())
+    out = run.to(device)(x, positions, record=record)
+    k = layer.indexer.k_norm(layer.indexer.wk(x.cpu()))[:, None].double().numpy()
+    turned = rope_loops(k, np.arange(30), layer.freqs.numpy(), "interleaved")
+    values, scale = quantize_loops(hadamard_loops(turned[:, 0]))
+    assert torch.equal(record[0]["k_scale"].cpu().double(), torch.from_numpy(scale))
+    differing = record[0]["k_idx"].cpu().double() != torch.from_numpy(values)
+    assert differing.float().mean() < 0.01  # fp32 against fp64, at a rounding boundary
+    assert_close(out.cpu(), layer(x.cpu(), positions.cpu()), 1e-4)
 
 
 def test_a_layer_says_which_indices_it_needs():

@@ -185,6 +185,18 @@ def test_fp8_moves_few_keys(family):
     assert 0 < changed / chosen < 0.04
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_latents_norms_have_an_eps_of_their_own(family):
+    """1e-6, whatever rms_norm_eps says: on inputs this small it is a third of the mean square."""
+    layer, attention, rotary, x = both(family, "plain", 0)
+    x = x * 1e-3
+    wanted = run_theirs(attention, rotary, x)[0]
+    assert_same(layer(x, torch.arange(len(x))), wanted)
+    other = DSALayer(dataclasses.replace(layer.config, norm_eps=SIZES["rms_norm_eps"])).requires_grad_(False)
+    other.load_state_dict(layer.state_dict())
+    assert (other(x, torch.arange(len(x))) - wanted).abs().max() > 0.2 * wanted.abs().max()
+
+
 PATTERNS = {
     "by type": {"indexer_types": ["full", "shared", "shared", "full", "full", "shared"]},
     "by pattern": {"index_topk_pattern": "FSSFFS"},
