@@ -98,6 +98,14 @@ class LayerCache:
         _check_length(length, self.length)
         self.length = length
 
+    def __getstate__(self) -> dict:
+        """What is copied and pickled: FP8 keys as bytes, since torch's tensors of FP8 cannot be unpickled."""
+        return vars(self) | {"k_idx": (self.k_idx.dtype, self.k_idx.view(torch.uint8))}
+
+    def __setstate__(self, state: dict) -> None:
+        dtype, data = state["k_idx"]
+        vars(self).update(state | {"k_idx": data.view(dtype)})
+
 
 def truncate_caches(caches: Sequence[LayerCache], length: int) -> None:
     """`truncate` every layer's cache of one sequence, or, where one cannot be, none. Raises as there."""
@@ -116,13 +124,13 @@ def all_or_nothing(caches: Sequence[LayerCache], record: list | None) -> Iterato
     except BaseException:
         for cache, length in zip(caches, lengths, strict=True):
             cache.length = length
-        if record is not None:
+        if record is not None and len(record) > entries:
             del record[entries:]
         raise
 
 
 def _widened(new: Tensor | None, held: Tensor) -> Tensor | None:
-    """`new` in the dtype of `held` where autocast, which works up to fp32, is on and that dtype holds its every value."""
+    """`new` in the dtype of `held` where autocast (fp32 and below) is on and that dtype holds its every value."""
     floats = {torch.float32, torch.bfloat16, torch.float16}
     if new is None or not autocast_on(new.device) or not {new.dtype, held.dtype} <= floats:
         return new

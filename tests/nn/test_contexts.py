@@ -136,7 +136,7 @@ def test_training_inside_autocast():
 
 @torch.no_grad()
 def test_precision_of_products_changes_no_head_weight_and_no_selection():
-    """ "medium" lets a CPU that can multiply bf16 do so; on others nothing could change."""
+    """At "medium", a CPU that can multiply bf16 does so; on others nothing could change."""
     layer, (x, positions) = make_layer(False), tokens()
     latent, old = normal(T, TINY.q_lora_rank), torch.get_float32_matmul_precision()
     wanted, record = layer.indexer(x, latent)[2], []
