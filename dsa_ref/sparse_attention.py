@@ -90,4 +90,7 @@ def masked_softmax(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     nothing = total == 0
     safe = total.masked_fill(nothing, 1.0)
     lse = (largest + safe.log()).masked_fill(nothing, -torch.inf)
-    return exponentials / safe, lse.squeeze(-1)
+    weights = exponentials / safe
+    if total.isnan().any():  # a row that sees NaN is NaN, but not for the keys that it does not see
+        weights = weights.masked_fill(~mask, 0.0)
+    return weights, lse.squeeze(-1)
