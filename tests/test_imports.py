@@ -60,14 +60,14 @@ TABLE = [
     Row("dsa_ref", "dsa_ref.version dsa_ref.config dsa_ref/step dsa_ref.nn", ""),
     Row(
         "dsa_ref.nn.*",
-        "dsa_ref dsa_ref.config dsa_ref.precision dsa_ref.contracts dsa_ref.blocks dsa_ref/step "
+        "dsa_ref dsa_ref.config dsa_ref.hf_config dsa_ref.precision dsa_ref.contracts dsa_ref.blocks dsa_ref/step "
         "dsa_ref.nn.*",  # the root: default ops
         "torch safetensors ?",  # a copied or unpickled layer imports its ops by name
     ),
     Row(
         "dsa_ref.training.*",
-        "dsa_ref dsa_ref.config dsa_ref.contracts dsa_ref/step dsa_ref.testing dsa_ref.records dsa_ref.nn.* "
-        "dsa_ref.training.*",
+        "dsa_ref dsa_ref.config dsa_ref.precision dsa_ref.contracts dsa_ref/step dsa_ref.testing dsa_ref.records "
+        "dsa_ref.nn.* dsa_ref.training.*",
         "torch",
     ),
     # the kernels, which share only sizes and argument checks with the reference

@@ -21,7 +21,6 @@ import dsa_ref
 from ..config import DSAConfig
 from ..contracts import E4M3, FLOATS, check_count, check_dtype
 from ..hf_config import CONFIG, read_config
-from ..rope import rope_frequencies
 from .block_scales import SCALE_INV, quantize_blocks, take_dequantized
 from .layer import DSALayer, Ops
 
@@ -92,7 +91,7 @@ def load_layer(
     if tensors:
         raise ValueError(f"layer {layer_index} must use every tensor, got unknown ones: {', '.join(sorted(tensors))}")
     layer.load_state_dict(parameters, assign=True)
-    layer.freqs = rope_frequencies(config).to(layer.o_proj.weight.device)  # a buffer that no checkpoint holds
+    layer.freqs = layer.frequencies()  # a buffer that no checkpoint holds
     return layer
 
 
@@ -120,6 +119,13 @@ def save_checkpoint(
         _check_layer_index(index)
         if not isinstance(layer, DSALayer):
             raise TypeError(f"layers[{index}] must be a DSALayer, got {type(layer).__name__}")
+        with torch.device("meta"):
+            known = DSALayer(layer.config, layer.ops, indexer=layer.indexer is not None).state_dict()
+        if other := sorted(layer.state_dict().keys() ^ known.keys()):
+            raise ValueError(
+                f"layers[{index}] must have the weights that checkpoints have: merge adapters and remove "
+                f"parametrisations first, got {', '.join(other)}"
+            )
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if old := sorted(file.name for file in directory.glob("model*.safetensors*")):

@@ -102,7 +102,7 @@ class DSALayer(nn.Module):
         self.kv_b_proj = nn.Linear(c.kv_lora_rank, c.n_heads * (c.qk_nope_head_dim + c.v_head_dim), bias=False)
         self.o_proj = nn.Linear(c.n_heads * c.v_head_dim, c.dim, bias=False)
         self.indexer = Indexer(c) if indexer else None
-        self.register_buffer("freqs", self._frequencies(), persistent=False)
+        self.register_buffer("freqs", self.frequencies(), persistent=False)
 
     def forward(
         self,
@@ -179,10 +179,10 @@ class DSALayer(nn.Module):
     def _apply(self, fn, recurse=True):
         """Move or cast the weights; RoPE's frequencies follow to the device but stay fp32, whatever the weights are."""
         super()._apply(fn, recurse)
-        self.freqs = self._frequencies()
+        self.freqs = self.frequencies()
         return self
 
-    def _frequencies(self) -> Tensor:
+    def frequencies(self) -> Tensor:
         """RoPE's frequencies beside the weights, with the CPU's bits everywhere."""
         return rope_frequencies(self.config, "cpu").to(self._weight().device)
 

@@ -109,7 +109,7 @@ class SmallModel(nn.Module):
 
     def new_caches(self, capacity: int) -> list[LayerCache]:
         """One empty LayerCache a layer, for one sequence of up to `capacity` tokens."""
-        weight = self.embed.weight
+        weight = next(self.parameters())
         return [LayerCache(self.config.attention, capacity, weight.dtype, weight.device) for _ in self.layers]
 
     def _embedding(self) -> Tensor:
@@ -132,9 +132,16 @@ class SmallModel(nn.Module):
 
 
 def save_small_model(model: SmallModel, path: str | pathlib.Path) -> None:
-    """Write weights (bf16) and sizes into one safetensors file."""
+    """Write weights (bf16) and sizes into one safetensors file.
+
+    Raises: ValueError where modules are wrapped, whose weights no model could read.
+    """
     from safetensors.torch import save_file
 
+    with torch.device("meta"):
+        known = SmallModel(model.config).state_dict()
+    if other := sorted(model.state_dict().keys() ^ known.keys()):
+        raise ValueError(f"model must have a SmallModel's weights: merge adapters first, got {', '.join(other)}")
     weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, path, metadata={"config": json.dumps(dataclasses.asdict(model.config))})
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..index_scores import index_scores
 from ..nn.model import SMALL_MODEL, SmallModel, load_small_model
+from ..precision import exact
 from ..records import provenance, write
 from ..select_topk import select_topk
 from ..testing import attention_recall, random_selection, window_selection
@@ -22,7 +23,7 @@ from .corpus import load_corpus
 
 def held_out_windows(corpus: Tensor, count: int, length: int) -> Tensor:
     """`count` windows of length + 1 bytes, evenly spread over `corpus`, uint8 [bytes]: uint8 [count, length + 1]."""
-    starts = torch.linspace(0, len(corpus) - length - 1, count).long()
+    starts = torch.linspace(0, len(corpus) - length - 1, count, dtype=torch.float32).long()
     return corpus[(starts[:, None] + torch.arange(length + 1)).to(corpus.device)]
 
 
@@ -36,17 +37,19 @@ def held_out_loss(model: SmallModel, windows: Tensor, attention: str) -> float:
     return torch.stack(losses).mean().item()
 
 
+@exact
 def attention_weights(step: dict, scale: float) -> Tensor:
     """The dense attention probabilities of a recorded dense step, mean over heads: fp32 [T, S], rows sum to 1."""
-    logits = torch.einsum("thd,sd->ths", step["q"], step["kv"]) * scale
+    logits = torch.einsum("thd,sd->ths", step["q"].float(), step["kv"].float()) * scale
     later = torch.ones(logits.shape[0], logits.shape[2], dtype=torch.bool, device=logits.device).triu(1)
     return (logits - step["lse"][:, :, None]).exp().masked_fill(later[:, None], 0.0).mean(dim=1)
 
 
+@exact
 def selected_weights(step: dict, t: int, scale: float) -> Tensor:
     """The weight (mean over heads) that row t of a recorded sparse step gives to each index: fp32 [k], 0 for -1."""
     chosen = step["indices"][t]
-    logits = step["q"][t] @ step["kv"][chosen.clamp(min=0)].T * scale
+    logits = step["q"][t].float() @ step["kv"][chosen.clamp(min=0)].float().T * scale
     return (logits - step["lse"][t][:, None]).exp().mean(dim=0).masked_fill(chosen < 0, 0.0)
 
 
@@ -58,7 +61,9 @@ def recall_by_method(model: SmallModel, windows: Tensor, ks: Sequence[int]) -> d
     "random". windows: uint8 [n, L + 1] with L above every k. Returns {method: [recall at k for k in ks]}, 4 digits.
     """
     scale = model.config.attention.softmax_scale
-    recall = {name: torch.zeros(len(ks)) for name in ("attention itself", "indexer", "window", "random")}
+    recall = {
+        name: torch.zeros(len(ks), dtype=torch.float32) for name in ("attention itself", "indexer", "window", "random")
+    }
     for window in windows.long():
         record = []
         model(window[:-1], attention="dense", record=record)

@@ -11,9 +11,10 @@ from inputs import assert_close, normal
 from torch.nn import functional as F
 
 import dsa_ref
-from dsa_ref import TINY, DSALayer, LayerCache, index_scores, indexer_loss, select_topk
-from dsa_ref.nn import ModelConfig, SmallModel, load_small_model
+from dsa_ref import TINY, DSALayer, LayerCache, index_scores, indexer_loss, load_layer, select_topk
+from dsa_ref.nn import ModelConfig, SmallModel, load_small_model, save_checkpoint
 from dsa_ref.nn.model import save_small_model
+from dsa_ref.training.evaluate import attention_weights, held_out_windows, recall_by_method, selected_weights
 
 T = 24
 FP8 = pytest.mark.parametrize("fp8", (True, False))
@@ -220,3 +221,38 @@ def test_weights_that_come_later():
     empty.to_empty(device="cpu").load_state_dict(layer.state_dict())
     assert torch.equal(empty(x, positions), layer(x, positions))
     assert torch.equal(moved(x, positions), layer(x, positions))
+
+
+def test_load_layer_under_a_default_device(tmp_path):
+    """The checkpoint's tensors say where a layer is, and RoPE's frequencies are there too."""
+    layer, (x, positions) = make_layer(), tokens()
+    save_checkpoint(tmp_path, {0: layer}, fp8=False)
+    with torch.device("meta"):
+        loaded = load_layer(tmp_path, 0, layer.config, dtype=torch.float32)
+    assert torch.equal(loaded(x, positions), layer(x, positions))
+
+
+@torch.no_grad()
+def test_recorded_attention_is_fp32_whatever_is_around(device):
+    """The measures of an indexer: weights sum to 1 within fp32's rounding, from bf16 records as well."""
+    model, text = make_model().to(device), torch.arange(T, device=device) * 7 % 256
+    scale = model.config.attention.softmax_scale
+    for context in (contextlib.nullcontext(), autocast(device)):
+        steps = {"dense": [], "sparse": []}
+        with context:
+            for attention, record in steps.items():
+                model(text, attention=attention, record=record)
+            weights = attention_weights(steps["dense"][0], scale)
+            kept = selected_weights(steps["sparse"][0], T - 1, scale)
+        assert weights.dtype == kept.dtype == torch.float32
+        assert_close(weights.sum(dim=1), torch.ones(T), 1e-5)
+        assert kept.sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_recall_does_not_follow_the_default_dtype():
+    model, windows = load_small_model(), torch.arange(2 * 65).reshape(2, 65).to(torch.uint8)
+    wanted = recall_by_method(model, windows, [4, 16])
+    starts = held_out_windows(torch.arange(200_000).to(torch.uint8), 7, 64)
+    with default_dtype(torch.bfloat16):
+        assert recall_by_method(model, windows, [4, 16]) == wanted
+        assert torch.equal(held_out_windows(torch.arange(200_000).to(torch.uint8), 7, 64), starts)

@@ -11,7 +11,8 @@ from torch.nn.utils import parametrize
 
 import dsa_ref
 from dsa_ref import TINY, DSALayer, indexer_loss
-from dsa_ref.nn import ModelConfig, SmallModel
+from dsa_ref.nn import ModelConfig, SmallModel, save_checkpoint
+from dsa_ref.nn.model import save_small_model
 
 T = 20
 MODES = ("sparse", "mha", "dense")
@@ -255,3 +256,17 @@ def test_tied_embeddings_are_tied_with_their_adapter():
     text = torch.arange(T) * 11 % 256
     assert_close(model(text), merged(text), 1e-4)
     assert len(model.new_caches(8)) == 1
+
+
+def test_wrapped_weights_are_not_saved_under_names_that_nobody_reads(tmp_path):
+    torch.manual_seed(0)
+    model = SmallModel(ModelConfig(1, 96, attention=TINY))
+    for name in ("kv_b_proj", "indexer.weights_proj"):
+        layer = make_layer(torch.float32)
+        layer.set_submodule(name, LoRA(layer.get_submodule(name)))
+        with pytest.raises(ValueError, match=f"merge adapters .*{name}.base_layer.weight"):
+            save_checkpoint(tmp_path / "layer", {0: layer})
+        model.layers[0].self_attn = layer
+        with pytest.raises(ValueError, match=f"merge adapters .*{name}.base_layer.weight"):
+            save_small_model(model, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
