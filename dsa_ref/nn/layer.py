@@ -348,6 +348,10 @@ def _inside_reentrant_checkpoint() -> bool:
     return frame is not None
 
 
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return (a.device, a.dtype) == (b.device, b.dtype) and torch.equal(a, b)  # layers may be on several devices
+
+
 def _recorded_before(record: list[dict], step: dict) -> bool:
     """Whether the step is in the record already, since checkpointing repeats it inside a backward pass.
 
@@ -355,7 +359,7 @@ def _recorded_before(record: list[dict], step: dict) -> bool:
     """
     if torch._C._current_graph_task_id() == -1:  # no backward pass
         return False
-    same = [old for old in record if torch.equal(old["kv"], step["kv"]) and old.keys() == step.keys()]
+    same = [old for old in record if old.keys() == step.keys() and _equal(old["kv"], step["kv"])]
     if same and "w" in step and step["w"].requires_grad and not any(old["w"].requires_grad for old in same):
         raise ValueError(NEEDS_NON_REENTRANT)
     return bool(same)

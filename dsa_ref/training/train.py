@@ -34,8 +34,8 @@ PEAK_RATES = {"dense": 2e-3, "warm-up": 2e-3, "sparse": 3e-4}
 
 
 def indexer_parameters(model: nn.Module, inside: bool = True) -> list[nn.Parameter]:
-    """The parameters of all indexers, or (inside=False) all others."""
-    return [p for name, p in model.named_parameters() if (".indexer." in name) == inside]
+    """The parameters of all indexers of a model or of one layer, or (inside=False) all others."""
+    return [p for name, p in model.named_parameters() if (".indexer." in f".{name}") == inside]
 
 
 def stage_loss(model: SmallModel, tokens: Tensor, stage: str) -> tuple[Tensor | None, Tensor | None]:
