@@ -64,6 +64,10 @@ class DSAConfig:
                 f"index_head_dim must be at least qk_rope_head_dim = {self.qk_rope_head_dim}, got {self.index_head_dim}"
             )
 
+        if self.yarn and self.rope_theta <= 1:
+            raise ValueError(
+                f"rope_theta must be above 1 with YaRN, which divides by its logarithm, got {self.rope_theta}"
+            )
         if self.index_rope not in ("half", "interleaved"):
             raise ValueError(f"index_rope must be 'half' or 'interleaved', got {self.index_rope!r}")
         if set(self.index_pattern) - {"F", "S"} or self.index_pattern.startswith("S"):

@@ -152,11 +152,11 @@ def _rope(hf, max_positions):
         raise ValueError(f"{where}.partial_rotary_factor must be 1, got {rope['partial_rotary_factor']!r}")
     fields = {"rope_theta": _number(rope, "rope_theta", 10000.0, where), "rope_factor": 1.0}
     if kind == "yarn":
-        fields |= _yarn(rope, max_positions, where)
+        fields |= _yarn(rope, max_positions, where, fields["rope_theta"])
     return fields
 
 
-def _yarn(rope, max_positions, where):
+def _yarn(rope, max_positions, where, theta):
     """YaRN's fields. transformers multiplies cos and sin by a factor, which must be 1 here."""
     factor = _number(rope, "factor", None, where)
     if factor < 1:
@@ -177,6 +177,12 @@ def _yarn(rope, max_positions, where):
             f"a factor of {amplitude:.6g} from mscale {numerator}, mscale_all_dim {mscale} and factor {factor}"
         )
     original = _count(rope, "original_max_position_embeddings", max_positions, f"{where}.")
+    low, high = 2 * math.pi * slow, 2 * math.pi * fast * theta**2
+    if not low <= original <= high:  # YaRN's ramp would begin behind its end, which transformers turns around
+        raise ValueError(
+            f"{where}.original_max_position_embeddings must be in [{low:.6g}, {high:.6g}] with these betas and "
+            f"rope_theta, got {original}"
+        )
     fields = {"rope_factor": factor, "original_seq_len": original, "mscale": mscale}
     fields |= {"beta_fast": fast, "beta_slow": slow}
     if max_positions <= original:  # the file names YaRN and not the length it stretches to

@@ -177,6 +177,21 @@ REFUSED = {
     "no truncation": (yarn(truncate=False), ValueError, "rope_scaling.truncate must be true"),
     "betas": (yarn(beta_fast=1, beta_slow=32), ValueError, "rope_scaling.beta_fast must be above beta_slow"),
     "original length": (yarn(original_max_position_embeddings=0.5), TypeError, "original_max_position_embeddings must"),
+    "an original length of a few tokens": (
+        yarn(original_max_position_embeddings=4),
+        ValueError,
+        r"original_max_position_embeddings must be in \[6.28319, 2.01062e\+10\] .* got 4",
+    ),
+    "an endless original length": (
+        yarn(rope_theta=10.0, original_max_position_embeddings=40960) | {"rope_theta": None},
+        ValueError,
+        r"original_max_position_embeddings must be in \[6.28319, 20106.2\] .* got 40960",
+    ),
+    "no turns": (
+        yarn(rope_theta=1.0, original_max_position_embeddings=64) | {"rope_theta": None},
+        ValueError,
+        "rope_theta",
+    ),
     "two mscales": (yarn(mscale=0.707), ValueError, "rope_scaling must leave .* factor of 0.921"),
     "no mscale_all_dim": (yarn(mscale_all_dim=None), ValueError, "rope_scaling must leave .* factor of 1.36"),
     "scaled cos and sin": (yarn(attention_factor=1.2), ValueError, "rope_scaling must leave .* factor of 1.2 "),

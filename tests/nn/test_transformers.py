@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import torch
 from inputs import assert_close, normal, packed, selected
-from transformers import DeepseekV32Config, GlmMoeDsaConfig
+from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, GlmMoeDsaConfig, GlmMoeDsaForCausalLM
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as v32
 from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm
 
-from dsa_ref import DSAConfig, DSALayer, LayerCache
+from dsa_ref import DSAConfig, DSALayer, LayerCache, load_layer
 
 THEIRS = {
     "deepseek_v32": (DeepseekV32Config, v32.DeepseekV32Attention, v32.DeepseekV32RotaryEmbedding),
@@ -235,3 +235,36 @@ def test_layers_that_share_a_selection(pattern, seed):
     parts = [run_ours(layers, x[a:b], torch.arange(a, b), caches)[0] for a, b in ((0, 41), (41, 42), (42, 60))]
     assert_same(torch.cat(parts), wanted)
     assert [cache.k_idx is None for cache in caches] == [layer.indexer is None for layer in layers]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_transformers_saved(family, tmp_path):
+    """Its directory alone makes every layer, and each gives what the whole model's own layer gave."""
+    Model = {"deepseek_v32": DeepseekV32ForCausalLM, "glm_moe_dsa": GlmMoeDsaForCausalLM}[family]
+    fields = config_json(family, "YaRN, a ramp inside" if family == "deepseek_v32" else "plain and long")
+    fields |= PATTERNS["by frequency"] if family == "glm_moe_dsa" else {}
+    small = {"vocab_size": 32, "intermediate_size": 8, "moe_intermediate_size": 8, "n_routed_experts": 4}
+    small |= {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    fields = {name: value for name, value in fields.items() if name != "model_type"} | small
+    model = Model(THEIRS[family][0](**fields)).requires_grad_(False).eval()
+    model.config._attn_implementation = "eager"
+    for i, parameter in enumerate(model.parameters()):
+        if parameter.dim() > 1:
+            parameter.copy_(normal(*parameter.shape, seed=i) * 0.3)
+    model.save_pretrained(tmp_path)
+    seen = []
+
+    def hook(module, args, kwargs, result):
+        seen.append((kwargs["hidden_states"][0], result[0][0]))
+
+    for decoder in model.model.layers:
+        decoder.self_attn.register_forward_hook(hook, with_kwargs=True)
+    model((torch.arange(40) * 7 % 32)[None])
+    config, indices = dataclasses.replace(DSAConfig.from_hf(tmp_path), index_fp8=False), None
+    for i, (x, wanted) in enumerate(seen):
+        layer, record = load_layer(tmp_path, i, config, dtype=torch.float32), []
+        with torch.no_grad():
+            y = layer(x, torch.arange(40), record=record, indices=None if layer.indexer is not None else indices)
+        indices = record[0]["indices"]
+        assert_same(y, wanted)
+    assert i == 5 and config.index_pattern == ("FSFSFS" if family == "glm_moe_dsa" else "")
