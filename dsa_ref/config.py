@@ -98,8 +98,10 @@ class DSAConfig:
     def has_indexer(self, layer_index: int) -> bool:
         """Whether a layer of the model has an indexer; one without reuses the selection of the nearest before it.
 
-        Raises: ValueError for a layer that is not in `index_pattern`.
+        Raises: TypeError for an index that is no int, ValueError for one that is not in `index_pattern`.
         """
+        if isinstance(layer_index, bool) or not isinstance(layer_index, int):
+            raise TypeError(f"layer_index must be an int, got {layer_index!r}")
         if self.index_pattern and not 0 <= layer_index < len(self.index_pattern):
             known = len(self.index_pattern)
             raise ValueError(f"layer_index must be in [0, {known}), the layers of index_pattern, got {layer_index}")

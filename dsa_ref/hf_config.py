@@ -53,7 +53,8 @@ YARN = {"factor", "original_max_position_embeddings", "attention_factor", "beta_
 YARN |= {"mscale_all_dim", "truncate"}
 # These sound like attention and do not change it: transformers ignores them, or another part of the model reads them.
 HARMLESS = {"head_dim", "topk_method", "topk_group", "norm_topk_prob", "mlp_bias", "output_attentions"}
-HARMLESS |= {"index_share_for_mtp_iteration", "mlp_layer_types", "num_nextn_predict_layers"}
+HARMLESS |= {"index_share_for_mtp_iteration", "mlp_layer_types", "num_nextn_predict_layers", "attn_implementation"}
+HARMLESS |= {"_attn_implementation"}
 SOUNDS_LIKE_ATTENTION = re.compile(
     "attention|attn|rope|rotary|position|index|sliding|window|head|qk|lora|kv|mla|softcap|sink|alibi|mscale|topk|"
     "sparse|nope|proj|bias"
@@ -84,10 +85,13 @@ def read_config(source: str | os.PathLike | Mapping) -> Mapping:
 
 def hf_fields(source: str | os.PathLike | Mapping) -> dict:
     """What `DSAConfig.from_hf` passes to `DSAConfig`. Raises as it says."""
-    hf = {name: value for name, value in read_config(source).items() if value is not None}
-    null = {name for name, value in read_config(source).items() if value is None}
+    everything = read_config(source)
+    if strange := [name for name in everything if not isinstance(name, str)]:
+        raise TypeError(f"source must have str for its names, got {strange[0]!r}")
+    hf = {name: value for name, value in everything.items() if value is not None}
+    null = everything.keys() - hf.keys()
     family = hf.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}, got {family!r}")
     sizes = {}
     for name, default in FAMILIES[family].items():
@@ -115,6 +119,8 @@ def _check_same(hf, sizes, family) -> None:
         "indexer_rope_interleave": INDEX_ROPE[family] == "interleaved",
         "partial_rotary_factor": 1,
         "use_sliding_window": False,
+        "add_cross_attention": False,
+        "pruned_heads": {},
     }
     for name, wanted in only.items():
         if hf.get(name, wanted) != wanted:
@@ -130,10 +136,11 @@ def _check_same(hf, sizes, family) -> None:
 
 def _rope(hf, max_positions):
     """rope_theta and YaRN's fields, from `rope_parameters` or the older `rope_scaling`."""
-    given = {name: hf[name] for name in ("rope_parameters", "rope_scaling") if hf.get(name)}
+    given = {name: hf[name] for name in ("rope_parameters", "rope_scaling") if name in hf and hf[name] != {}}
+    for name, parameters in given.items():
+        if not isinstance(parameters, Mapping):
+            raise TypeError(f"{name} must be an object, got {parameters!r}")
     where = next(iter(given), "rope_parameters")
-    if any(not isinstance(parameters, Mapping) for parameters in given.values()):
-        raise TypeError(f"{where} must be an object, got {given[where]!r}")
     if len(given) == 2 and given["rope_parameters"] != given["rope_scaling"]:
         raise ValueError(f"rope_parameters and rope_scaling must agree, got {' and '.join(map(repr, given.values()))}")
     rope = {name: value for name, value in given.get(where, {}).items() if value is not None}
@@ -205,7 +212,8 @@ def _index_pattern(hf, family, layers):
             raise TypeError(f"index_skip_topk_offset must be an int, got {offset!r}")
         pattern = "".join("FS"[max(i - offset + 1, 0) % every > 0] for i in range(layers))
     if name != "index_topk_freq":
-        if not isinstance(hf[name], (str, list, tuple)) or not all(kind in letters for kind in hf[name]):
+        kinds = list(letters)  # not the dict: what is looked up may be anything
+        if not isinstance(hf[name], (str, list, tuple)) or not all(kind in kinds for kind in hf[name]):
             raise ValueError(f"{name} must consist of {' and '.join(letters)}, got {hf[name]!r}")
         pattern = "".join(letters[kind] for kind in hf[name])
         if len(pattern) < layers:

@@ -32,6 +32,8 @@ class LayerCache:
         check_count("capacity", capacity)
         if dtype not in FLOATS:
             raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
+        if not isinstance(indexer, bool):
+            raise TypeError(f"indexer must be a bool, got {indexer!r}")
         self.capacity, self.length = capacity, 0
         index_dtype = E4M3 if config.index_fp8 else dtype
         with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside

@@ -103,7 +103,7 @@ def save_checkpoint(
     fp8: True writes V3.2's dtypes: FP8 with scales for every projection, wq_b and wk, bf16 for weights_proj and the
     RMSNorms, fp32 for k_norm. False rounds nothing: each parameter in its own dtype, k_norm in fp32 or wider.
     max_shard_bytes: bound on the tensors of one shard; a larger tensor gets a shard to itself. At most two shards are
-    held in memory. The index is written last.
+    held in memory. The index is written last, and no config.json: `load_layer` needs the layers' config.
 
     Raises: TypeError or ValueError for other layers or sizes, ValueError for weights that FP8 cannot hold (NaN,
     infinity), FileExistsError where the directory already holds a checkpoint.

@@ -92,6 +92,8 @@ class DSALayer(nn.Module):
         super().__init__()
         if lacking := [name for name in STEPS if not hasattr(ops, name)]:
             raise TypeError(f"ops must be a package or namespace with {', '.join(STEPS)}, got none of {lacking}")
+        if not isinstance(indexer, bool):
+            raise TypeError(f"indexer must be a bool, got {indexer!r}")
         self.config, self.ops = config, ops
         c, head = config, config.qk_nope_head_dim + config.qk_rope_head_dim
         self.q_a_proj = nn.Linear(c.dim, c.q_lora_rank, bias=False)
@@ -262,7 +264,7 @@ class DSALayer(nn.Module):
             raise ValueError("indices must be given to a layer without an indexer: another layer's selection, got None")
         if indices is not None and not wanted:
             why = "has an indexer of its own" if self.indexer is not None else "attends to every key"
-            raise ValueError(f"indices must be None in a layer that {why}, got {list(indices.shape)}")
+            raise ValueError(f"indices must be None in a layer that {why}, got {type(indices).__name__}")
         if indices is None:
             return
         check_shapes(positions=(positions, "T"), indices=(indices, "T k"))

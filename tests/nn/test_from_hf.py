@@ -142,6 +142,8 @@ REFUSED = {
         "model_type must be .*deepseek_v32, glm.* 'deepseek_v3'",
     ),
     "no model_type": ({"model_type": None}, ValueError, "model_type must be .* got None"),
+    "a list of model_types": ({"model_type": ["deepseek_v32"]}, ValueError, "model_type must be one of"),
+    "a name that is no text": ({3: 4}, TypeError, "source must have str for its names, got 3"),
     "biases": ({"attention_bias": True}, ValueError, "attention_bias must be False"),
     "dropout": ({"attention_dropout": 0.1}, ValueError, "attention_dropout must be 0"),
     "grouped heads": ({"num_key_value_heads": 8}, ValueError, "num_key_value_heads must be 128 .* got 8"),
@@ -163,6 +165,7 @@ REFUSED = {
     "no heads": ({"num_attention_heads": 0}, ValueError, "num_attention_heads must be at least 1"),
     "another RoPE": (yarn(type="linear"), ValueError, "rope_scaling.rope_type must be default or yarn, got 'linear'"),
     "two types": (yarn(rope_type="default"), ValueError, "rope_scaling.type must agree with rope_type = 'default'"),
+    "no RoPE object": ({"rope_scaling": False}, TypeError, "rope_scaling must be an object, got False"),
     "no object": ({"rope_scaling": "yarn"}, TypeError, "rope_scaling must be an object, got 'yarn'"),
     "two objects": (
         {"rope_parameters": {"rope_theta": 1e6}},
@@ -212,6 +215,8 @@ def test_what_is_not_known_is_refused_by_name(fault):
     [
         ({"indexer_types": ["full", "sharde"]}, ValueError, "indexer_types must consist of full and shared"),
         ({"indexer_types": "full"}, ValueError, "indexer_types must consist of"),
+        ({"indexer_types": [["full"]] * 78}, ValueError, "indexer_types must consist of"),
+        ({"indexer_types": []}, ValueError, "indexer_types must have an entry for each of 78 layers, got 0"),
         ({"indexer_types": ["shared"] * 78}, ValueError, "indexer_types must give the first layer an indexer"),
         (
             {"indexer_types": ["full"] * 77},

@@ -207,6 +207,14 @@ def test_a_layer_says_which_indices_it_needs():
         sharing(x, positions, indices=indices[:11])
     with pytest.raises(TypeError, match="indices must have dtype int32"):
         sharing(x, positions, indices=indices.long())
+    for layer in (full, sharing):
+        with pytest.raises((TypeError, ValueError), match="indices must be .* got list"):
+            layer(x, positions, indices=[[0]])
+    for wrong in (None, "no", 0):
+        with pytest.raises(TypeError, match="indexer must be a bool"):
+            DSALayer(TINY, indexer=wrong)
+        with pytest.raises(TypeError, match="indexer must be a bool"):
+            LayerCache(TINY, 4, indexer=wrong)
     future = indices.clone()
     future[4, 0] = 5
     with pytest.raises(ValueError, match="indices must hold keys that each row may see, or -1, got 5 in row 4"):

@@ -83,6 +83,9 @@ def test_which_layers_have_an_indexer():
     shared = dataclasses.replace(TINY, index_pattern="FSSF")
     assert [shared.has_indexer(i) for i in range(4)] == [True, False, False, True]
     assert TINY.has_indexer(10**6)
+    for index in ("0", True, 1.0):
+        with pytest.raises(TypeError, match="layer_index must be an int"):
+            shared.has_indexer(index)
     for index in (-1, 4):
         with pytest.raises(ValueError, match=r"layer_index must be in \[0, 4\)"):
             shared.has_indexer(index)
