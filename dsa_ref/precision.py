@@ -13,7 +13,12 @@ from collections.abc import Callable, Iterator
 import torch
 
 AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # device types whose autocast is looked at
-_lock, _inside, _before = threading.Lock(), 0, ()  # how many threads are inside, and the settings to come back to
+_matmul = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+if hasattr(_matmul[0], "fp32_precision"):  # torch 2.9 and newer
+    SWITCHES = tuple((owner, "fp32_precision", "ieee") for owner in _matmul)  # and the value that means fp32
+else:
+    SWITCHES = ((_matmul[0], "allow_tf32", False),)
+_lock, _inside, _changed = threading.Lock(), set(), []  # a token for each call inside, the settings to come back to
 
 
 def exact(function: Callable) -> Callable:
@@ -34,35 +39,24 @@ def exact_arithmetic() -> Iterator[None]:
     The precision of products is a setting of the whole process: the first thread that comes in changes it, and the last
     that leaves restores it. Another thread's products may be more precise meanwhile, never less.
     """
-    global _inside, _before
+    token = object()  # no count, which an interrupt could leave one too high or too low
     with contextlib.ExitStack() as stack:
         for kind in AUTOCAST:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        with _lock:
-            if _inside == 0:
-                _before = [(owner, name, getattr(owner, name)) for owner, name, _ in _settings()]
-                for owner, name, full in _settings():
-                    if getattr(owner, name) != full:
-                        setattr(owner, name, full)
-            _inside += 1
         try:
+            with _lock:
+                _inside.add(token)
+                for owner, name, full in SWITCHES:
+                    if (value := getattr(owner, name)) != full:
+                        _changed.append((owner, name, value))
+                        setattr(owner, name, full)
             yield
         finally:
             with _lock:
-                _inside -= 1
-                if _inside == 0:
-                    for owner, name, value in _before:
-                        if getattr(owner, name) != value:
-                            setattr(owner, name, value)
-
-
-def _settings():
-    """(object, attribute, the value that means fp32) of each switch for matrix products."""
-    backends = torch.backends
-    if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and newer
-        return [(backend.matmul, "fp32_precision", "ieee") for backend in (backends.cuda, backends.mkldnn)]
-    return [(backends.cuda.matmul, "allow_tf32", False)]
+                _inside.discard(token)
+                while _changed and not _inside:
+                    setattr(*_changed.pop())
 
 
 def autocast_on(device: torch.device) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
 
 from ..contracts import values_readable
 from ..precision import exact
@@ -26,6 +27,7 @@ def is_plain(module: nn.Module) -> bool:
         and all(type(weight) in (nn.Parameter, Tensor) for weight in module._parameters.values() if weight is not None)
         and not any(getattr(module, hooks) for hooks in HOOKS)
         and "forward" not in vars(module)
+        and not torch_module._has_any_global_hook()
     )
 
 

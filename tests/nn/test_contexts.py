@@ -4,6 +4,7 @@ weights that come later, another thread. What the contract computes is the same;
 import contextlib
 import copy
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from inputs import assert_close, normal
 from torch.nn import functional as F
 
 import dsa_ref
-from dsa_ref import TINY, DSALayer, LayerCache, index_scores, indexer_loss, load_layer, select_topk
+from dsa_ref import TINY, DSALayer, LayerCache, index_scores, indexer_loss, load_layer, precision, select_topk
 from dsa_ref.nn import ModelConfig, SmallModel, load_small_model, save_checkpoint
 from dsa_ref.nn.model import save_small_model
 from dsa_ref.training.evaluate import attention_weights, held_out_windows, recall_by_method, selected_weights
@@ -256,3 +257,56 @@ def test_recall_does_not_follow_the_default_dtype():
     with default_dtype(torch.bfloat16):
         assert recall_by_method(model, windows, [4, 16]) == wanted
         assert torch.equal(held_out_windows(torch.arange(200_000).to(torch.uint8), 7, 64), starts)
+
+
+def test_threads_in_and_out_of_autocast_do_not_disturb_each_other():
+    """The precision of products is one setting for all threads: exact while any of them is inside a step, then back."""
+    layer, (x, _) = make_layer(), tokens()
+    latent, wrong = normal(T, TINY.q_lora_rank), []
+    wanted, old = layer.indexer(x, latent)[2], torch.get_float32_matmul_precision()
+
+    def work(cast):
+        for _ in range(50):
+            with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                if not torch.equal(layer.indexer(x, latent)[2], wanted):
+                    wrong.append(cast)
+
+    torch.set_float32_matmul_precision("medium")
+    settings = [getattr(owner, name) for owner, name, _ in precision.SWITCHES]
+    try:
+        threads = [threading.Thread(target=work, args=(number % 2 == 0,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        assert [getattr(owner, name) for owner, name, _ in precision.SWITCHES] == settings
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(old)
+
+
+@pytest.mark.parametrize("where", ("before", "after"))
+def test_an_interrupt_of_the_guard_leaves_no_step_unguarded(where, monkeypatch):
+    """However it leaves: the next step is exact again, and the program's setting comes back after it."""
+
+    class Interrupted:
+        def __init__(self):
+            self.__dict__["value"], self.__dict__["armed"] = "short", True
+
+        def __setattr__(self, key, value):
+            if key == "value" and self.armed and where == "before":
+                self.__dict__["armed"] = False
+                raise KeyboardInterrupt
+            self.__dict__[key] = value
+            if key == "value" and self.armed:
+                self.__dict__["armed"] = False
+                raise KeyboardInterrupt
+
+    switch = Interrupted()
+    monkeypatch.setattr(precision, "SWITCHES", ((switch, "value", "full"),))
+    with pytest.raises(KeyboardInterrupt), precision.exact_arithmetic():
+        pass
+    with precision.exact_arithmetic():
+        assert switch.value == "full"
+    assert switch.value == "short"

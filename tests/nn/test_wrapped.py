@@ -146,6 +146,19 @@ def test_a_hook_that_watches_fires_and_changes_no_bit(attention, fp8, dtype):
     assert sorted(seen) == sorted(2 * [name for name, _ in layer.named_modules() if name])
 
 
+@pytest.mark.parametrize("attention", MODES)
+def test_a_hook_on_all_modules_of_the_program_fires(attention):
+    layer, seen = make_layer(torch.bfloat16), set()
+    wanted, _ = run(layer, attention)
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.add(module))
+    try:
+        got, _ = run(layer, attention)
+    finally:
+        hook.remove()
+    assert torch.equal(got, wanted)
+    assert seen == set(layer.modules())
+
+
 def test_a_watched_bf16_layer_keeps_its_weights_and_their_dtype():
     layer = make_layer(torch.bfloat16)
     before = {name: (id(p), p.clone()) for name, p in layer.named_parameters()}
