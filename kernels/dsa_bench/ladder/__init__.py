@@ -7,6 +7,8 @@ A version is a `variant` of the step's public function, or a whole copy of a ker
 import functools
 import json
 
+from dsa_ref.records import write
+
 from .. import measure, records
 from ..cases import CASES, public_function
 from ..run import figures, free
@@ -84,7 +86,7 @@ def update(path, entries):
     by_version = {(made["step"], made["version"]): made for made in found + entries}
     registered = [(step, name) for step, versions in VERSIONS.items() for name in versions]
     kept = [by_version[key] for key in registered if key in by_version]
-    path.write_text(json.dumps({"entries": kept}, indent=1) + "\n")
+    write(path, {"entries": kept})
 
 
 def entry_lines(made):
