@@ -16,7 +16,7 @@ Source: DeepSeek-V3.2-Exp report, equations 3 and 4; SPEC section 5.
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from .blocks import list_blocks, masked_blocks
 from .contracts import Array, Bound, check_indexer_loss, row_ranges
@@ -73,11 +73,11 @@ def indexer_loss(
     start, end = row_ranges(T, S, q.device, start, end)
     q, kv = q.detach().float(), kv.detach().float()
     total, alive = q.new_zeros(()), 0
-    for rows, keys, lists, mask in _blocks(indices, start, end, S, per_pair=Hi + H, per_index=D + Di + Hi + H):
+    per_pair, per_index = 4 * (Hi + H), 4 * (D + Di + Hi + H)  # four of them live at once in the backward pass
+    for rows, keys, lists, mask in _blocks(indices, start, end, S, per_pair, per_index):
         seen, dims = (kv[keys], "sd") if lists is None else (gather_rows(kv, lists, mask), "tsd")
         p = attention_weights(q[rows], seen, scale, mask, dims)[0].mean(dim=1)
-        block = (q_idx[rows], k_idx[keys], w[rows], p, lists, mask)
-        total = total + checkpoint(_kl, *block, use_reentrant=False, preserve_rng_state=False)
+        total = total + _RecomputedKL.apply(q_idx[rows], k_idx[keys], w[rows], p, lists, mask)
         alive = alive + mask.any(dim=1).sum()
     return total / alive.clamp(min=1)
 
@@ -90,6 +90,24 @@ def _blocks(indices, start, end, S, per_pair, per_index):
     else:
         for rows, lists in list_blocks(indices, per_index):
             yield rows, slice(S), lists, (lists >= start[rows, None]) & (lists < end[rows, None])
+
+
+class _RecomputedKL(torch.autograd.Function):
+    """`_kl`, whose backward pass computes the block again: otherwise all blocks would be kept until then."""
+
+    @staticmethod
+    def forward(ctx, *block):
+        ctx.save_for_backward(*block)
+        return _kl(*block)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        *indexer, p, lists, mask = ctx.saved_tensors
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in indexer]
+            loss = _kl(*leaves, p, lists, mask)
+        return *torch.autograd.grad(loss, leaves, gradient), None, None, None
 
 
 def _kl(q_idx, k_idx, w, p, lists, mask) -> Tensor:
