@@ -86,6 +86,8 @@ class DSALayer(nn.Module):
     ops: the package whose `rope`, `rotate_quantize`, `lightning_select` and `sparse_attention` run (`dsa_ref` or
     `dsa_kernels`); what has no kernel always runs in the reference.
     indexer: False for a layer that shares another layer's selection and has no indexer (`DSAConfig.has_indexer`).
+
+    Submodules may be wrapped (adapters, hooks, shards) as long as kv_b_proj stays linear without a bias: see `wrapped`.
     """
 
     def __init__(self, config: DSAConfig, ops: Ops = dsa_ref, indexer: bool = True) -> None:
