@@ -26,12 +26,15 @@ def turn_on() -> None:
     """Let `@triton.jit` interpret from now on, in this process alone, and let threads interpret one after another."""
     said = os.environ.get(SWITCH)
     os.environ[SWITCH] = "1"
-    import triton
-    import triton.runtime.interpreter as interpreter
+    knobs = None
+    try:
+        import triton
+        import triton.runtime.interpreter as interpreter
 
-    if hasattr(triton, "knobs"):  # else triton reads the variable each time, and it has to stay
-        triton.knobs.runtime.interpret = True
-        if said is None:
+        if knobs := getattr(triton, "knobs", None):
+            knobs.runtime.interpret = True
+    finally:
+        if said is None and (knobs or not sys.modules.get("triton")):  # a triton without knobs goes on reading it
             del os.environ[SWITCH]  # a process that this one starts may have a GPU
     _interpret_the_language(interpreter.InterpretedFunction)
     _interpret_one_at_a_time(interpreter.InterpretedFunction)

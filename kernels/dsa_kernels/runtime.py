@@ -47,8 +47,8 @@ def mode() -> str:
 def check_runnable(**tensors) -> None:
     """Raise unless the kernels can serve these tensors (None is skipped).
 
-    ValueError: a CPU tensor in compiled mode, a GPU of AMD's or older than compute capability 8.0, or a tensor that asks
-    for a gradient, which these kernels do not compute: a missing gradient must not pass as a zero one.
+    ValueError: a CPU tensor in compiled mode, a GPU of AMD's or older than compute capability 8.0, or a tensor that
+    asks for a gradient, which these kernels do not compute: a missing gradient must not pass as a zero one.
     """
     for name, tensor in tensors.items():
         if tensor is None:

@@ -107,6 +107,18 @@ def test_a_process_started_later_chooses_for_itself():
     assert run(code, TRITON_INTERPRET="1").strip() == "1"  # the user's own word stays
 
 
+def test_a_process_without_triton_is_left_as_it_was():
+    code = """
+import os, sys
+sys.modules["triton"] = None
+try:
+    import dsa_kernels
+except ModuleNotFoundError:
+    print(os.environ.get("TRITON_INTERPRET"))
+"""
+    assert run(code).strip() == "None"
+
+
 def test_a_user_who_switched_the_interpreter_off_is_told_the_cause_and_the_cure():
     code = f"""
 {STEPS}
