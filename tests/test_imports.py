@@ -71,10 +71,11 @@ TABLE = [
         "torch",
     ),
     # the kernels, which share only sizes and argument checks with the reference
+    Row("dsa_kernels.cards", "", "torch"),
     Row("dsa_kernels.interpreter", "", "torch triton"),
-    Row(
-        "dsa_kernels.runtime", "dsa_kernels.interpreter dsa_kernels.hopper.*", "torch ?"
-    ),  # Gluon's parts, by their names
+    Row(  # it looks for Gluon's parts by their names
+        "dsa_kernels.runtime", "dsa_kernels.cards dsa_kernels.interpreter dsa_kernels.hopper.*", "torch ?"
+    ),
     Row("dsa_kernels.rounding", "dsa_kernels.runtime", "triton"),
     Row(
         "dsa_kernels.topk.*",
@@ -83,12 +84,14 @@ TABLE = [
     ),
     Row(
         "dsa_kernels.hopper.*",
-        "dsa_ref.config dsa_ref.contracts dsa_kernels.runtime dsa_kernels.topk.* dsa_kernels.hopper.*",
+        "dsa_ref.config dsa_ref.contracts dsa_kernels.cards dsa_kernels.runtime dsa_kernels.topk.* "
+        "dsa_kernels.hopper.*",
         "torch triton",
     ),
     Row(
         "dsa_kernels/step",
-        "dsa_ref.config dsa_ref.contracts dsa_kernels.runtime dsa_kernels.rounding dsa_kernels.topk.* dsa_kernels/step",
+        "dsa_ref.config dsa_ref.contracts dsa_kernels.cards dsa_kernels.runtime dsa_kernels.rounding "
+        "dsa_kernels.topk.* dsa_kernels/step",
         "torch triton",
     ),
     Row("dsa_kernels", "dsa_ref.version dsa_kernels.runtime dsa_kernels/step", ""),
