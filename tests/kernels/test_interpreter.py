@@ -38,7 +38,11 @@ def run(code, path=None, **environment):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
     given = [str(path)] if path else ["-c", code]
     ran = subprocess.run(
-        [sys.executable, *given], env=environment | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
+        [sys.executable, *given],
+        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,  # a lock that a fork copied would never open
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     return ran.stdout
