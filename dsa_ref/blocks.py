@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .contracts import in_use
+
 
 def pairs_at_once(tensor: Tensor) -> int:
     """Elements of the largest temporary: 64 MB in fp32 on a CPU; 1 GB on a GPU, which small pieces would starve."""
@@ -35,11 +37,26 @@ def row_blocks(start: Tensor, end: Tensor, per_pair: int) -> Iterator[tuple[slic
         first = last
 
 
-def list_blocks(indices: Tensor, per_index: int) -> Iterator[slice]:
-    """Yield slices of the rows of index lists [T, k]; `per_index` numbers are held for each entry of a row."""
-    size = max(1, pairs_at_once(indices) // (indices.shape[1] * per_index))
-    for first in range(0, max(1, len(indices)), size):
-        yield slice(first, first + size)
+def list_blocks(indices: Tensor, per_index: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (rows, lists): index lists [T, k] in blocks of rows, and those rows' lists, cut to the longest of them.
+
+    ``per_index`` is how many numbers the caller holds for each entry of a list. k may be far above the number of keys:
+    what is not there costs nothing.
+    """
+    lists = compact(indices)
+    lengths = (lists >= 0).sum(dim=1, dtype=torch.int32)
+    for rows, columns in row_blocks(torch.zeros_like(lengths), lengths, per_index):
+        yield rows, lists[rows, : max(1, columns.stop)]
+
+
+def compact(indices: Tensor) -> Tensor:
+    """Index lists [T, k] with -1 nowhere but at the end, cut to the longest list: [T, width] with width >= 1."""
+    indices = in_use(indices)
+    used = indices >= 0
+    if (used[:, 1:] > used[:, :-1]).any():  # an index after a -1
+        indices = indices.gather(1, used.byte().argsort(dim=1, descending=True, stable=True))
+    longest = int(used.sum(dim=1).max()) if len(indices) else 0
+    return indices[:, : max(1, longest)]
 
 
 def masked_blocks(start: Tensor, end: Tensor, S: int, per_pair: int) -> Iterator[tuple[slice, slice, Tensor]]:

@@ -2,17 +2,22 @@
 
 import dataclasses
 import math
+import os
+from collections.abc import Mapping
+
+from .hf_config import hf_fields
 
 
 @dataclasses.dataclass(frozen=True)
 class DSAConfig:
-    """Everything that fixes a layer's shapes and arithmetic. The defaults are DeepSeek-V3.2-Exp's (671B).
+    """Everything that fixes a layer's shapes and arithmetic. The defaults are DeepSeek-V3.2-Exp's (671B), without YaRN.
 
-    Lengths are in tokens, dims in elements. Raises TypeError for a size that is no int or a switch that is no
-    bool, ValueError for a size below 1, a constant that is not positive, an odd RoPE width, an indexer
-    head that is not a power of two (the Hadamard rotation needs one) or narrower than its RoPE part.
+    Lengths are in tokens, dims in elements. YaRN, which `V32` has, is asked for by a `rope_factor` above 1. Raises
+    TypeError for a size that is no int or a switch that is no bool, ValueError for a size below 1, a constant that is
+    not positive, a rope_factor below 1, an odd RoPE width, an indexer head that is not a power of two (the Hadamard
+    rotation needs one) or narrower than its RoPE part, an unknown index_rope or index_pattern.
 
-    Source: DeepSeek-V3.2-Exp report, section 2, and its published inference configuration.
+    Source: DeepSeek-V3.2-Exp report, section 2, and its published inference configuration; SPEC section 9.
     """
 
     dim: int = 7168  # model width
@@ -28,21 +33,26 @@ class DSAConfig:
     index_fp8: bool = True  # rotate and quantise the indexer's q and k; False: score them as they are
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_factor: float = 40.0  # YaRN stretches the context by this much
+    rope_factor: float = 1.0  # YaRN stretches the context by this much; 1: no YaRN
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     original_seq_len: int = 4096  # the context before YaRN
-    max_seq_len: int = 163840  # YaRN is on where this exceeds original_seq_len
-    mscale: float = 1.0  # 0: no correction of the softmax scale
+    max_seq_len: int = 163840  # YaRN needs this to exceed original_seq_len
+    mscale: float = 1.0  # config.json's mscale_all_dim; 0: no correction of the softmax scale
+    index_rope: str = "half"  # the indexer's RoPE layout: "half" (V3.2) or "interleaved" (GLM-5)
+    index_pattern: str = ""  # a letter a layer: "F" has an indexer, "S" shares a selection; "": all have one
 
     def __post_init__(self) -> None:
         kinds = {int: ("an int", int), float: ("a number", (int, float)), bool: ("a bool", bool)}
+        kinds[str] = ("a str", str)
         for field in dataclasses.fields(self):
             value, (kind, types) = getattr(self, field.name), kinds[field.type]
             if not isinstance(value, types) or isinstance(value, bool) != (field.type is bool):
                 raise TypeError(f"{field.name} must be {kind}, got {value!r}")
             if field.type is int and value < 1:
                 raise ValueError(f"{field.name} must be at least 1, got {value}")
+            if field.name == "rope_factor" and value < 1:
+                raise ValueError(f"rope_factor must be at least 1 (no YaRN), got {value!r}")
             if field.type is float and not 0 < value < math.inf and (field.name, value) != ("mscale", 0):
                 raise ValueError(f"{field.name} must be positive and finite, got {value!r}")
         if self.qk_rope_head_dim % 2:
@@ -54,15 +64,48 @@ class DSAConfig:
                 f"index_head_dim must be at least qk_rope_head_dim = {self.qk_rope_head_dim}, got {self.index_head_dim}"
             )
 
+        if self.yarn and self.rope_theta <= 1:
+            raise ValueError(
+                f"rope_theta must be above 1 with YaRN, which divides by its logarithm, got {self.rope_theta}"
+            )
+        if self.index_rope not in ("half", "interleaved"):
+            raise ValueError(f"index_rope must be 'half' or 'interleaved', got {self.index_rope!r}")
+        if set(self.index_pattern) - {"F", "S"} or self.index_pattern.startswith("S"):
+            raise ValueError(f"index_pattern must consist of F and S and begin with F, got {self.index_pattern!r}")
+
+    @classmethod
+    def from_hf(cls, source: str | os.PathLike | Mapping) -> "DSAConfig":
+        """The attention of a model from its Hugging Face `config.json`: DeepSeek-V3.2's family or GLM-5's.
+
+        source: the file, the directory that holds it, or its fields as a mapping. Fields that it lacks have
+        transformers' values. `index_fp8` is not in the file and stays True. SPEC section 9 has what is read.
+
+        Raises: ValueError for another model_type, another RoPE than default and YaRN, and any other field that may
+        change the attention and is not known, by its name; TypeError for values of a wrong type; FileNotFoundError.
+        """
+        return cls(**hf_fields(source))
+
     @property
     def yarn(self) -> bool:
         """Whether RoPE's frequencies, and with them the softmax scale, are YaRN's."""
-        return self.max_seq_len > self.original_seq_len
+        return self.rope_factor > 1 and self.max_seq_len > self.original_seq_len
 
     @property
     def latent_dim(self) -> int:
         """D, the width of one cached row and of a query in MQA mode: 576 in V3.2."""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def has_indexer(self, layer_index: int) -> bool:
+        """Whether a layer of the model has an indexer; one without reuses the selection of the nearest before it.
+
+        Raises: TypeError for an index that is no int, ValueError for one that is not in `index_pattern`.
+        """
+        if isinstance(layer_index, bool) or not isinstance(layer_index, int):
+            raise TypeError(f"layer_index must be an int, got {layer_index!r}")
+        if self.index_pattern and not 0 <= layer_index < len(self.index_pattern):
+            known = len(self.index_pattern)
+            raise ValueError(f"layer_index must be in [0, {known}), the layers of index_pattern, got {layer_index}")
+        return not self.index_pattern or self.index_pattern[layer_index] == "F"
 
     @property
     def softmax_scale(self) -> float:
@@ -73,7 +116,7 @@ class DSAConfig:
         return scale
 
 
-V32 = DSAConfig()
+V32 = DSAConfig(rope_factor=40.0)
 TINY = DSAConfig(
     dim=64,
     n_heads=4,
@@ -85,6 +128,7 @@ TINY = DSAConfig(
     index_n_heads=16,  # fewer heads give many exact ties at 0: P(score = 0) = 2^-Hi on random data
     index_head_dim=16,
     index_topk=8,
+    rope_factor=40.0,  # YaRN is off, but a longer max_seq_len turns it on
     original_seq_len=4096,
     max_seq_len=4096,
 )

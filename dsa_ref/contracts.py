@@ -67,6 +67,7 @@ def check_sparse_attention(q, kv, indices, scale, v_dim, floats=FLOATS) -> None:
     check_shapes(q=(q, "T H D"), kv=(kv, "S D"), indices=(indices, "T k"))
     check_attention(q, kv, scale, v_dim, floats)
     check_indices(indices, len(kv))
+    check_distinct(indices)
 
 
 def check_dense_attention(q, kv, scale, v_dim, start, end) -> None:
@@ -85,6 +86,7 @@ def check_mha_attention(q, k, v, scale, indices, start, end) -> None:
     check_scale(scale)
     if indices is not None:
         check_indices(indices, len(k))
+        check_distinct(indices)
     check_ranges(len(q), len(k), q.device, start, end)
 
 
@@ -97,6 +99,7 @@ def check_indexer_loss(q_idx, k_idx, w, q, kv, scale, indices, start, end) -> No
     check_attention(q, kv, scale, v_dim=1)
     if indices is not None:
         check_indices(indices, len(kv))
+        check_distinct(indices)
 
 
 def check_attention(q, kv, scale, v_dim, floats=FLOATS) -> None:
@@ -204,6 +207,27 @@ def check_indices(indices: Tensor, S: int) -> None:
         low, high = (int(value) for value in torch.aminmax(indices))
         if low < -1 or high >= S:
             raise ValueError(f"indices must lie in [-1, S) with S = {S}, got {low if low < -1 else high}")
+
+
+def check_distinct(indices: Tensor) -> None:
+    """No index may stand twice in a row of ``indices``, but for -1: a row's selection is a set."""
+    if not indices.numel() or not values_readable(indices):
+        return
+    indices = in_use(indices)
+    earlier, later = indices[:, :-1], indices[:, 1:]
+    if ((later < 0) | (earlier >= 0) & (later > earlier)).all():
+        return  # they ascend, as the reference's do: no need to sort
+    ordered = indices.sort(dim=1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if twice.any():
+        t, place = twice.nonzero()[0].tolist()
+        raise ValueError(f"indices must be distinct within a row, got {int(ordered[t, place])} twice in row {t}")
+
+
+def in_use(indices: Tensor) -> Tensor:
+    """Index lists [T, k] up to the last column, but at least one, that holds an index: k may be far above it."""
+    columns = (indices.amax(dim=0) >= 0).nonzero() if len(indices) else indices
+    return indices[:, : int(columns[-1]) + 1 if len(columns) else 1]
 
 
 def values_readable(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ Source: SPEC section 3; DeepSeek-V2 report (MLA), section 2.1.
 import torch
 from torch import Tensor
 
-from .blocks import masked_blocks
+from .blocks import compact, masked_blocks
 from .contracts import Array, Bound, check_dense_attention, check_mha_attention, row_ranges
 from .sparse_attention import attend, sparse_attention_loops
 
@@ -54,17 +54,18 @@ def mha_attention(
 ) -> tuple[Tensor, Tensor]:
     """MHA mode with the selection as a mask: per-head keys and values, every pair computed, few kept.
 
-    q: float [T, H, Dq]; k: [S, H, Dq]; v: [S, H, Dv]; indices: int32 [T, k] as for `sparse_attention`, or None for all
-    visible keys; a row sees the selected keys that also lie in its range.
-    Returns (out [T, H, Dv] in q.dtype, lse [T, H]). Raises as `dense_attention` does.
+    q: float [T, H, Dq]; k: [S, H, Dq]; v: [S, H, Dv]; indices: int32 [T, k], distinct within a row, as for
+    `sparse_attention`, or None for all visible keys; a row sees the selected keys that also lie in its range.
+    Returns (out [T, H, Dv] in q.dtype, lse [T, H]). Raises as `dense_attention` and `sparse_attention` do.
     """
     check_mha_attention(q, k, v, scale, indices, start, end)
     start, end = row_ranges(len(q), len(k), q.device, start, end)
     dtype = torch.promote_types(q.dtype, torch.float32)
+    lists = None if indices is None else compact(indices)
     outs, lses = [], []
     for rows, keys, mask in masked_blocks(start, end, len(k), per_pair=q.shape[1]):
-        if indices is not None:
-            mask &= _selected(indices[rows], len(k))[:, keys]
+        if lists is not None:
+            mask &= _selected(lists[rows], len(k))[:, keys]
         out, lse = attend(q[rows].to(dtype), k[keys].to(dtype), v[keys].to(dtype), scale, mask, "shd")
         outs.append(out.to(q.dtype))
         lses.append(lse)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .blocks import row_blocks, visible
 from .contracts import Array, Bound, check_index_scores, row_ranges
+from .products import masked_einsum
 
 
 def index_scores_loops(
@@ -54,8 +55,8 @@ def index_scores(
     dtype, rows_of_scores = score_dtype(q_idx, k_idx, w, k_scale), []
     for rows, keys in row_blocks(start, end, per_pair=w.shape[1]):
         scale = None if k_scale is None else k_scale[keys]
-        block = score_block(q_idx[rows], k_idx[keys], w[rows], scale, dtype)
-        block = block.masked_fill(~visible(start, end, rows, keys), -torch.inf)
+        mask = visible(start, end, rows, keys)
+        block = score_block(q_idx[rows], k_idx[keys], w[rows], scale, dtype, mask=mask).masked_fill(~mask, -torch.inf)
         outside = (keys.start, S - keys.stop)
         rows_of_scores.append(torch.nn.functional.pad(block, outside, value=-torch.inf))
     return torch.cat(rows_of_scores)
@@ -66,11 +67,12 @@ def score_dtype(*inputs: Tensor | None) -> torch.dtype:
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in inputs) else torch.float32
 
 
-def score_block(q_idx, k_idx, w, k_scale, dtype: torch.dtype, dims: str = "sd") -> Tensor:
-    """Equation 1 on unchecked arguments for every pair of a block: [T, S] in `dtype`, nothing masked.
+def score_block(q_idx, k_idx, w, k_scale, dtype: torch.dtype, dims: str = "sd", mask: Tensor | None = None) -> Tensor:
+    """Equation 1 on unchecked arguments for the pairs of a block: [T, S] in `dtype`.
 
-    dims: k_idx's, "sd", or "tsd" where each query has keys of its own.
+    dims: k_idx's, "sd", or "tsd" where each query has keys of its own. mask: bool [T, S]; the caller replaces the score
+    of a hidden pair, and no gradient comes from there. None where no gradient is taken.
     """
-    dots = torch.einsum(f"thd,{dims}->ths", q_idx.to(dtype), k_idx.to(dtype))
-    scores = torch.einsum("ths,th->ts", dots.relu(), w.to(dtype))
+    dots = masked_einsum(f"thd,{dims}->ths", q_idx.to(dtype), k_idx.to(dtype), mask)
+    scores = masked_einsum("ths,th->ts", dots.relu(), w.to(dtype), mask)
     return scores if k_scale is None else scores * k_scale.to(dtype)

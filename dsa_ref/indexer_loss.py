@@ -16,25 +16,26 @@ Source: DeepSeek-V3.2-Exp report, equations 3 and 4; SPEC section 5.
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .blocks import list_blocks, masked_blocks
 from .contracts import Array, Bound, check_indexer_loss, row_ranges
 from .index_scores import index_scores_loops, score_block
-from .sparse_attention import attention_weights, masked_softmax
+from .sparse_attention import attention_weights, gather_rows, masked_softmax
 
 
 def indexer_loss_loops(
     q_idx: Array, k_idx: Array, w: Array, q: Array, kv: Array, scale: float, indices: Array | None = None,
     start: Bound = None, end: Bound = None,
 ) -> float:  # fmt: skip
-    """Both equations as loops over arrays, float64 -> the loss, a float."""
+    """Both equations as loops over arrays, float64 -> the loss, a float. S_t is a set: a key counts once."""
     T, H, _ = q.shape
     scores = index_scores_loops(q_idx, k_idx, w, None, start, end)
     total, rows = 0.0, 0
     for t in range(T):
-        keys = [s for s in range(kv.shape[0]) if scores[t, s] > -np.inf]
-        if indices is not None:
-            keys = [s for s in keys if s in indices[t]]
+        first = 0 if start is None else start[t]
+        last = kv.shape[0] - T + t + 1 if end is None else end[t]
+        keys = [s for s in range(first, last) if indices is None or s in indices[t]]
         if not keys:
             continue
         p = np.zeros(len(keys))
@@ -45,7 +46,7 @@ def indexer_loss_loops(
         largest = scores[t, keys].max()
         log_guess = scores[t, keys] - largest - np.log(np.sum(np.exp(scores[t, keys] - largest)))
         for i in range(len(keys)):
-            if p[i] > 0:
+            if p[i] != 0:
                 total += p[i] * (np.log(p[i]) - log_guess[i])
         rows += 1
     return total / max(rows, 1)
@@ -59,34 +60,60 @@ def indexer_loss(
 
     q_idx [T, Hi, Di], k_idx [S, Di], w [T, Hi]: the indexer's side, as for `index_scores`, unquantised.
     q [T, H, D], kv [S, D], scale: attention's side, as for `sparse_attention`.
-    indices: None for the warm-up (equation 3), int32 [T, k] for the sparse stage (equation 4).
+    indices: None for the warm-up (equation 3), int32 [T, k], distinct within a row, for the sparse stage (equation 4).
     start, end: int32 [T], default causal; a selected key outside a row's range is left out of that row. With no
-    row that has a key the loss is 0. Computed in fp32, also for fp64 inputs.
+    row that has a key the loss is 0. Computed in fp32, also for fp64 inputs. Memory: one number for each pair, and one
+    for each pair and head of a single block.
 
-    Raises: ValueError for wrong shapes, devices, ranges or indices; TypeError for wrong dtypes.
+    Raises: ValueError for wrong shapes, devices or ranges, indices outside [-1, S) or named twice in a row; TypeError
+    for wrong dtypes.
     """
     check_indexer_loss(q_idx, k_idx, w, q, kv, scale, indices, start, end)
     (T, Hi, Di), S, (_, H, D) = q_idx.shape, len(kv), q.shape
     start, end = row_ranges(T, S, q.device, start, end)
     q, kv = q.detach().float(), kv.detach().float()
-    total = q.new_zeros(())
+    total, alive = q.new_zeros(()), 0
+    per_pair, per_index = 4 * (Hi + H), 4 * (D + Di + Hi + H)  # four of them live at once in the backward pass
+    for rows, keys, lists, mask in _blocks(indices, start, end, S, per_pair, per_index):
+        seen, dims = (kv[keys], "sd") if lists is None else (gather_rows(kv, lists, mask), "tsd")
+        p = attention_weights(q[rows], seen, scale, mask, dims)[0].mean(dim=1)
+        total = total + _RecomputedKL.apply(q_idx[rows], k_idx[keys], w[rows], p, lists, mask)
+        alive = alive + mask.any(dim=1).sum()
+    return total / alive.clamp(min=1)
+
+
+def _blocks(indices, start, end, S, per_pair, per_index):
+    """(rows, keys, lists, mask) of each block: it sees the range `keys`, or in the sparse stage what `lists` name."""
     if indices is None:
-        for rows, keys, mask in masked_blocks(start, end, S, per_pair=Hi + H):
-            total = total + _kl(q_idx[rows], k_idx[keys], w[rows], q[rows], kv[keys], scale, mask, "sd")
-        alive = end > start
+        for rows, keys, mask in masked_blocks(start, end, S, per_pair):
+            yield rows, keys, None, mask
     else:
-        inside = (indices >= start[:, None]) & (indices < end[:, None])
-        for rows in list_blocks(indices, per_index=D + Di + Hi + H):
-            picked = indices[rows].clamp(min=0)
-            total = total + _kl(q_idx[rows], k_idx[picked], w[rows], q[rows], kv[picked], scale, inside[rows], "tsd")
-        alive = inside.any(dim=1)
-    return total / alive.sum().clamp(min=1)
+        for rows, lists in list_blocks(indices, per_index):
+            yield rows, slice(S), lists, (lists >= start[rows, None]) & (lists < end[rows, None])
 
 
-def _kl(q_idx, k_idx, w, q, kv, scale, mask, dims) -> Tensor:
-    """Sum over a block's rows of KL(p || softmax(I)) on the keys in mask [T, S]; `dims` as for `attend`."""
-    scores = score_block(q_idx, k_idx, w, None, torch.float32, dims)
-    p = attention_weights(q, kv, scale, mask, dims)[0].mean(dim=1)
+class _RecomputedKL(torch.autograd.Function):
+    """`_kl`, whose backward pass computes the block again: otherwise all blocks would be kept until then."""
+
+    @staticmethod
+    def forward(ctx, *block):
+        ctx.save_for_backward(*block)
+        return _kl(*block)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        *indexer, p, lists, mask = ctx.saved_tensors
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in indexer]
+            loss = _kl(*leaves, p, lists, mask)
+        return *torch.autograd.grad(loss, leaves, gradient), None, None, None
+
+
+def _kl(q_idx, k_idx, w, p, lists, mask) -> Tensor:
+    """Sum over a block's rows of KL(p || softmax(I)) on the keys in mask [T, S]."""
+    keys, dims = (k_idx, "sd") if lists is None else (gather_rows(k_idx, lists, mask), "tsd")
+    scores = score_block(q_idx, keys, w, None, torch.float32, dims, mask)
     _, lse = masked_softmax(scores, mask)
     log_guess = torch.where(mask, scores - torch.where(lse == -torch.inf, 0.0, lse)[:, None], 0.0)
-    return (torch.xlogy(p, p) - p * log_guess).sum()
+    return (torch.xlogy(p, p) - p * log_guess.masked_fill(p == 0, 0.0)).sum()  # 0 · ln 0 is 0 on either side

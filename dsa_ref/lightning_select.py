@@ -33,9 +33,10 @@ def lightning_select(
     check_count("k", k)
     start, end = row_ranges(len(q_idx), len(k_idx), q_idx.device, start, end)
     dtype = score_dtype(q_idx, k_idx, w, k_scale)
-    indices = torch.empty(len(q_idx), k, dtype=torch.int32, device=q_idx.device)
+    indices = torch.full((len(q_idx), k), -1, dtype=torch.int32, device=q_idx.device)
     for rows, keys in row_blocks(start, end, per_pair=w.shape[1]):
         scale = None if k_scale is None else k_scale[keys]
         scores = score_block(q_idx[rows], k_idx[keys], w[rows], scale, dtype)
-        indices[rows] = select_block(scores, k, start, end, rows, keys)
+        chosen = select_block(scores, k, start, end, rows, keys)
+        indices[rows, : chosen.shape[1]] = chosen
     return indices

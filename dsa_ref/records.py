@@ -3,8 +3,13 @@
 A record is a JSON file in `figures/`, at the root of a checkout. Its "provenance" names the command, the commit, the
 date, the versions and the machine. Records are made and read in a checkout; an installed wheel finds the one that the
 program runs in.
+
+A program that measures for hours must not fail when it saves: `output_file` and `positive` are types for argparse that
+refuse at the start what could not be written or run, and a file is replaced only by a whole one.
 """
 
+import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -14,7 +19,9 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -96,7 +103,56 @@ def read(name: str | os.PathLike) -> dict:
 
 def write(path: str | os.PathLike, record: dict) -> None:
     """Write `record` as JSON to `path`, relative to the current folder, unlike `read`'s: programs get it as --log."""
-    pathlib.Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(record, indent=1) + "\n"
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A file to be written, which takes the place of `path` when it is whole; what fails before leaves `path` alone.
+
+    A `path` that is no ordinary file, such as /dev/null, is written itself.
+    """
+    path = pathlib.Path(path).resolve()  # behind a link
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:  # beside it: on the same disk
+        new = pathlib.Path(folder, path.name)
+        yield new
+        new.replace(path)
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise ValueError unless `path` can be written: its folder is there and allows it, and it is no folder itself."""
+    path = pathlib.Path(path).resolve()
+    if path.is_dir():
+        raise ValueError(f"path must be a file's, got the folder {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"path must lie in a folder that is there, got {path}: make {path.parent} first")
+    try:
+        if not path.exists() or path.is_file():
+            tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent).cleanup()
+    except OSError as error:
+        raise ValueError(f"path must lie in a folder that can be written, got {path}: {error.strerror}") from error
+
+
+def output_file(text: str) -> pathlib.Path:
+    """For argparse: the path of a file that can be written, checked before anything is run."""
+    try:
+        check_writable(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return pathlib.Path(text)
+
+
+def positive(text: str) -> int:
+    """For argparse: an int of at least 1."""
+    with contextlib.suppress(ValueError):
+        if int(text) >= 1:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
 
 
 def _is_checkout(folder):

@@ -37,25 +37,32 @@ def select_topk(scores: Tensor, k: int, start: Bound = None, end: Bound = None) 
     """
     check_select_topk(scores, k, start, end)
     start, end = row_ranges(*scores.shape, scores.device, start, end)
-    indices = torch.empty(len(scores), k, dtype=torch.int32, device=scores.device)
+    indices = torch.full((len(scores), k), -1, dtype=torch.int32, device=scores.device)
     for rows, keys in row_blocks(start, end, per_pair=1):
-        indices[rows] = select_block(scores[rows, keys].detach(), k, start, end, rows, keys)
+        chosen = select_block(scores[rows, keys].detach(), k, start, end, rows, keys)
+        indices[rows, : chosen.shape[1]] = chosen
     return indices
 
 
 def select_block(scores: Tensor, k: int, start: Tensor, end: Tensor, rows: slice, keys: slice) -> Tensor:
-    """The selection of a block's rows, int32 [rows, k], from its scores [rows, keys]. No check but the one for NaN."""
+    """The selection of a block's rows from its scores [rows, keys], int32 [rows, width] with width = min(k, keys).
+
+    No check but the one for NaN.
+    """
     mask = visible(start, end, rows, keys)
     scores = scores.masked_fill(~mask, -torch.inf)
-    if scores.isnan().any():
-        raise ValueError(f"scores must not be NaN, got NaN in rows {rows.start} to {rows.stop - 1}")
-    wanted = (end[rows] - start[rows]).clamp(max=k)
-    threshold = scores.topk(min(k, scores.shape[1])).values[:, -1:]
+    bad = scores.isnan()
+    if bad.any():
+        t, s = bad.nonzero()[0].tolist()
+        raise ValueError(f"scores must not be NaN, got NaN in row {rows.start + t} for key {keys.start + s}")
+    width = min(k, scores.shape[1])
+    wanted = (end[rows] - start[rows]).clamp(max=width)
+    threshold = scores.topk(width).values[:, -1:]
     above = scores > threshold
     tied = (scores == threshold) & mask  # the mask: a visible score may itself be -inf
     room = wanted[:, None] - above.sum(dim=1, keepdim=True)
     kept = above | (tied & (tied.cumsum(dim=1) <= room))  # smallest indices first
     row, column = kept.nonzero(as_tuple=True)
-    indices = torch.full((len(scores), k), -1, dtype=torch.int32, device=scores.device)
+    indices = torch.full((len(scores), width), -1, dtype=torch.int32, device=scores.device)
     indices[row, kept.cumsum(dim=1)[row, column] - 1] = (column + keys.start).to(torch.int32)
     return indices

@@ -14,20 +14,21 @@ from torch import Tensor
 
 from .blocks import list_blocks
 from .contracts import Array, check_sparse_attention
+from .products import masked_einsum
 
 
 def sparse_attention_loops(q: Array, kv: Array, indices: Array, scale: float, v_dim: int) -> tuple[Array, Array]:
     """Equation 2 as loops over arrays, float64 -> (out [T, H, v_dim], lse [T, H]).
 
-    Subtracting the largest logit changes no weight and keeps exp from overflowing.
+    S_t is a set: a key counts once. Subtracting the largest logit changes no weight and keeps exp from overflowing.
     """
     T, H, _ = q.shape
     out, lse = np.zeros((T, H, v_dim)), np.full((T, H), -np.inf)
     for t in range(T):
-        keys = [s for s in indices[t] if s >= 0]
+        keys = sorted({int(s) for s in indices[t] if s >= 0})
         for h in range(H):
-            if keys:
-                logits = np.array([scale * np.dot(q[t, h], kv[s]) for s in keys])
+            logits = np.array([scale * np.dot(q[t, h], kv[s]) for s in keys])
+            if keys and logits.max() != -np.inf:
                 exponentials = np.exp(logits - logits.max())
                 out[t, h] = exponentials / exponentials.sum() @ kv[keys, :v_dim]
                 lse[t, h] = logits.max() + np.log(exponentials.sum())
@@ -40,22 +41,27 @@ def sparse_attention(q: Tensor, kv: Tensor, indices: Tensor, scale: float, v_dim
     q: float [T, H, D]; kv: [S, D] of the same dtype; indices: int32 [T, k], -1 where nothing is selected, distinct
     within a row; scale: float > 0; v_dim: the first v_dim columns of kv are the value.
     Returns (out [T, H, v_dim] in q.dtype, lse fp32 [T, H], natural logarithm); computed in fp32 (fp64 for fp64). A row
-    with nothing selected gives 0 and -inf.
+    with nothing selected gives 0 and -inf. Time and memory follow the selected keys, not k.
 
-    Raises: ValueError for wrong shapes, devices, indices outside [-1, S), scale or v_dim; TypeError for wrong dtypes.
+    Raises: ValueError for wrong shapes, devices, indices outside [-1, S) or named twice in a row, scale or v_dim;
+    TypeError for wrong dtypes.
     """
     check_sparse_attention(q, kv, indices, scale, v_dim)
     dtype = torch.promote_types(q.dtype, torch.float32)
     outs, lses = [], []
-    for rows in list_blocks(indices, per_index=q.shape[1] + q.shape[2]):
-        missing = indices[rows] < 0
-        gathered = kv[indices[rows].clamp(min=0)].to(dtype)
-        if missing.any():  # a weight of 0 would not keep a NaN of row 0 out
-            gathered = gathered.masked_fill(missing[:, :, None], 0.0)
-        out, lse = attend(q[rows].to(dtype), gathered, gathered[..., :v_dim], scale, ~missing, "tsd")
+    for rows, lists in list_blocks(indices, per_index=q.shape[1] + q.shape[2]):
+        there = lists >= 0
+        gathered = gather_rows(kv, lists, there).to(dtype)
+        out, lse = attend(q[rows].to(dtype), gathered, gathered[..., :v_dim], scale, there, "tsd")
         outs.append(out.to(q.dtype))
         lses.append(lse)
     return torch.cat(outs), torch.cat(lses)
+
+
+def gather_rows(table: Tensor, lists: Tensor, mask: Tensor) -> Tensor:
+    """The rows of table [S, D] that lists [T, k] name, [T, k, D], and zeros where the mask [T, k] does not hold."""
+    gathered = table[lists.clamp(min=0)]
+    return gathered if mask.all() else gathered.masked_fill(~mask[:, :, None], 0.0)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, dims: str) -> tuple[Tensor, Tensor]:
@@ -64,12 +70,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, dims: st
     dims: k's and v's: "sd" for rows shared by all, "tsd" where each query has rows of its own, "shd" where each head.
     """
     weights, lse = attention_weights(q, k, scale, mask, dims)
-    return torch.einsum(f"ths,{dims}->thd", weights, v), lse
+    return masked_einsum(f"ths,{dims}->thd", weights, v, mask), lse
 
 
 def attention_weights(q: Tensor, k: Tensor, scale: float, mask: Tensor, dims: str) -> tuple[Tensor, Tensor]:
     """The softmax of equation 2: (weights [T, H, S], log-sum-exp [T, H]). Arguments as for `attend`."""
-    return masked_softmax(torch.einsum(f"thd,{dims}->ths", q, k) * scale, mask[:, None])
+    return masked_softmax(masked_einsum(f"thd,{dims}->ths", q, k, mask) * scale, mask[:, None])
 
 
 def masked_softmax(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,4 +90,7 @@ def masked_softmax(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     nothing = total == 0
     safe = total.masked_fill(nothing, 1.0)
     lse = (largest + safe.log()).masked_fill(nothing, -torch.inf)
-    return exponentials / safe, lse.squeeze(-1)
+    weights = exponentials / safe
+    if total.isnan().any():  # a row that sees NaN is NaN, but not for the keys that it does not see
+        weights = weights.masked_fill(~mask, 0.0)
+    return weights, lse.squeeze(-1)

@@ -47,6 +47,11 @@ class Failed(AssertionError):
     own = ""  # the traceback of an error raised by the code under test
 
 
+def _tensor(x) -> Tensor:
+    """x itself, or the array or number as a tensor on the CPU, whatever the default device is."""
+    return x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")
+
+
 def compare_selection(
     got: Given, scores: Given, k: int, start: Given | None = None, end: Given | None = None, tolerance: float = 0.0
 ) -> None:
@@ -60,7 +65,7 @@ def compare_selection(
     scores, ties), the first bad row t with its key s, what was got and expected, and the likely cause. ValueError or
     TypeError where scores, k, start, end or tolerance are themselves bad, and for NaN in a visible score.
     """
-    scores, start, end = (None if x is None else torch.as_tensor(x) for x in (scores, start, end))
+    scores, start, end = (None if x is None else _tensor(x) for x in (scores, start, end))
     check_select_topk(scores, k, start, end)
     T, S = scores.shape
     start, end = row_ranges(T, S, scores.device, start, end)
@@ -77,7 +82,7 @@ def _selection(got, T, k, device):
     """`got` as a tensor, once its type, dtype and shape are right."""
     kind = f"{type(got).__name__} {getattr(got, 'dtype', '')}".strip()
     if isinstance(got, np.ndarray):
-        got = torch.as_tensor(got) if got.dtype == np.int32 else None
+        got = _tensor(got) if got.dtype == np.int32 else None
     if not isinstance(got, torch.Tensor) or got.dtype != torch.int32:
         _fail("type", f"got {kind}, expected an int32 tensor", "argsort, topk and nonzero give int64: cast at the end")
     if got.dim() != 2 or got.shape[0] != T:
@@ -186,7 +191,7 @@ def overlap(a: Given, b: Given) -> float:
 
     a: int [T, ka], b: int [T, kb], -1 ignored. Raises: ValueError for wrong shapes or T = 0, TypeError for wrong types.
     """
-    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    a, b = _tensor(a), _tensor(b)
     check_shapes(a=(a, "T ka"), b=(b, "T kb"))
     for name, indices in (("a", a), ("b", b)):
         check_dtype(name, indices, (torch.int32, torch.int64))
@@ -206,7 +211,7 @@ def relative_error(got: Given | float, expected: Given | float) -> float:
 
     Raises: ValueError where the shapes differ.
     """
-    got, expected = (torch.as_tensor(x).detach().cpu().double() for x in (got, expected))
+    got, expected = (_tensor(x).detach().cpu().double() for x in (got, expected))
     if got.shape != expected.shape:
         raise ValueError(f"got must have the shape of expected, {list(expected.shape)}, got {list(got.shape)}")
     infinite = got.isinf() | expected.isinf()
@@ -228,7 +233,7 @@ def attention_recall(weights: Given, indices: Given) -> float:
     Raises: ValueError for wrong shapes, T = 0, indices outside [-1, S) or rows that do not sum to 1; TypeError for
     wrong dtypes.
     """
-    weights, indices = torch.as_tensor(weights).detach(), torch.as_tensor(indices)
+    weights, indices = _tensor(weights).detach(), _tensor(indices)
     check_shapes(weights=(weights, "T S"), indices=(indices, "T k"))
     check_dtype("weights", weights, FLOATS)
     S = weights.shape[1]
@@ -273,7 +278,7 @@ def random_selection(k: int, start: Given, end: Given, seed: int) -> Tensor:
 
 def _ranges(k, start, end):
     check_count("k", k)
-    start, end = torch.as_tensor(start), torch.as_tensor(end)
+    start, end = _tensor(start), _tensor(end)
     check_shapes(start=(start, "T"), end=(end, "T"))
     check_ranges(len(start), int(end.max()) if len(end) else 0, start.device, start, end)
     return start, end

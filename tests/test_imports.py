@@ -43,9 +43,16 @@ class Row(NamedTuple):
 # The standard library may be imported everywhere. "?" is an import by a name that only the running program knows.
 TABLE = [
     # the reference: ground floor, steps, judges, then what is built on the steps
-    Row("dsa_ref.version dsa_ref.config", "", ""),
+    Row("dsa_ref.version dsa_ref.hf_config", "", ""),
+    Row("dsa_ref.config", "dsa_ref.hf_config", ""),
+    Row("dsa_ref.precision", "", "torch"),
+    Row("dsa_ref.products", "dsa_ref.precision", "torch"),
     Row("dsa_ref.contracts dsa_ref.blocks", "dsa_ref.config dsa_ref.contracts", "numpy torch"),
-    Row("dsa_ref/step", "dsa_ref.config dsa_ref.contracts dsa_ref.blocks dsa_ref/step", "numpy torch"),
+    Row(
+        "dsa_ref/step",
+        "dsa_ref.config dsa_ref.products dsa_ref.contracts dsa_ref.blocks dsa_ref/step",
+        "numpy torch",
+    ),
     Row(
         "dsa_ref.testing dsa_ref.cost",
         "dsa_ref.config dsa_ref.contracts dsa_ref.blocks dsa_ref/step",
@@ -55,17 +62,22 @@ TABLE = [
     Row("dsa_ref", "dsa_ref.version dsa_ref.config dsa_ref/step dsa_ref.nn", ""),
     Row(
         "dsa_ref.nn.*",
-        "dsa_ref dsa_ref.config dsa_ref.contracts dsa_ref.blocks dsa_ref/step dsa_ref.nn.*",  # the root: default ops
-        "torch safetensors",
+        "dsa_ref dsa_ref.config dsa_ref.hf_config dsa_ref.precision dsa_ref.contracts dsa_ref.blocks dsa_ref/step "
+        "dsa_ref.nn.*",  # the root: default ops
+        "torch safetensors ?",  # a copied or unpickled layer imports its ops by name
     ),
     Row(
         "dsa_ref.training.*",
-        "dsa_ref dsa_ref.config dsa_ref.contracts dsa_ref/step dsa_ref.testing dsa_ref.records dsa_ref.nn.* "
-        "dsa_ref.training.*",
+        "dsa_ref dsa_ref.config dsa_ref.precision dsa_ref.contracts dsa_ref/step dsa_ref.testing dsa_ref.records "
+        "dsa_ref.nn.* dsa_ref.training.*",
         "torch",
     ),
     # the kernels, which share only sizes and argument checks with the reference
-    Row("dsa_kernels.runtime", "dsa_kernels.hopper.*", "torch ?"),  # it looks for Gluon's parts by their names
+    Row("dsa_kernels.cards", "", "torch triton"),
+    Row("dsa_kernels.interpreter", "", "torch triton"),
+    Row(  # it looks for Gluon's parts by their names
+        "dsa_kernels.runtime", "dsa_kernels.cards dsa_kernels.interpreter dsa_kernels.hopper.*", "torch ?"
+    ),
     Row("dsa_kernels.rounding", "dsa_kernels.runtime", "triton"),
     Row(
         "dsa_kernels.topk.*",
@@ -74,12 +86,14 @@ TABLE = [
     ),
     Row(
         "dsa_kernels.hopper.*",
-        "dsa_ref.config dsa_ref.contracts dsa_kernels.runtime dsa_kernels.topk.* dsa_kernels.hopper.*",
+        "dsa_ref.config dsa_ref.contracts dsa_kernels.cards dsa_kernels.runtime dsa_kernels.topk.* "
+        "dsa_kernels.hopper.*",
         "torch triton",
     ),
     Row(
         "dsa_kernels/step",
-        "dsa_ref.config dsa_ref.contracts dsa_kernels.runtime dsa_kernels.rounding dsa_kernels.topk.* dsa_kernels/step",
+        "dsa_ref.config dsa_ref.contracts dsa_kernels.cards dsa_kernels.runtime dsa_kernels.rounding "
+        "dsa_kernels.topk.* dsa_kernels/step",
         "torch triton",
     ),
     Row("dsa_kernels", "dsa_ref.version dsa_kernels.runtime dsa_kernels/step", ""),
@@ -398,6 +412,7 @@ def state():
         "precision": torch.get_float32_matmul_precision(),
         "random": repr(random.getstate()), "numpy's random": repr(numpy.random.get_state()),
         "torch's random": torch.get_rng_state().tolist(),
+        "interpreter": "triton" in sys.modules and sys.modules["triton"].knobs.runtime.interpret,
     }
 
 before = state()
@@ -431,7 +446,7 @@ def test_importing_the_reference_changes_nothing_and_loads_nothing_of_others():
 @pytest.mark.skipif(not rungs.has_triton(), reason=NEEDS_TRITON)
 def test_importing_the_kernels_switches_the_interpreter_on_and_changes_nothing_else():
     changed, loaded = effects("dsa_kernels")
-    assert changed == ([] if torch.cuda.is_available() else ["environment TRITON_INTERPRET"])
+    assert changed == ([] if torch.cuda.is_available() else ["interpreter"])
     assert not loaded & {"matplotlib", "ipywidgets", "transformers", "dsa_bench", "dsa_course"}
 
 

@@ -1,10 +1,14 @@
 """A contiguous cache of one sequence in one layer."""
 
+import contextlib
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
 from ..config import DSAConfig
-from ..contracts import E4M3, check_count, check_dtype
+from ..contracts import E4M3, FLOATS, check_count, check_dtype, check_shapes
+from ..precision import autocast_on
 
 
 class LayerCache:
@@ -12,9 +16,9 @@ class LayerCache:
 
     config: the layer's DSAConfig; capacity: in tokens; dtype: the layer's weights' dtype.
     kv [capacity, D] in dtype, k_idx [capacity, Di] (float8_e4m3fn with `index_fp8`, else dtype), k_scale fp32
-    [capacity]; `length` tokens are filled.
+    [capacity]; `length` tokens are filled. indexer: False for a layer without one: k_idx and k_scale are None.
 
-    Raises: TypeError for a capacity that is no int, ValueError for one below 1.
+    Raises: TypeError for a capacity that is no int or a dtype that is no float, ValueError for a capacity below 1.
     """
 
     def __init__(
@@ -23,34 +27,120 @@ class LayerCache:
         capacity: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        indexer: bool = True,
     ) -> None:
         check_count("capacity", capacity)
+        if dtype not in FLOATS:
+            raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
+        if not isinstance(indexer, bool):
+            raise TypeError(f"indexer must be a bool, got {indexer!r}")
         self.capacity, self.length = capacity, 0
         index_dtype = E4M3 if config.index_fp8 else dtype
-        self.kv = torch.zeros(capacity, config.latent_dim, dtype=dtype, device=device)
-        self.k_idx = torch.zeros(capacity, config.index_head_dim, dtype=index_dtype, device=device)
-        self.k_scale = torch.ones(capacity, dtype=torch.float32, device=device)
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside
+            self.kv = torch.zeros(capacity, config.latent_dim, dtype=dtype, device=device)
+            self.k_idx = self.k_scale = None
+            if indexer:
+                self.k_idx = torch.zeros(capacity, config.index_head_dim, dtype=index_dtype, device=device)
+                self.k_scale = torch.ones(capacity, dtype=torch.float32, device=device)
 
-    def append(self, kv: Tensor, k_idx: Tensor, k_scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def append(
+        self, kv: Tensor, k_idx: Tensor | None, k_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Store the rows of T new tokens and return all rows so far, as views: (kv, k_idx, k_scale).
 
-        kv [T, D], k_idx [T, Di], in the cache's dtypes; k_scale fp32 [T], or None where there are no scales.
+        kv [T, D], k_idx [T, Di], in the cache's dtypes, k_idx None in a layer without an indexer; k_scale fp32 [T]
+        where k_idx is FP8, else None. Autocast gives rows in a narrower dtype than the weights': inside it they are
+        widened to the cache's, which changes no value.
 
-        Raises: ValueError where the tokens would pass the capacity or bring gradients, TypeError for another dtype.
-        Then nothing is stored.
+        Raises: ValueError for other shapes or devices and where the tokens would pass the capacity or bring gradients,
+        TypeError for another dtype. Then nothing is stored.
         """
-        for name, new, held in (("kv", kv, self.kv), ("k_idx", k_idx, self.k_idx)):
+        check_shapes(kv=(kv, "T D"), k_idx=(k_idx, "T Di | None"), k_scale=(k_scale, "T | None"))
+        if (k_idx is None) != (self.k_idx is None):
+            wanted, indexer = ("given", True) if k_idx is None else ("None", False)
+            raise ValueError(f"k_idx must be {wanted} in a cache made with indexer={indexer}")
+        kv, k_idx = _widened(kv, self.kv), _widened(k_idx, self.k_idx)
+        for name, new, held in (("kv", kv, self.kv), ("k_idx", k_idx, self.k_idx), ("k_scale", k_scale, self.k_scale)):
+            if new is None:
+                continue
             check_dtype(name, new, (held.dtype,))
+            if new.shape[1:] != held.shape[1:]:
+                raise ValueError(f"{name} must have rows of {held.shape[1]}, got {new.shape[1]}")
+            if new.device != held.device:
+                raise ValueError(f"{name} must be on {held.device} like the cache, got {new.device}")
             if torch.is_grad_enabled() and new.requires_grad:
                 raise ValueError(
                     f"{name} must not require a gradient, which a cache does not keep: use torch.no_grad()"
                 )
+        scaled = k_idx is not None and k_idx.dtype == E4M3
+        if scaled != (k_scale is not None):
+            raise ValueError(f"k_scale must be {'given for' if scaled else 'None without'} FP8 keys in k_idx")
+        self.check_room(kv.shape[0])
         end = self.length + kv.shape[0]
-        if end > self.capacity:
-            raise ValueError(f"cache must hold {end} tokens, got a capacity of {self.capacity}")
         new = slice(self.length, end)
-        self.kv[new], self.k_idx[new] = kv, k_idx
-        if k_scale is not None:
-            self.k_scale[new] = k_scale
+        stored = []
+        for rows, held in ((kv, self.kv), (k_idx, self.k_idx), (k_scale, self.k_scale)):
+            if rows is not None:
+                held[new] = rows
+            stored.append(None if rows is None else held[:end])
         self.length = end
-        return self.kv[:end], self.k_idx[:end], None if k_scale is None else self.k_scale[:end]
+        return tuple(stored)
+
+    def check_room(self, count: int) -> None:
+        """Raise ValueError unless `count` more tokens have room."""
+        if self.length + count > self.capacity:
+            raise ValueError(f"cache must hold {self.length + count} tokens, got a capacity of {self.capacity}")
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from `length` on, as after rejected guesses: the next token takes their place.
+
+        Views that `append` or a layer's `record` handed out change where new tokens overwrite forgotten ones.
+        Raises: TypeError for a length that is no int, ValueError for one below 0 or above what is held.
+        """
+        _check_length(length, self.length)
+        self.length = length
+
+    def __getstate__(self) -> dict:
+        """What is copied and pickled: FP8 keys as bytes, since torch's tensors of FP8 cannot be unpickled."""
+        return vars(self) | {"k_idx": (self.k_idx.dtype, self.k_idx.view(torch.uint8))}
+
+    def __setstate__(self, state: dict) -> None:
+        dtype, data = state["k_idx"]
+        vars(self).update(state | {"k_idx": data.view(dtype)})
+
+
+def truncate_caches(caches: Sequence[LayerCache], length: int) -> None:
+    """`truncate` every layer's cache of one sequence, or, where one cannot be, none. Raises as there."""
+    for cache in caches:
+        _check_length(length, cache.length)
+    for cache in caches:
+        cache.length = length
+
+
+@contextlib.contextmanager
+def all_or_nothing(caches: Sequence[LayerCache], record: list | None) -> Iterator[None]:
+    """Where what is done inside fails or is interrupted, caches and record are as long afterwards as before."""
+    lengths, entries = [cache.length for cache in caches], 0 if record is None else len(record)
+    try:
+        yield
+    except BaseException:
+        for cache, length in zip(caches, lengths, strict=True):
+            cache.length = length
+        if record is not None and len(record) > entries:
+            del record[entries:]
+        raise
+
+
+def _widened(new: Tensor | None, held: Tensor) -> Tensor | None:
+    """`new` in the dtype of `held` where autocast (fp32 and below) is on and that dtype holds its every value."""
+    floats = {torch.float32, torch.bfloat16, torch.float16}
+    if new is None or not autocast_on(new.device) or not {new.dtype, held.dtype} <= floats:
+        return new
+    return new.to(held.dtype) if torch.promote_types(new.dtype, held.dtype) == held.dtype else new
+
+
+def _check_length(length: int, held: int) -> None:
+    if isinstance(length, bool) or not isinstance(length, int):
+        raise TypeError(f"length must be an int, got {length!r}")
+    if not 0 <= length <= held:
+        raise ValueError(f"length must be in [0, {held}], the number of tokens held, got {length}")

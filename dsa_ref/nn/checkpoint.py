@@ -1,14 +1,13 @@
-"""Attention layers in DeepSeek-V3.2's own files: the Hugging Face names, shards with an index, and FP8 by blocks.
+"""Attention layers in the files of DeepSeek-V3.2 and GLM-5: Hugging Face names, shards with an index, FP8 by blocks.
 
 A layer's tensors are named `model.layers.{i}.self_attn.` + the parameter names of `DSALayer`. An FP8 matrix `name` has
-a partner `name_scale_inv`: one fp32 for each block of 128×128. In spite of its name it is a multiplier:
+a partner `name_scale_inv` (`block_scales.py`). Names and shapes do not tell the two models apart: config.json does.
 
-    W[r, c] = e4m3[r, c] · scale_inv[r // 128, c // 128]      the last block row and column may be short
-
-Source: SPEC section 7; the layout of the V3.2-Exp checkpoint on Hugging Face.
+Source: SPEC sections 7 and 9; the layout of the V3.2-Exp checkpoint on Hugging Face.
 """
 
 import collections
+import dataclasses
 import json
 import os
 import pathlib
@@ -20,21 +19,22 @@ from torch import Tensor
 import dsa_ref
 
 from ..config import DSAConfig
-from ..contracts import E4M3, FLOATS, check_count, check_dtype, check_shapes
-from ..quantize import E4M3_MAX
-from ..rope import rope_frequencies
+from ..contracts import E4M3, FLOATS, check_count, check_dtype
+from ..hf_config import CONFIG, read_config
+from .block_scales import SCALE_INV, quantize_blocks, take_dequantized
 from .layer import DSALayer, Ops
 
-BLOCK = 128
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SCALE = "_scale_inv"
+PREFIXES = ("model.", "")  # of a model with a language head, and of one without
+YARN = ("rope_factor", "beta_fast", "beta_slow", "original_seq_len", "mscale")
+NOT_IN_THE_FILE = ("index_fp8", "max_seq_len")  # ours to choose, and without effect of its own
 
 
 def load_layer(
     path_or_state_dict: str | os.PathLike | Mapping[str, Tensor],
     layer_index: int,
-    config: DSAConfig,
+    config: DSAConfig | None = None,
     ops: Ops = dsa_ref,
     dtype: torch.dtype = torch.bfloat16,
 ) -> DSALayer:
@@ -43,37 +43,55 @@ def load_layer(
     path_or_state_dict: a mapping of full tensor names to tensors, a .safetensors file, or a directory that holds
     `model.safetensors` or `model.safetensors.index.json` with its shards. Only this layer's tensors are read, and only
     the shards that hold one are opened. FP8 matrices are dequantised in fp32 and rounded to `dtype` once.
-    dtype: of all parameters but the indexer's k_norm, which is never narrower than fp32. The tensors are copies.
+    config: None takes `DSAConfig.from_hf` of the `config.json` beside the tensors. Where there is such a file, a config
+    must agree with it, but for `index_fp8` and lengths that change nothing. A layer that shares a selection
+    (`DSAConfig.has_indexer`) is made without an indexer.
+    dtype: of all parameters but the indexer's k_norm, which is never narrower than fp32, and its weights_proj, which
+    stays fp32 where the file has it so: both are computed in fp32. The tensors are copies.
 
-    Raises: ValueError for a tensor that is missing, of another shape than config's, FP8 without its scale, or under
-    this layer's prefix but unknown to the layer, and for a damaged file or index; TypeError for wrong dtypes;
-    FileNotFoundError for a missing file or shard.
+    Raises: ValueError for a tensor that is missing, of another shape than config's, FP8 without a scale of known
+    meaning, or under this layer's prefix but unknown to the layer, for a damaged file or index, and for a config that
+    disagrees with config.json, naming the field; TypeError for wrong dtypes; FileNotFoundError for a missing file,
+    shard, or config. What `DSAConfig.from_hf` refuses, this refuses.
     """
     _check_layer_index(layer_index)
-    prefix = f"model.layers.{layer_index}.self_attn."
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
-    source = path_or_state_dict
+    if config is not None and not isinstance(config, DSAConfig):
+        raise TypeError(f"config must be a DSAConfig or None, got {type(config).__name__}")
+    source, quantization = path_or_state_dict, None
     if isinstance(source, Mapping):
-        tensors, place = {name: source[name] for name in source if name.startswith(prefix)}, "the state dict"
+        place, files = "the state dict", dict.fromkeys(source)
+        if config is None:
+            raise ValueError("config must be given with a state dict, which has no config.json, got None")
     elif isinstance(source, (str, os.PathLike)):
-        tensors, place = _read(pathlib.Path(source), prefix), source
+        place = pathlib.Path(source)
+        files = _locate(place)
+        config, quantization = _config_beside(place, config)
     else:
         raise TypeError(f"path_or_state_dict must be a path or a mapping, got {type(source).__name__}")
+    prefix = _prefix(files, layer_index, place)
+    names = [name for name in files if name.startswith(prefix)]
+    tensors = {name: source[name] for name in names} if isinstance(source, Mapping) else _read(files, names)
 
     with torch.device("meta"):  # shapes only: random weights of this size would cost seconds and a gigabyte
-        layer = DSALayer(config, ops)
+        layer = DSALayer(config, ops, indexer=config.has_indexer(layer_index))
     wanted = {prefix + name: list(tensor.shape) for name, tensor in layer.state_dict().items()}
     if missing := sorted(wanted.keys() - tensors.keys()):
-        raise ValueError(f"{place} must hold every tensor of layer {layer_index}, got none named {', '.join(missing)}")
+        no_indexer = all(name.startswith(f"{prefix}indexer.") for name in missing) and len(missing) == 5
+        cure = ": a layer that shares a selection has S in config.index_pattern" if no_indexer else ""
+        names = ", ".join(missing)
+        raise ValueError(f"{place} must hold every tensor of layer {layer_index}, got none named {names}{cure}")
     parameters = {}
     for name, shape in wanted.items():
-        parameter, own = _take(tensors, name, shape), name.removeprefix(prefix)
-        parameters[own] = parameter.detach().to(_parameter_dtype(own, dtype), copy=True).contiguous()
+        own, stored = name.removeprefix(prefix), tensors[name]
+        parameter = _take(tensors, name, shape, quantization)
+        kept = _parameter_dtype(own, dtype, stored.dtype)
+        parameters[own] = parameter.detach().to(kept, copy=True).contiguous()
     if tensors:
         raise ValueError(f"layer {layer_index} must use every tensor, got unknown ones: {', '.join(sorted(tensors))}")
     layer.load_state_dict(parameters, assign=True)
-    layer.freqs = rope_frequencies(config).to(layer.o_proj.weight.device)  # a buffer that no checkpoint holds
+    layer.freqs = layer.frequencies()  # a buffer that no checkpoint holds
     return layer
 
 
@@ -85,7 +103,7 @@ def save_checkpoint(
     fp8: True writes V3.2's dtypes: FP8 with scales for every projection, wq_b and wk, bf16 for weights_proj and the
     RMSNorms, fp32 for k_norm. False rounds nothing: each parameter in its own dtype, k_norm in fp32 or wider.
     max_shard_bytes: bound on the tensors of one shard; a larger tensor gets a shard to itself. At most two shards are
-    held in memory. The index is written last.
+    held in memory. The index is written last, and no config.json: `load_layer` needs the layers' config.
 
     Raises: TypeError or ValueError for other layers or sizes, ValueError for weights that FP8 cannot hold (NaN,
     infinity), FileExistsError where the directory already holds a checkpoint.
@@ -101,6 +119,13 @@ def save_checkpoint(
         _check_layer_index(index)
         if not isinstance(layer, DSALayer):
             raise TypeError(f"layers[{index}] must be a DSALayer, got {type(layer).__name__}")
+        with torch.device("meta"):
+            known = DSALayer(layer.config, layer.ops, indexer=layer.indexer is not None).state_dict()
+        if other := sorted(layer.state_dict().keys() ^ known.keys()):
+            raise ValueError(
+                f"layers[{index}] must have the weights that checkpoints have: merge adapters and remove "
+                f"parametrisations first, got {', '.join(other)}"
+            )
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if old := sorted(file.name for file in directory.glob("model*.safetensors*")):
@@ -120,60 +145,51 @@ def save_checkpoint(
     (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def dequantize_blocks(weight: Tensor, scale_inv: Tensor, name: str = "weight") -> Tensor:
-    """weight e4m3 [R, C] times scale_inv fp32 [ceil(R / 128), ceil(C / 128)], block by block -> fp32 [R, C].
-
-    name: what errors call the weight. Raises: ValueError for wrong shapes, TypeError for wrong dtypes.
-    """
-    check_shapes(**{name: (weight, "R C"), name + SCALE: (scale_inv, "Rb Cb")})
-    check_dtype(name, weight, (E4M3,))
-    check_dtype(name + SCALE, scale_inv, (torch.float32,))
-    R, C = weight.shape
-    blocks = [-(-R // BLOCK), -(-C // BLOCK)]
-    if list(scale_inv.shape) != blocks:
-        raise ValueError(
-            f"{name}{SCALE} must have shape {blocks}, one scale for each {BLOCK}×{BLOCK} block of [{R}, {C}], "
-            f"got {list(scale_inv.shape)}"
-        )
-    out = weight.to(torch.float32)
-    for rows, scales in zip(out.split(BLOCK), scale_inv, strict=True):
-        rows *= scales.repeat_interleave(BLOCK)[:C]
-    return out
-
-
-def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [R, C] -> (e4m3 [R, C], scale_inv fp32 [ceil(R / 128), ceil(C / 128)]), scale_inv = max |block| / 448.
-
-    A block of zeros gets the smallest normal fp32 as its scale, and stays zero.
-    Raises: ValueError for a wrong rank, NaN or infinity, TypeError for a non-float dtype.
-    """
-    check_shapes(weight=(weight, "R C"))
-    check_dtype("weight", weight, FLOATS)
-    weight = weight.detach().to(torch.float32)
-    if not torch.isfinite(weight).all():
-        raise ValueError("weight must be finite, got NaN or infinity")
-    w8, scales = torch.empty_like(weight, dtype=E4M3), []
-    for rows, rows8 in zip(weight.split(BLOCK), w8.split(BLOCK), strict=True):
-        amax = torch.stack([block.abs().amax() for block in rows.split(BLOCK, dim=1)])
-        scale = (amax / E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)
-        scaled = rows / scale.repeat_interleave(BLOCK)[: weight.shape[1]]
-        rows8.copy_(scaled.clamp(-E4M3_MAX, E4M3_MAX))  # the division may round to just above 448
-        scales.append(scale)
-    return w8, torch.stack(scales)
+def _config_beside(path, config):
+    """(the config to use, quantization_config or None), after config.json beside the tensors where there is one."""
+    file = (path if path.is_dir() else path.parent) / CONFIG
+    if not file.is_file():
+        if config is None:
+            raise FileNotFoundError(f"config must be given where there is no {CONFIG}, got None and no file {file}")
+        return config, None
+    fields = read_config(file)
+    found = DSAConfig.from_hf(fields)
+    if config is not None:
+        names = [field.name for field in dataclasses.fields(DSAConfig)]
+        if not config.yarn and not found.yarn:
+            names = [name for name in names if name not in YARN]
+        for name in ("yarn", *names):
+            ours, theirs = getattr(config, name), getattr(found, name)
+            if ours != theirs and name not in NOT_IN_THE_FILE:
+                raise ValueError(f"config.{name} must be {theirs!r}, as {file} has it, got {ours!r}")
+    return config or found, fields.get("quantization_config")
 
 
-def _read(path, prefix):
-    """The tensors of a file or directory whose names start with prefix, in the file's own dtypes."""
+def _prefix(names, layer_index, place):
+    """What this layer's names begin with."""
+    layer = f"layers.{layer_index}.self_attn."
+    if strange := [name for name in names if not isinstance(name, str)]:
+        raise TypeError(f"the names of {place} must be str, got {strange[0]!r}")
+    found = {name.partition(layer)[0] for name in names if layer in name}
+    known = [prefix for prefix in PREFIXES if prefix in found]
+    if len(known) > 1:
+        raise ValueError(f"{place} must name layer {layer_index} once, got both model.{layer} and {layer}")
+    if found and not known:
+        raise ValueError(f"{place} must name tensors model.{layer}... or {layer}..., got {min(found)}{layer}...")
+    return (known or PREFIXES)[0] + layer
+
+
+def _read(files, names):
+    """The tensors of these names, in the files' own dtypes. files: {name: file}."""
     shards = collections.defaultdict(list)
-    for name, file in _locate(path).items():
-        if name.startswith(prefix):
-            shards[file].append(name)
+    for name in names:
+        shards[files[name]].append(name)
     tensors = {}
-    for file, names in shards.items():
+    for file, wanted in shards.items():
         with _open(file) as shard:
-            if absent := sorted(set(names) - set(shard.keys())):
+            if absent := sorted(set(wanted) - set(shard.keys())):
                 raise ValueError(f"{file} must hold what the index places there, got none named {', '.join(absent)}")
-            tensors |= {name: shard.get_tensor(name) for name in names}
+            tensors |= {name: shard.get_tensor(name) for name in wanted}
     return tensors
 
 
@@ -206,19 +222,17 @@ def _open(file):
         raise ValueError(f"{file} must be a safetensors file: {error}") from error
 
 
-def _take(tensors, name, shape):
+def _take(tensors, name, shape, quantization):
     """Remove one parameter, and its scale if it is FP8, from tensors; check it and return it as floats."""
-    tensor = tensors.pop(name)
+    tensor = tensors[name]
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if list(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {shape} (from config), got {list(tensor.shape)}")
     check_dtype(name, tensor, (*FLOATS, E4M3))
-    if tensor.dtype != E4M3:
-        return tensor  # a scale beside it stays behind, and is refused as unknown
-    if name + SCALE not in tensors:
-        raise ValueError(f"{name} is FP8 and must come with {name}{SCALE}, got no such tensor")
-    return dequantize_blocks(tensor, tensors.pop(name + SCALE), name)
+    if tensor.dtype == E4M3:
+        return take_dequantized(tensors, name, quantization)
+    return tensors.pop(name)  # a scale beside it stays behind, and is refused as unknown
 
 
 def _stored_tensors(layers, fp8):
@@ -229,9 +243,10 @@ def _stored_tensors(layers, fp8):
             if fp8 and parameter.dim() == 2 and own != "indexer.weights_proj.weight":
                 w8, scale_inv = quantize_blocks(parameter)
                 yield name, w8
-                yield name + SCALE, scale_inv
+                yield name + SCALE_INV, scale_inv
             else:
-                dtype = _parameter_dtype(own, torch.bfloat16 if fp8 else parameter.dtype)
+                dtype = torch.bfloat16 if fp8 else parameter.dtype
+                dtype = _parameter_dtype(own, dtype, dtype)
                 yield name, parameter.to(dtype, copy=True).contiguous()
 
 
@@ -247,9 +262,10 @@ def _shards(named_tensors, max_bytes):
     yield shard
 
 
-def _parameter_dtype(name, dtype):
-    """dtype, but fp32 or wider for the indexer's k_norm, which V3.2 keeps in fp32 in the file and at run time."""
-    return torch.promote_types(dtype, torch.float32) if name.startswith("indexer.k_norm.") else dtype
+def _parameter_dtype(name, dtype, stored):
+    """dtype, but fp32 or wider for the indexer's k_norm, and for its weights_proj where that is stored in fp32."""
+    keeps = name.startswith("indexer.k_norm.") or name == "indexer.weights_proj.weight" and stored == torch.float32
+    return torch.promote_types(dtype, torch.float32) if keeps else dtype
 
 
 def _partial(n):

@@ -6,21 +6,30 @@ package passed as `ops`: `DSALayer(config)` runs the reference, `DSALayer(config
 Source: DeepSeek-V3.2-Exp report, section 2 and appendix A; SPEC sections 2, 3 and 7.
 """
 
+import importlib
+import sys
+import types
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointFunction
 
 import dsa_ref  # the default of `ops`: its steps are loaded before this module
 
 from ..config import DSAConfig
-from ..contracts import check_dtype, check_shapes, values_readable
+from ..contracts import E4M3, check_dtype, check_shapes, values_readable
 from ..dense_attention import dense_attention, mha_attention
+from ..hadamard import hadamard
+from ..precision import autocast_on
+from ..quantize import quantize
 from ..rope import rope_frequencies
-from .cache import LayerCache
+from .cache import LayerCache, all_or_nothing
+from .wrapped import in_fp32, matrix
 
+STEPS = ("rope", "rotate_quantize", "lightning_select", "sparse_attention")  # of `ops`
 ATTENTION = ("sparse", "mha", "dense")
 
 
@@ -56,10 +65,10 @@ class Indexer(nn.Module):
         x, q_latent = x.detach(), q_latent.detach()
         c = self.config
         q = self.wq_b(q_latent).unflatten(-1, (c.index_n_heads, c.index_head_dim))
-        norm = self.k_norm
-        k = F.layer_norm(self.wk(x).float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
-        w = F.linear(x.float(), self.weights_proj.weight.float())
-        return q, k.to(x.dtype), w * c.index_n_heads**-0.5 * c.index_head_dim**-0.5
+        k = self.wk(x)
+        k = in_fp32(self.k_norm, k).to(k.dtype)
+        w = in_fp32(self.weights_proj, x)
+        return q, k, w * c.index_n_heads**-0.5 * c.index_head_dim**-0.5
 
 
 class Ops(Protocol):
@@ -76,10 +85,17 @@ class DSALayer(nn.Module):
 
     ops: the package whose `rope`, `rotate_quantize`, `lightning_select` and `sparse_attention` run (`dsa_ref` or
     `dsa_kernels`); what has no kernel always runs in the reference.
+    indexer: False for a layer that shares another layer's selection and has no indexer (`DSAConfig.has_indexer`).
+
+    Submodules may be wrapped (adapters, hooks, shards) as long as kv_b_proj stays linear without a bias: see `wrapped`.
     """
 
-    def __init__(self, config: DSAConfig, ops: Ops = dsa_ref) -> None:
+    def __init__(self, config: DSAConfig, ops: Ops = dsa_ref, indexer: bool = True) -> None:
         super().__init__()
+        if lacking := [name for name in STEPS if not hasattr(ops, name)]:
+            raise TypeError(f"ops must be a package or namespace with {', '.join(STEPS)}, got none of {lacking}")
+        if not isinstance(indexer, bool):
+            raise TypeError(f"indexer must be a bool, got {indexer!r}")
         self.config, self.ops = config, ops
         c, head = config, config.qk_nope_head_dim + config.qk_rope_head_dim
         self.q_a_proj = nn.Linear(c.dim, c.q_lora_rank, bias=False)
@@ -89,8 +105,8 @@ class DSALayer(nn.Module):
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, c.norm_eps)
         self.kv_b_proj = nn.Linear(c.kv_lora_rank, c.n_heads * (c.qk_nope_head_dim + c.v_head_dim), bias=False)
         self.o_proj = nn.Linear(c.n_heads * c.v_head_dim, c.dim, bias=False)
-        self.indexer = Indexer(c)
-        self.register_buffer("freqs", rope_frequencies(c), persistent=False)
+        self.indexer = Indexer(c) if indexer else None
+        self.register_buffer("freqs", self.frequencies(), persistent=False)
 
     def forward(
         self,
@@ -99,56 +115,98 @@ class DSALayer(nn.Module):
         cache: LayerCache | None = None,
         attention: str = "sparse",
         record: list[dict] | None = None,
+        indices: Tensor | None = None,
     ) -> Tensor:
-        """Attend and return [T, dim] in x.dtype.
+        """Attend and return [T, dim] in x.dtype; inside autocast in autocast's dtype, as a linear layer does.
 
-        x: [T, dim] in the weights' dtype. positions: int [T], each token's place in its own sequence; packed sequences
-        are runs that start at 0, and a token sees its own run up to itself. cache: a LayerCache of one sequence, whose
-        next tokens x holds. attention: "sparse" (selected keys, MQA mode), "mha" (the same selection as a mask over
-        decompressed heads) or "dense" (every visible key, no selection).
+        x: [T, dim] in the weights' dtype, inside autocast in any that it takes. positions: int [T], each token's place
+        in its own sequence; packed sequences are runs that start at 0, and a token sees its own run up to itself.
+        cache: a LayerCache of one sequence, whose next tokens x holds; where the call fails, cache and record are what
+        they were. attention: "sparse" (selected keys, MQA mode), "mha" (the same selection as a mask over decompressed
+        heads) or "dense" (every visible key, no selection).
 
         record: a list that receives one dict of the steps' inputs and outputs: "q_idx", "k_idx", "w" (with the query's
         scale), "k_scale" (or None), "kv" and "start" as `lightning_select` and `sparse_attention` take them; "indices"
         but for "dense"; "q", the absorbed query [T, H, D], or for "mha" in its place "q_heads" [T, H, nope + rope];
-        "lse" [T, H].
+        "lse" [T, H]. A layer without an indexer leaves out the first four. Under activation checkpointing, which runs
+        the layer again for the gradients, a step is recorded once; it needs use_reentrant=False.
 
-        Raises: ValueError for wrong shapes, positions, a full cache or an unknown attention, TypeError for dtypes.
+        indices: int32 [T, k], for a layer without an indexer and for no other: the selection of the nearest layer
+        before it that has one, for the same tokens, out of that layer's record.
+
+        Raises: ValueError for wrong shapes, positions, indices, a cache that is full or of another layer's sizes, an
+        unknown attention or a record under reentrant checkpointing, TypeError for dtypes.
         """
+        self._check(x, positions, cache, attention, record)
+        self._check_shared(indices, positions, cache, attention)
+        with all_or_nothing([] if cache is None else [cache], record):
+            y, step = self._attend(x, positions, cache, attention, indices)
+            if record is not None and not _recorded_before(record, step):
+                record.append(step)
+        return y
+
+    def _attend(self, x, positions, cache, attention, indices) -> tuple[Tensor, dict]:
+        """`forward` on checked arguments: the output, and the step as `record` gets it."""
         c = self.config
-        self._check(x, positions, cache, attention)
         start = self._row_starts(positions, cache).to(torch.int32)
         q_latent = self.q_a_layernorm(self.q_a_proj(x))
         q_heads, kv = self._queries(q_latent, positions), self._latents(x, positions)
-        q_idx, k_idx, w, q_scale, k_scale = self._index(x, q_latent, positions)
+        q_idx, k_idx, w, q_scale, k_scale = [None] * 5 if self.indexer is None else self._index(x, q_latent, positions)
         if cache is not None:
             kv, k_idx, k_scale = cache.append(kv, k_idx, k_scale)
-        weights = w if q_scale is None else w * q_scale  # a positive scale may cross the relu
-        step = {"q_idx": q_idx, "k_idx": k_idx, "w": weights, "k_scale": k_scale, "kv": kv, "start": start}
-        if attention != "dense":
+            if q_idx is not None:
+                q_idx = q_idx.to(k_idx.dtype)  # wider only inside autocast
+        step = {"kv": kv, "start": start}
+        if self.indexer is not None:
+            weights = w if q_scale is None else w * q_scale  # a positive scale may cross the relu
+            step |= {"q_idx": q_idx, "k_idx": k_idx, "w": weights, "k_scale": k_scale}
+        if attention != "dense" and self.indexer is not None:
             scored = (tensor.detach() for tensor in (q_idx, k_idx, weights))
             step["indices"] = self.ops.lightning_select(*scored, c.index_topk, k_scale=k_scale, start=start)
+        elif attention != "dense":
+            step["indices"] = indices
         if attention == "mha":
             step["q_heads"] = q_heads
             out, step["lse"] = self._decompressed(q_heads, kv, step["indices"], start)
         else:
-            W_UK, W_UV = self._up_projections()
+            W_UK, W_UV = self._up_projections(kv)
             scale, v_dim = c.softmax_scale, c.kv_lora_rank
             nope, turned = q_heads.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
-            step["q"] = torch.cat((torch.einsum("thn,hnc->thc", nope, W_UK), turned), dim=-1)
+            step["q"] = torch.cat((torch.einsum("thn,hnc->thc", nope, W_UK), turned), dim=-1).to(kv.dtype)
             if attention == "dense":
                 u, step["lse"] = dense_attention(step["q"], kv, scale, v_dim, start)
             else:
                 u, step["lse"] = self.ops.sparse_attention(step["q"], kv, step["indices"], scale, v_dim)
             out = torch.einsum("thc,hvc->thv", u, W_UV)
-        if record is not None:
-            record.append(step)
-        return self.o_proj(out.flatten(1))
+        return self.o_proj(out.flatten(1)), step
 
     def _apply(self, fn, recurse=True):
         """Move or cast the weights; RoPE's frequencies follow to the device but stay fp32, whatever the weights are."""
         super()._apply(fn, recurse)
-        self.freqs = rope_frequencies(self.config).to(self.o_proj.weight.device)  # the CPU's bits everywhere
+        self.freqs = self.frequencies()
         return self
+
+    def frequencies(self) -> Tensor:
+        """RoPE's frequencies beside the weights, with the CPU's bits everywhere."""
+        return rope_frequencies(self.config, "cpu").to(self._weight().device)
+
+    def _weight(self) -> Tensor:
+        """A weight that stands for the layer's dtype and device; by no name, since its module may be wrapped."""
+        return next(weight for weight in self.parameters() if weight.is_floating_point())
+
+    def __getstate__(self) -> dict:
+        """What is copied and pickled. A Python module can be neither, so a package is put down by its name."""
+        state, ops = super().__getstate__(), self.ops
+        if isinstance(ops, types.ModuleType):
+            if sys.modules.get(ops.__name__) is not ops:
+                raise TypeError(f"ops must be importable by its name to be copied or pickled, got {ops.__name__!r}")
+            state["ops"] = ops.__name__
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        if isinstance(state["ops"], str):
+            state = state | {"ops": importlib.import_module(state["ops"])}
+        super().__setstate__(state)
 
     def _queries(self, q_latent: Tensor, positions: Tensor) -> Tensor:
         """[T, H, nope | rope], the rope part turned, interleaved."""
@@ -167,17 +225,22 @@ class DSALayer(nn.Module):
     def _index(self, x, q_latent, positions):
         """The indexer's q, k, w as they are scored: FP8 with scales, or turned floats with None for both scales."""
         q, k, w = self.indexer(x, q_latent)
+        layout = self.config.index_rope
         if not self.config.index_fp8:
-            q, k = (self.ops.rope(tensor, positions, self.freqs, "half") for tensor in (q, k))
+            q, k = (self.ops.rope(tensor, positions, self.freqs, layout) for tensor in (q, k))
             return q, k, w, None, None
-        q_idx, q_scale = self.ops.rotate_quantize(q.detach(), positions, self.freqs)
-        k_idx, k_scale = self.ops.rotate_quantize(k.detach(), positions, self.freqs)
+        if layout == "half":
+            quantized = [self.ops.rotate_quantize(tensor.detach(), positions, self.freqs) for tensor in (q, k)]
+        else:  # `rotate_quantize` turns half-split pairs only: its three steps one by one
+            turned = [self.ops.rope(tensor.detach(), positions, self.freqs, layout) for tensor in (q, k)]
+            quantized = [quantize(hadamard(tensor)) for tensor in turned]
+        (q_idx, q_scale), (k_idx, k_scale) = quantized
         return q_idx, k_idx, w, q_scale, k_scale
 
-    def _up_projections(self) -> tuple[Tensor, Tensor]:
+    def _up_projections(self, kv) -> tuple[Tensor, Tensor]:
         """W_UK [H, nope, latent] and W_UV [H, v, latent], the two halves of kv_b_proj."""
         c = self.config
-        both = self.kv_b_proj.weight.view(c.n_heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
+        both = matrix("kv_b_proj", self.kv_b_proj, c.kv_lora_rank, kv.dtype, kv.device).unflatten(0, (c.n_heads, -1))
         return both.split((c.qk_nope_head_dim, c.v_head_dim), dim=1)
 
     def _decompressed(self, q, kv, indices, start):
@@ -187,6 +250,7 @@ class DSALayer(nn.Module):
         both = self.kv_b_proj(latent).unflatten(-1, (c.n_heads, -1))
         k_nope, v = both.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
         k = torch.cat((k_nope, turned[:, None].expand(-1, c.n_heads, -1)), dim=-1)
+        q, v = q.to(k.dtype), v.to(k.dtype)  # inside autocast, what a wider cache keeps is wider
         return mha_attention(q, k, v, c.softmax_scale, indices, start)
 
     @staticmethod
@@ -195,10 +259,30 @@ class DSALayer(nn.Module):
         before = 0 if cache is None else cache.length
         return torch.arange(before, before + len(positions), device=positions.device) - positions
 
-    def _check(self, x, positions, cache, attention) -> None:
+    def _check_shared(self, indices, positions, cache, attention) -> None:
+        """indices where the layer shares a selection, None where it makes one or needs none."""
+        wanted = self.indexer is None and attention != "dense"
+        if indices is None and wanted:
+            raise ValueError("indices must be given to a layer without an indexer: another layer's selection, got None")
+        if indices is not None and not wanted:
+            why = "has an indexer of its own" if self.indexer is not None else "attends to every key"
+            raise ValueError(f"indices must be None in a layer that {why}, got {type(indices).__name__}")
+        if indices is None:
+            return
+        check_shapes(positions=(positions, "T"), indices=(indices, "T k"))
+        check_dtype("indices", indices, (torch.int32,))
+        if len(positions) and values_readable(indices):
+            start = self._row_starts(positions, cache)
+            hidden = (indices < start[:, None]) & (indices != -1) | (indices > (start + positions)[:, None])
+            if hidden.any():
+                t, n = (int(place) for place in hidden.nonzero()[0])
+                raise ValueError(f"indices must hold keys that each row may see, or -1, got {indices[t, n]} in row {t}")
+
+    def _check(self, x, positions, cache, attention, record) -> None:
         check_shapes(x=(x, "T dim"), positions=(positions, "T"))
-        weight = self.q_a_proj.weight
-        check_dtype("x", x, (weight.dtype,))
+        weight = self._weight()
+        casts = autocast_on(weight.device) and weight.dtype != torch.float64
+        check_dtype("x", x, (torch.float32, torch.bfloat16, torch.float16) if casts else (weight.dtype,))
         check_dtype("positions", positions, (torch.int32, torch.int64))
         if x.device != weight.device:
             raise ValueError(f"x must be on {weight.device} like the layer's weights, got {x.device}")
@@ -206,6 +290,10 @@ class DSALayer(nn.Module):
             raise ValueError(f"x must have shape [T, dim] with dim = {self.config.dim}, got {list(x.shape)}")
         if attention not in ATTENTION:
             raise ValueError(f"attention must be one of {ATTENTION}, got {attention!r}")
+        if record is not None:
+            self._check_record(record)
+        if cache is not None:
+            self._check_cache(cache, x)
         T, before = x.shape[0], 0 if cache is None else cache.length
         if T + before == 0:
             raise ValueError(f"x must hold at least one token where no earlier one is cached, got {list(x.shape)}")
@@ -218,3 +306,64 @@ class DSALayer(nn.Module):
                 t = int(bad.nonzero()[0])
                 wanted = "continue the cache" if cache is not None else "count up from 0 in each packed sequence"
                 raise ValueError(f"positions must {wanted}, got {int(positions[t])} for token {before + t}")
+        if cache is not None:
+            cache.check_room(T)
+
+    def _check_cache(self, cache, x) -> None:
+        """A cache of these sizes, on this device, with room for the tokens of x."""
+        if not isinstance(cache, LayerCache):
+            raise TypeError(f"cache must be a LayerCache, got {type(cache).__name__}")
+        c = self.config
+        if (cache.k_idx is None) != (self.indexer is None):
+            kind = "a layer with" if cache.k_idx is not None else "a layer without"
+            raise ValueError(
+                f"cache must be made with indexer={self.indexer is not None}, got one of {kind} an indexer"
+            )
+        wanted, got = (c.latent_dim, c.index_head_dim), (cache.kv.shape[1], c.index_head_dim)
+        if cache.k_idx is not None:
+            got = (cache.kv.shape[1], cache.k_idx.shape[1])
+        if wanted != got:
+            raise ValueError(f"cache must have rows of {wanted} for this layer's latents and index keys, got {got}")
+        if cache.kv.device != x.device:
+            raise ValueError(f"cache must be on {x.device} like x, got {cache.kv.device}")
+        if cache.k_idx is not None and (cache.k_idx.dtype == E4M3) != c.index_fp8:
+            raise TypeError(f"cache must be made for index_fp8 = {c.index_fp8}, got keys of {cache.k_idx.dtype}")
+
+    def _check_record(self, record) -> None:
+        """A list, and not filled where nothing in it could teach the indexer though it is being trained."""
+        if not isinstance(record, list):
+            raise TypeError(f"record must be a list, got {type(record).__name__}")
+        trained = self.indexer is not None and any(weight.requires_grad for weight in self.indexer.parameters())
+        if trained and not torch.is_grad_enabled() and _inside_reentrant_checkpoint():
+            raise ValueError(NEEDS_NON_REENTRANT)
+
+
+NEEDS_NON_REENTRANT = (
+    "record must carry gradients, which activation checkpointing takes away with use_reentrant=True: "
+    "pass use_reentrant=False to torch.utils.checkpoint.checkpoint"
+)
+
+
+def _inside_reentrant_checkpoint() -> bool:
+    """Whether torch's checkpoint, in its reentrant mode, makes this pass: gradients are off, but asked for later."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return (a.device, a.dtype) == (b.device, b.dtype) and torch.equal(a, b)  # layers may be on several devices
+
+
+def _recorded_before(record: list[dict], step: dict) -> bool:
+    """Whether the step is in the record already, since checkpointing repeats it inside a backward pass.
+
+    Raises: ValueError where that entry, unlike the step, has no gradient: another library's reentrant checkpointing.
+    """
+    if torch._C._current_graph_task_id() == -1:  # no backward pass
+        return False
+    same = [old for old in record if old.keys() == step.keys() and _equal(old["kv"], step["kv"])]
+    if same and "w" in step and step["w"].requires_grad and not any(old["w"].requires_grad for old in same):
+        raise ValueError(NEEDS_NON_REENTRANT)
+    return bool(same)

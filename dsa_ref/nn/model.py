@@ -15,8 +15,9 @@ import dsa_ref
 
 from ..config import DSAConfig
 from ..contracts import check_dtype, check_shapes
-from .cache import LayerCache
+from .cache import LayerCache, all_or_nothing
 from .layer import DSALayer, Ops, RMSNorm
+from .wrapped import is_plain
 
 SMALL_MODEL = pathlib.Path(__file__).parent / "small_model.safetensors"
 
@@ -70,6 +71,8 @@ class SmallModel(nn.Module):
 
     def __init__(self, config: ModelConfig = ModelConfig(), ops: Ops = dsa_ref) -> None:
         super().__init__()
+        if config.attention.index_pattern:
+            raise ValueError("config.attention.index_pattern must be empty: every layer of this model has an indexer")
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.attention.dim)
         self.layers = nn.ModuleList(Block(config, ops) for _ in range(config.n_layers))
@@ -89,28 +92,56 @@ class SmallModel(nn.Module):
         """tokens: int64 [T]; positions: int [T] as for `DSALayer`, default one sequence (after the cache, if any).
 
         caches: what `new_caches` returned, or None; attention, record: as for `DSALayer`, record gets one dict a layer.
-        Returns logits fp32 [T, vocab_size]. Raises as `DSALayer` does.
+        Where the call fails or is interrupted, all caches and the record are what they were.
+        Returns logits fp32 [T, vocab_size]. Raises as `DSALayer` does, and ValueError or TypeError for other caches.
         """
         check_shapes(tokens=(tokens, "T"))
         check_dtype("tokens", tokens, (torch.int64,))
+        self._check_caches(caches)
         if positions is None:
             before = 0 if caches is None else caches[0].length
             positions = torch.arange(before, before + tokens.shape[0], device=tokens.device)
-        x = self.embed(tokens)
-        for block, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
-            x = block(x, positions, cache, attention, record)
-        return F.linear(self.norm(x), self.embed.weight).float()
+        with all_or_nothing(caches or [], record):
+            x = self.embed(tokens)
+            for block, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+                x = block(x, positions, cache, attention, record)
+            return F.linear(self.norm(x), self._embedding()).float()
 
     def new_caches(self, capacity: int) -> list[LayerCache]:
         """One empty LayerCache a layer, for one sequence of up to `capacity` tokens."""
-        weight = self.embed.weight
+        weight = next(self.parameters())
         return [LayerCache(self.config.attention, capacity, weight.dtype, weight.device) for _ in self.layers]
+
+    def _embedding(self) -> Tensor:
+        """The rows of all tokens, [vocab_size, dim], with whatever an adapter or hook adds to them."""
+        if is_plain(self.embed):
+            return self.embed.weight
+        return self.embed(torch.arange(self.config.vocab_size, device=next(self.parameters()).device))
+
+    def _check_caches(self, caches) -> None:
+        """One cache a layer, each another one, all of the same length."""
+        if caches is None:
+            return
+        if not isinstance(caches, (list, tuple)) or not all(isinstance(cache, LayerCache) for cache in caches):
+            raise TypeError("caches must be a list of LayerCache, as new_caches returns it, or None")
+        if len(caches) != len(self.layers) or len({id(cache) for cache in caches}) != len(caches):
+            distinct = len({id(cache) for cache in caches})
+            raise ValueError(f"caches must be {len(self.layers)} distinct ones, one a layer, got {distinct}")
+        if len({cache.length for cache in caches}) > 1:
+            raise ValueError(f"caches must hold the same tokens, got lengths {[cache.length for cache in caches]}")
 
 
 def save_small_model(model: SmallModel, path: str | pathlib.Path) -> None:
-    """Write weights (bf16) and sizes into one safetensors file."""
+    """Write weights (bf16) and sizes into one safetensors file.
+
+    Raises: ValueError where modules are wrapped, whose weights no model could read.
+    """
     from safetensors.torch import save_file
 
+    with torch.device("meta"):
+        known = SmallModel(model.config).state_dict()
+    if other := sorted(model.state_dict().keys() ^ known.keys()):
+        raise ValueError(f"model must have a SmallModel's weights: merge adapters first, got {', '.join(other)}")
     weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, path, metadata={"config": json.dumps(dataclasses.asdict(model.config))})
 
@@ -128,7 +159,9 @@ def load_small_model(
     with safe_open(path, framework="pt") as file:
         fields = json.loads(file.metadata()["config"])
         weights = {name: file.get_tensor(name).float() for name in file.keys()}
+    if "max_seq_len" in attention and not DSAConfig(**fields["attention"]).yarn:
+        attention = {"rope_factor": 1.0} | attention  # trained without YaRN: a length alone must not turn it on
     fields["attention"] = DSAConfig(**(fields["attention"] | attention))
-    model = SmallModel(ModelConfig(**fields), ops)
+    model = SmallModel(ModelConfig(**fields), ops).float()  # whatever torch's default dtype is
     model.load_state_dict(weights)
     return model.requires_grad_(False)

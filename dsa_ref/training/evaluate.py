@@ -14,16 +14,27 @@ from torch.nn import functional as F
 
 from ..index_scores import index_scores
 from ..nn.model import SMALL_MODEL, SmallModel, load_small_model
-from ..records import provenance, write
+from ..precision import exact
+from ..records import output_file, positive, provenance, write
 from ..select_topk import select_topk
 from ..testing import attention_recall, random_selection, window_selection
 from .corpus import load_corpus
 
 
 def held_out_windows(corpus: Tensor, count: int, length: int) -> Tensor:
-    """`count` windows of length + 1 bytes, evenly spread over `corpus`, uint8 [bytes]: uint8 [count, length + 1]."""
-    starts = torch.linspace(0, len(corpus) - length - 1, count).long()
+    """`count` windows of length + 1 bytes, evenly spread over `corpus`, uint8 [bytes]: uint8 [count, length + 1].
+
+    Raises: ValueError where the corpus is shorter than a window.
+    """
+    check_length(corpus, length)
+    starts = torch.linspace(0, len(corpus) - length - 1, count, dtype=torch.float32).long()
     return corpus[(starts[:, None] + torch.arange(length + 1)).to(corpus.device)]
+
+
+def check_length(corpus: Tensor, length: int) -> None:
+    """Raise ValueError unless a window of length + 1 bytes fits into `corpus`, uint8 [bytes]."""
+    if length < 1 or length >= len(corpus):
+        raise ValueError(f"length must be from 1 to {len(corpus) - 1}, the corpus less the byte after it, got {length}")
 
 
 @torch.no_grad()
@@ -36,17 +47,19 @@ def held_out_loss(model: SmallModel, windows: Tensor, attention: str) -> float:
     return torch.stack(losses).mean().item()
 
 
+@exact
 def attention_weights(step: dict, scale: float) -> Tensor:
     """The dense attention probabilities of a recorded dense step, mean over heads: fp32 [T, S], rows sum to 1."""
-    logits = torch.einsum("thd,sd->ths", step["q"], step["kv"]) * scale
+    logits = torch.einsum("thd,sd->ths", step["q"].float(), step["kv"].float()) * scale
     later = torch.ones(logits.shape[0], logits.shape[2], dtype=torch.bool, device=logits.device).triu(1)
     return (logits - step["lse"][:, :, None]).exp().masked_fill(later[:, None], 0.0).mean(dim=1)
 
 
+@exact
 def selected_weights(step: dict, t: int, scale: float) -> Tensor:
     """The weight (mean over heads) that row t of a recorded sparse step gives to each index: fp32 [k], 0 for -1."""
     chosen = step["indices"][t]
-    logits = step["q"][t] @ step["kv"][chosen.clamp(min=0)].T * scale
+    logits = step["q"][t].float() @ step["kv"][chosen.clamp(min=0)].float().T * scale
     return (logits - step["lse"][t][:, None]).exp().mean(dim=0).masked_fill(chosen < 0, 0.0)
 
 
@@ -58,7 +71,9 @@ def recall_by_method(model: SmallModel, windows: Tensor, ks: Sequence[int]) -> d
     "random". windows: uint8 [n, L + 1] with L above every k. Returns {method: [recall at k for k in ks]}, 4 digits.
     """
     scale = model.config.attention.softmax_scale
-    recall = {name: torch.zeros(len(ks)) for name in ("attention itself", "indexer", "window", "random")}
+    recall = {
+        name: torch.zeros(len(ks), dtype=torch.float32) for name in ("attention itself", "indexer", "window", "random")
+    }
     for window in windows.long():
         record = []
         model(window[:-1], attention="dense", record=record)
@@ -84,18 +99,21 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure recall on held-out windows and write it with its provenance; arguments as on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=pathlib.Path, default=SMALL_MODEL, help="the trained model")
-    parser.add_argument("--log", type=pathlib.Path, required=True, help="where the figures go, as JSON")
-    parser.add_argument("--windows", type=int, default=8, help="how many held-out windows")
-    parser.add_argument("--length", type=int, default=2048, help="bytes a window")
-    parser.add_argument("--k", type=int, nargs="+", default=(8, 16, 32, 64, 128, 256))
+    parser.add_argument("--log", type=output_file, required=True, help="where the figures go, as JSON")
+    parser.add_argument("--windows", type=positive, default=8, help="how many held-out windows")
+    parser.add_argument("--length", type=positive, default=2048, help="bytes a window")
+    parser.add_argument("--k", type=positive, nargs="+", default=(8, 16, 32, 64, 128, 256))
     options = parser.parse_args(arguments)
+    if max(options.k) >= options.length:
+        parser.error(f"--k must be below --length {options.length}, else no row has a choice, got {max(options.k)}")
+    origin = provenance("dsa_ref.training.evaluate", arguments)
     model = load_small_model(options.weights)
     windows = held_out_windows(load_corpus()[1], options.windows, options.length)
     result = {
         "k": options.k,
         "recall": recall_by_method(model, windows, options.k),
         "length": options.length,
-        "provenance": provenance("dsa_ref.training.evaluate", arguments),
+        "provenance": origin,
     }
     write(options.log, result)
     print(json.dumps(result["recall"], indent=1))

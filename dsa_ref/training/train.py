@@ -13,9 +13,9 @@ report's are in SPEC section 5. Minutes on a GPU; `--steps 3 3 3 --batch 1` show
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
-import pathlib
 import time
 from collections.abc import Callable
 
@@ -25,17 +25,17 @@ from torch.nn import functional as F
 
 from ..indexer_loss import indexer_loss
 from ..nn.model import ModelConfig, SmallModel, load_small_model, save_small_model
-from ..records import provenance, write
+from ..records import output_file, positive, provenance, replacing, write
 from .corpus import load_corpus
-from .evaluate import held_out_loss, held_out_windows
+from .evaluate import check_length, held_out_loss, held_out_windows
 
 STAGES = ("dense", "warm-up", "sparse")
 PEAK_RATES = {"dense": 2e-3, "warm-up": 2e-3, "sparse": 3e-4}
 
 
 def indexer_parameters(model: nn.Module, inside: bool = True) -> list[nn.Parameter]:
-    """The parameters of all indexers, or (inside=False) all others."""
-    return [p for name, p in model.named_parameters() if (".indexer." in name) == inside]
+    """The parameters of all indexers of a model or of one layer, or (inside=False) all others."""
+    return [p for name, p in model.named_parameters() if (".indexer." in f".{name}") == inside]
 
 
 def stage_loss(model: SmallModel, tokens: Tensor, stage: str) -> tuple[Tensor | None, Tensor | None]:
@@ -76,7 +76,10 @@ def train_stage(
 
     generator: draws the windows, on the CPU. log receives (stage, step, language loss, indexer loss), losses in nats,
     some 20 times.
+
+    Raises: ValueError where the corpus is shorter than a window.
     """
+    check_length(corpus, length)
     trained = {"dense": [False], "warm-up": [True], "sparse": [False, True]}[stage]
     for inside in (False, True):
         for parameter in indexer_parameters(model, inside):
@@ -89,7 +92,7 @@ def train_stage(
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for step in range(steps):
-        first = torch.randint(0, len(corpus) - length - 1, (batch, 1), generator=generator)
+        first = torch.randint(0, max(1, len(corpus) - length - 1), (batch, 1), generator=generator)
         tokens = corpus[(first + torch.arange(length + 1)).to(corpus.device)].long()
         losses = stage_loss(model, tokens, stage)
         optimizer.zero_grad()
@@ -105,14 +108,25 @@ def train_stage(
 def main(arguments: list[str] | None = None) -> None:
     """Train all stages, write the weights and the figures; arguments as on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=pathlib.Path, required=True, help="where the safetensors file goes")
-    parser.add_argument("--log", type=pathlib.Path, required=True, help="where the figures go, as JSON")
-    parser.add_argument("--steps", type=int, nargs=3, default=(1300, 250, 300), metavar=("DENSE", "WARM", "SPARSE"))
-    parser.add_argument("--batch", type=int, default=8, help="windows a step")
-    parser.add_argument("--length", type=int, default=2048, help="bytes a window")
+    parser.add_argument("--weights", type=output_file, required=True, help="where the safetensors file goes")
+    parser.add_argument("--log", type=output_file, required=True, help="where the figures go, as JSON")
+    parser.add_argument(
+        "--steps", type=positive, nargs=3, default=(1300, 250, 300), metavar=("DENSE", "WARM", "SPARSE")
+    )
+    parser.add_argument("--batch", type=positive, default=8, help="windows a step")
+    parser.add_argument("--length", type=positive, default=2048, help="bytes a window")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
+    if options.weights.resolve() == options.log.resolve():
+        parser.error(f"--weights and --log must be two files, got {options.log} for both")
+    if importlib.util.find_spec("safetensors") is None:
+        parser.error("safetensors must be installed to save the weights: pip install safetensors")
+    try:
+        torch.empty(0, device=options.device)
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
+        parser.error(f"--device must be one that torch can use here, got {options.device}: {error}")
+    origin = provenance("dsa_ref.training.train", arguments, options.device)
 
     began = time.time()
     torch.manual_seed(options.seed)
@@ -138,12 +152,13 @@ def main(arguments: list[str] | None = None) -> None:
     trained_seconds = time.time() - began
 
     model.config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, index_fp8=True))
-    save_small_model(model, options.weights)
+    with replacing(options.weights) as new:
+        save_small_model(model, new)
     final = load_small_model(options.weights).to(options.device)  # what a reader gets: bf16 weights, FP8 indexer
     for attention in ("dense", "sparse"):
         result["held_out_loss"][f"as saved, {attention} attention"] = round(held_out_loss(final, windows, attention), 4)
     result["provenance"] = {
-        **provenance("dsa_ref.training.train", arguments, options.device),
+        **origin,
         "options": {name: str(value) for name, value in vars(options).items()},
         "seconds": round(trained_seconds),
         "training_bytes": len(corpus),

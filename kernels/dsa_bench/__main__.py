@@ -4,10 +4,12 @@ Exit code 0: all of ours is right; 1: something of ours is wrong or failed; 2: n
 """
 
 import argparse
-import pathlib
+import json
 import sys
 
 import torch
+
+from dsa_ref.records import check_writable, output_file, positive
 
 from . import ladder, measure, peers, records, run
 from .cases import CASES
@@ -22,14 +24,14 @@ def parse(arguments):
     parser.add_argument("--peers", action="store_true", help="also measure the public kernels that are installed")
     parser.add_argument("--ladder", action="store_true", help="measure the versions that were tried on the way")
     parser.add_argument("--only", default="", help="only cases (of the ladder: versions) whose name holds this text")
-    parser.add_argument("--log", type=pathlib.Path, help="JSON to write; default figures/h200.json, by the card's name")
-    parser.add_argument("--rounds", type=int, default=measure.ROUNDS, help="how often each is measured (%(default)s)")
+    parser.add_argument("--log", type=output_file, help="JSON to write; default figures/h200.json, by the card's name")
+    parser.add_argument(
+        "--rounds", type=positive, default=measure.ROUNDS, help="how often each is measured (%(default)s)"
+    )
     options = parser.parse_args(arguments)
     unknown = [step for step in options.steps if step not in steps]
     if unknown:
         parser.error(f"step must be one of {', '.join(steps)}, got {', '.join(unknown)}")
-    if options.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {options.rounds}")
     options.steps = options.steps or list(steps)
     return parser, options
 
@@ -46,12 +48,24 @@ def main(arguments=None) -> int:
         parser.error(f"no file for figures of a {provenance['device']}: pass --log")
     if options.only and not options.ladder and not options.log:
         log = None  # part of a step must not replace the whole
+    if log:
+        check_log(parser, log, "entries" if options.ladder else "steps")
     for name, value in provenance.items():
         print(f"{name}: {value}")
     ceilings = measure.ceilings(options.rounds)
     print(*records.ceiling_lines(ceilings), sep="\n", flush=True)
     measured = measure_ladder if options.ladder else measure_steps
     return measured(options, log, provenance, ceilings)
+
+
+def check_log(parser, log, holds):
+    """Refuse, before anything is measured, a file that cannot be written, or to which these figures cannot be added."""
+    try:
+        check_writable(log)
+        if log.is_file() and holds not in json.loads(log.read_text()):
+            raise ValueError(f"it has no {holds!r}")
+    except (ValueError, TypeError) as error:
+        parser.error(f"--log {log} cannot take these figures: {error}")
 
 
 def measure_steps(options, log, provenance, ceilings) -> int:

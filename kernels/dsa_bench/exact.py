@@ -9,14 +9,13 @@ differs.
 
 import argparse
 import importlib
-import pathlib
 import sys
 
 import torch
 
 import dsa_kernels
 import dsa_ref
-from dsa_ref.records import write
+from dsa_ref.records import output_file, write
 
 from . import inputs, measure
 from .cases import K
@@ -131,7 +130,7 @@ def same_bits():
 @torch.no_grad()
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dsa_bench.exact", description="Compare long selections.")
-    parser.add_argument("--log", type=pathlib.Path, help="JSON to write")
+    parser.add_argument("--log", type=output_file, help="JSON to write")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("dsa_bench.exact compares on a CUDA GPU, and torch finds none here.", file=sys.stderr)

@@ -7,8 +7,8 @@ own, so that its peak resident memory is its own; the peak before the measured p
 """
 
 import argparse
+import importlib.util
 import json
-import pathlib
 import resource
 import statistics
 import subprocess
@@ -18,7 +18,7 @@ import time
 import torch
 
 from dsa_ref import DSAConfig, DSALayer
-from dsa_ref.records import provenance, write
+from dsa_ref.records import output_file, positive, provenance, write
 
 CONFIG = DSAConfig(
     dim=512,
@@ -95,11 +95,15 @@ def measure_one(who, T, repeats):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--log", type=pathlib.Path, help="where the figures go, as JSON")
-    parser.add_argument("--T", type=int, nargs="+", default=(4096, 8192))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--one", help="ours, eager or sdpa: measure in this process and print")
+    parser.add_argument("--log", type=output_file, help="where the figures go, as JSON")
+    parser.add_argument("--T", type=positive, nargs="+", default=(4096, 8192))
+    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--one", choices=("ours", "eager", "sdpa"), help="measure one in this process and print")
     options = parser.parse_args(arguments)
+    if max(options.T) > CONFIG.max_seq_len:
+        parser.error(f"--T must be at most {CONFIG.max_seq_len}, got {max(options.T)}")
+    if options.one != "ours" and importlib.util.find_spec("transformers") is None:
+        parser.error("transformers must be installed, which this compares with: pip install transformers")
     if options.one:
         print(json.dumps(measure_one(options.one, options.T[0], options.repeats)))
         return

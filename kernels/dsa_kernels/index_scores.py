@@ -15,7 +15,8 @@ import triton.language as tl
 
 from dsa_ref.contracts import check_index_scores, row_ranges
 
-from . import runtime
+from . import cards, runtime
+from .rounding import operand
 from .runtime import FLOATS, INTERPRETED, check_runnable, dot_dtype, hopper_variant, multiprocessors
 
 TRITON_NAMES = {
@@ -60,7 +61,8 @@ def _index_scores(
     h = column % HP
     row = tl.program_id(0).to(tl.int64) * BQ + column // HP
     real = (row < T) & (h < Hi)
-    q = tl.load(q_ptr + (row * Hi + h)[:, None] * Di + d[None, :], real[:, None] & (d < Di)[None, :], 0.0).to(DOT)
+    q = tl.load(q_ptr + (row * Hi + h)[:, None] * Di + d[None, :], real[:, None] & (d < Di)[None, :], 0.0)
+    q = operand(q, DOT)
     w = tl.load(w_ptr + row * Hi + h, real, 0.0).to(tl.float32)
     q = tl.trans(q)
     # Tiles that every row sees whole need no mask; those before and after them do.
@@ -76,7 +78,7 @@ def _index_scores(
                 k = tl.load(k_ptrs)
             else:
                 k = tl.load(k_ptrs, (s < S)[:, None] & (d < Di)[None, :], 0.0)
-            dots = tl.dot(k.to(DOT), q, input_precision="ieee")
+            dots = tl.dot(operand(k, DOT), q, input_precision="ieee")
             weighted = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None, :]
             scores = tl.sum(tl.reshape(weighted, [BK, BQ, HP]), axis=2)
             if SCALED:
@@ -102,13 +104,15 @@ def index_scores(
 ) -> torch.Tensor:
     """`dsa_ref.index_scores` on tensor cores: fp32 [T, S], -inf where a row may not look. No gradient.
 
-    q_idx [T, Hi, Di] and k_idx [S, Di]: one dtype of float8_e4m3fn, bf16, fp16 and fp32; w: float [T, Hi]; k_scale:
-    float [S] or None; start, end: int32 [T], default causal with the queries last.
-    FP8 inputs are multiplied as FP8 where the GPU can (compute capability 8.9), else as bf16, which holds them exactly;
+    q_idx [T, Hi, Di] and k_idx [S, Di], S > 0: one dtype of float8_e4m3fn, bf16, fp16 and fp32; w: float [T, Hi];
+    k_scale: float [S] or None; start, end: int32 [T], default causal with the queries last.
+    FP8 inputs are multiplied as FP8 where the GPU can (from compute capability 8.9 on), else read as bytes and widened
+    to bf16, which holds them exactly, so that scores have the bits of the same inputs in bf16;
     bf16 and fp16 as they are; fp32 without TF32. Hopper's FP8 tensor cores add with fewer bits than fp32 has: expect
     relative errors of some 1e-4. NaN in q_idx, k_idx or w gives NaN scores, which a selection then refuses.
-    variant: "portable", "hopper" (compute capability 9.0, FP8, 64 heads of 128), or None for "hopper" where it can
-    serve and has `runtime.FEWEST_FOR_HOPPER` queries, else "portable". Both give the same bits.
+    variant: "portable", "hopper" (compute capability 9.0, FP8, 64 heads of 128), "widened" (portable, and FP8 as older
+    cards read it), or None for "hopper" where it can serve and has `runtime.FEWEST_FOR_HOPPER` queries, else
+    "portable". The first two give the same bits.
 
     Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does, and for a
     variant that is unknown or cannot serve these inputs. Source: SPEC section 2.
@@ -125,27 +129,56 @@ def launch(q_idx, k_idx, w, k_scale, start, end, variant=None):
     default = "hopper" if T >= runtime.FEWEST_FOR_HOPPER else "portable"
     hopper = hopper_variant("index_scores", variant, default, q_idx, k_scale, S)
     if not hopper:
-        return launch_portable(q_idx, k_idx, w, k_scale, start, end)
+        return launch_portable(q_idx, k_idx, w, k_scale, start, end, widened=variant == "widened")
     out = torch.empty(T, S, dtype=torch.float32, device=q_idx.device)
     if T:
         hopper.index_scores(q_idx, k_idx, w, k_scale, start, end, out)
     return out
 
 
-def launch_portable(q_idx, k_idx, w, k_scale, start, end, redo=None):
+def tiles(card, HP, DP, loaded, multiplied):
+    """(columns, BK, warps): how many (query, head) pairs, and keys, a program of that card multiplies at once.
+
+    HP, DP: heads and dims, powers of two; loaded, multiplied: bytes of a number in memory, and in the product.
+    Raises ValueError if the card has too little shared memory even for few. Hopper's tensor cores read tiles from
+    shared memory; others take them from registers, which eight warps have more of.
+    """
+    columns, BK = (64, 16) if multiplied == 4 else (256, 64)
+
+    def shared_memory():
+        stages = 1 if multiplied == 4 else 3
+        return columns * DP * multiplied + stages * BK * DP * loaded + columns * BK // 2 + 1024
+
+    while shared_memory() > card.shared_memory:
+        if columns > max(16, HP):
+            columns //= 2
+        elif BK > 16:
+            BK //= 2
+        else:
+            raise ValueError(cards.too_wide("q_idx", f"{HP} heads of {DP} dims", shared_memory(), card))
+    many = multiplied == 4 or (columns > 128 and card.capability != cards.HOPPER)
+    return max(columns, HP), BK, 8 if many else 4
+
+
+def launch_portable(q_idx, k_idx, w, k_scale, start, end, redo=None, widened=False):
     """Scores [T, S] from checked arguments: pick tiles and run the kernel of this file.
 
     With redo, int32 [T], blocks of queries none of which has a redo but 0 are left out: what they give is undefined.
+    widened: take FP8 as bytes also on a card that could multiply it.
     """
     (T, Hi, Di), S = q_idx.shape, k_idx.shape[0]
     out = torch.empty(T, S, dtype=torch.float32, device=q_idx.device)
     if T == 0:
         return out
     HP, DP = triton.next_power_of_2(Hi), max(32, triton.next_power_of_2(Di))
-    wide = q_idx.dtype == torch.float32
-    BQ = max(1, (1024 if INTERPRETED else 64 if wide else 256) // HP)
-    BQ = max(min(BQ, triton.next_power_of_2(T)), triton.cdiv(16, HP))  # tensor cores want 16 columns
-    BK = max(16, min(512, triton.next_power_of_2(S))) if INTERPRETED else 32 if wide else 64
+    card = cards.card_of(q_idx)
+    if widened or (q_idx.dtype == torch.float8_e4m3fn and card and card.capability < cards.NATIVE_FP8):
+        q_idx, k_idx = q_idx.view(torch.uint8), k_idx.view(torch.uint8)
+    if INTERPRETED:
+        columns, BK, warps = 1024, max(16, min(512, triton.next_power_of_2(S))), 4
+    else:
+        columns, BK, warps = tiles(card, HP, DP, q_idx.itemsize, dot_dtype(q_idx).itemsize)
+    BQ = max(min(columns // HP, triton.next_power_of_2(T)), triton.cdiv(16, HP))  # tensor cores want 16 columns
     # Enough programs for a few waves, but chunks long enough to pay for loading the queries.
     chunks = max(1, min(triton.cdiv(S, 8 * BK), 8 * multiprocessors(q_idx) // triton.cdiv(T, BQ)))
     chunk = triton.cdiv(triton.cdiv(S, chunks), BK) * BK
@@ -153,6 +186,6 @@ def launch_portable(q_idx, k_idx, w, k_scale, start, end, redo=None):
         q_idx.contiguous(), k_idx.contiguous(), w.contiguous(), w if k_scale is None else k_scale.contiguous(),
         start.contiguous(), end.contiguous(), start if redo is None else redo, out, T, S, Hi, Di, chunk,
         REDO=redo is not None, HP=HP, DP=DP, BQ=BQ, BK=BK, DOT=getattr(tl, TRITON_NAMES[dot_dtype(q_idx)]),
-        SCALED=k_scale is not None, WHOLE=DP == Di, STAGES=3, num_warps=4,
+        SCALED=k_scale is not None, WHOLE=DP == Di, STAGES=3, num_warps=warps,
     )  # fmt: skip
     return out

@@ -13,7 +13,7 @@ from .index_scores import launch as launch_scores
 from .index_scores import launch_portable
 from .runtime import FLOATS, check_runnable, hopper_variant
 from .select_topk import launch as launch_selection
-from .select_topk import refuse_nan
+from .select_topk import padded, refuse_nan
 from .topk import radix
 
 
@@ -30,12 +30,13 @@ def lightning_select(
 ) -> torch.Tensor:
     """`dsa_ref.lightning_select`: the k best keys of each query, int32 [T, k], in no specified order, -1 after them.
 
-    q_idx [T, Hi, Di], k_idx [S, Di], w [T, Hi], k_scale [S], start and end int32 [T]: as in `index_scores`; k >= 1.
-    No gradient.
+    q_idx [T, Hi, Di], k_idx [S, Di], w [T, Hi], k_scale [S], start and end int32 [T]: as in `index_scores`; k >= 1, may
+    exceed S. No gradient.
     variant: "hopper" (what `index_scores` needs, and at most 2048 of at least 24,576 keys) is the fused kernel;
-    "portable" is portable `index_scores`, then portable `select_topk`; None is "hopper" where it can serve and has
-    `runtime.FEWEST_FOR_HOPPER` queries, else the two steps, each as it chooses by itself. All give the same set. Rows
-    that the fused kernel flags are redone by the portable scores and "radix".
+    "portable" is portable `index_scores`, then portable `select_topk`; "widened" is its scores, and then portable, too;
+    None is "hopper" where it can serve and has `runtime.FEWEST_FOR_HOPPER` queries, else the two steps, each as it
+    chooses by itself. All give the same set. Rows that the fused kernel flags are redone by the portable scores and
+    "radix".
 
     Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does, and for a
     variant that is unknown or cannot serve these inputs. Source: SPEC sections 2 and 4.
@@ -43,27 +44,30 @@ def lightning_select(
     check_index_scores(q_idx, k_idx, w, k_scale, start, end, FLOATS)
     check_count("k", k)
     T, S = len(q_idx), len(k_idx)
+    width = min(k, S)
     start, end = row_ranges(T, S, q_idx.device, start, end)
     check_runnable(q_idx=q_idx, k_idx=k_idx, w=w, k_scale=k_scale)
     default = "hopper" if T >= runtime.FEWEST_FOR_HOPPER else "portable"
-    hopper = hopper_variant("lightning_select", variant, default, q_idx, k_scale, S, k)
-    out = torch.empty(T, k, dtype=torch.int32, device=q_idx.device)
+    hopper = hopper_variant("lightning_select", variant, default, q_idx, k_scale, S, width)
+    out = torch.empty(T, width, dtype=torch.int32, device=q_idx.device)
     if hopper and T:
-        nan, redo = hopper.lightning_select(q_idx, k_idx, w, k, k_scale, start, end, out)
+        nan, redo = hopper.lightning_select(q_idx, k_idx, w, width, k_scale, start, end, out)
         refuse_nan(nan)
         if not values_readable(redo) or redo.any():
             for part in _parts(T, runtime.REDONE_AT_ONCE // S):
                 ranges = start[part].contiguous(), end[part].contiguous()
                 scores = launch_portable(q_idx[part], k_idx, w[part], k_scale, *ranges, redo[part])
-                radix.launch(scores, k, *ranges, out[part], nan[part], redo[part])
+                radix.launch(scores, width, *ranges, out[part], nan[part], redo[part])
     else:
         nan = torch.zeros(T, dtype=torch.int32, device=q_idx.device)
         for part in _parts(T, runtime.SCORES_AT_ONCE // S):
             ranges = start[part], end[part]
             scores = launch_scores(q_idx[part], k_idx, w[part], k_scale, *ranges, variant)
-            launch_selection(scores, k, *ranges, out[part], nan[part], variant)
+            launch_selection(
+                scores, width, *ranges, out[part], nan[part], "portable" if variant == "widened" else variant
+            )
     refuse_nan(nan)
-    return out
+    return padded(out, k)
 
 
 def _parts(T, rows):

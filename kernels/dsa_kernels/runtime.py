@@ -1,24 +1,23 @@
-"""Where the kernels run: compiled on a GPU, or on the CPU in Triton's interpreter. Imported before triton, always.
+"""Where the kernels run: compiled on a GPU, or on the CPU in Triton's interpreter. Imported before any kernel.
 
-Triton decides at import time whether `@triton.jit` interprets, by the environment variable TRITON_INTERPRET. Without a
-usable GPU this module sets it: the package's one import-time side effect. Where another library has imported triton
-before, it is too late for that, and the first call of a kernel says so.
+Without a usable GPU, or where TRITON_INTERPRET=1 stands in the environment, this module turns the interpreter on, in
+this process alone: the package's one import-time side effect. It makes no difference who imported triton first.
 """
 
 import functools
 import importlib
 import os
-import sys
 import types
 
 import torch
 
+from . import cards, interpreter
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take; fp64 is the reference's alone
-OLDEST = (8, 0)  # compute capability: Ampere's bf16 tensor cores
-NATIVE_FP8 = (8, 9)
 FEWEST_FOR_HOPPER = 512  # queries, for `index_scores` and `lightning_select`; a block of Hopper's kernels takes eight
 SCORES_AT_ONCE = 1 << 28  # of `lightning_select`: 1 GiB of fp32
 REDONE_AT_ONCE = 1 << 27  # of its flagged rows, while lists of a fused kernel may still be in memory
+WIDENED = ("index_scores", "lightning_select")  # the steps that can read e4m3 as bytes
 NO_GLUON = "needs a triton with Gluon, and no interpreter"
 GLUON = {  # what `dsa_kernels.hopper` imports of it; a test keeps the two in agreement
     "triton.experimental": ("gluon",),
@@ -35,10 +34,9 @@ GLUON = {  # what `dsa_kernels.hopper` imports of it; a test keeps the two in ag
     "triton.language.core": ("_aggregate",),
 }
 
-if not torch.cuda.is_available() and "triton" not in sys.modules:
-    os.environ["TRITON_INTERPRET"] = "1"
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")  # as triton reads it
+INTERPRETED = interpreter.chosen()
+if INTERPRETED:
+    interpreter.turn_on()
 
 
 def mode() -> str:
@@ -49,8 +47,8 @@ def mode() -> str:
 def check_runnable(**tensors: torch.Tensor | None) -> None:
     """Raise unless the kernels can serve these tensors (None is skipped).
 
-    ValueError: a CPU tensor in compiled mode, a GPU older than compute capability 8.0, or a tensor that asks for a
-    gradient, which these kernels do not compute: a missing gradient must not pass as a zero one.
+    ValueError: a CPU tensor in compiled mode, a GPU of AMD's or older than compute capability 8.0, or a tensor that
+    asks for a gradient, which these kernels do not compute: a missing gradient must not pass as a zero one.
     """
     for name, tensor in tensors.items():
         if tensor is None:
@@ -59,30 +57,34 @@ def check_runnable(**tensors: torch.Tensor | None) -> None:
             raise ValueError(f"{name} must not require a gradient, which only dsa_ref computes: use torch.no_grad()")
         if INTERPRETED:
             continue
-        if not tensor.is_cuda:
-            hint = "" if torch.cuda.is_available() else "; to interpret on the CPU, import dsa_kernels before triton"
-            raise ValueError(f"{name} must be on a CUDA device in compiled mode, got {tensor.device}{hint}")
-        if torch.cuda.get_device_capability(tensor.device) < OLDEST:
-            got = ".".join(map(str, torch.cuda.get_device_capability(tensor.device)))
+        if torch.version.hip:
+            raise ValueError(f"{name} must be on an NVIDIA GPU, got one of ROCm {torch.version.hip}: use dsa_ref there")
+        card = cards.card_of(tensor)
+        if card is None:
+            said = f", and {interpreter.SWITCH} is {os.environ.get(interpreter.SWITCH)!r}"
+            raise ValueError(
+                f"{name} must be on a CUDA device in compiled mode, got {tensor.device}{said}: move it to the GPU, or "
+                f"start Python with {interpreter.SWITCH}=1 to interpret the kernels on the CPU"
+            )
+        if card.capability < cards.OLDEST:
+            got = ".".join(map(str, card.capability))
             raise ValueError(f"{name} must be on a GPU of compute capability 8.0 or newer, got {got}")
 
 
 def dot_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The type in which a tile of `tensor` goes into `tl.dot`.
 
-    The interpreter takes bf16's bits for integers in `tl.dot`, so there everything is widened to fp32. Cards without
-    FP8 tensor cores get bf16, which holds every e4m3 value exactly.
+    The interpreter takes bf16's bits for integers in `tl.dot`, so there everything is widened to fp32. Bytes of e4m3
+    become bf16, which holds every e4m3 value exactly.
     """
     if INTERPRETED:
         return torch.float32
-    if tensor.dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability(tensor.device) < NATIVE_FP8:
-        return torch.bfloat16
-    return tensor.dtype
+    return torch.bfloat16 if tensor.dtype == torch.uint8 else tensor.dtype
 
 
 def multiprocessors(tensor: torch.Tensor) -> int:
     """How many blocks run side by side at least: 1 in the interpreter."""
-    return 1 if INTERPRETED else torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return 1 if INTERPRETED else cards.card_of(tensor).multiprocessors
 
 
 def hopper_variant(
@@ -90,13 +92,18 @@ def hopper_variant(
 ) -> types.ModuleType | None:
     """The module `dsa_kernels.hopper.<step>`, or None for the portable kernel.
 
-    variant: "portable", "hopper", or None for `default`, where "hopper" means: if it can serve these inputs.
-    Raises ValueError for any other variant, and for "hopper" where it cannot serve. An error inside the module itself
-    is never taken for "cannot serve": it surfaces.
+    variant: "portable", "hopper", or None for `default`, where "hopper" means: if it can serve these inputs. Steps that
+    take FP8 queries, the first of inputs, know "widened", too.
+    Raises ValueError for any other variant, and for one that cannot serve. An error inside the module itself is never
+    taken for "cannot serve": it surfaces.
     """
-    if variant not in (None, "portable", "hopper"):
-        raise ValueError(f'variant must be "portable", "hopper" or None, got {variant!r}')
-    if (variant or default) == "portable":
+    names = ("portable", "hopper", "widened") if step in WIDENED else ("portable", "hopper")
+    if variant not in (None, *names):
+        allowed = ", ".join(f'"{name}"' for name in names)
+        raise ValueError(f"variant must be {allowed} or None, got {variant!r}")
+    if variant == "widened" and inputs[0].dtype != torch.float8_e4m3fn:
+        raise ValueError(f'variant "widened" needs float8_e4m3fn, got {str(inputs[0].dtype).removeprefix("torch.")}')
+    if (variant or default) != "hopper":
         return None
     module, reason = None, NO_GLUON
     if gluon_compiles():

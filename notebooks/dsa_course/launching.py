@@ -72,7 +72,7 @@ def launch(kernel, grid, *args, **constants):
     tensors = {i: x for i, x in enumerate(args) if isinstance(x, torch.Tensor)}
     before = {i: _outside(x) for i, x in tensors.items()}
     try:
-        with _undefined_others():
+        with _alone(), _undefined_others():
             kernel[grid](*args, **constants)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -95,7 +95,7 @@ def expect_reads_inside(kernel, grid, *args, **constants):
     judged, since a read that spoils them has a better name there.
     """
     tensors = {name: x for name, x in zip(_names(kernel), args, strict=False) if isinstance(x, torch.Tensor)}
-    with _watched_loads(tensors) as strays:
+    with _alone(), _watched_loads(tensors) as strays:
         launch(kernel, grid, *args, **constants)
     if strays:
         program, address = strays[0]
@@ -107,6 +107,15 @@ def expect_reads_inside(kernel, grid, *args, **constants):
             "a load without a mask, or with the wrong one: masking the store does not undo the read",
             "bounds",
         )
+
+
+def _alone():
+    """While interpreting, no other thread's kernel runs: what is changed for this one would change that one too."""
+    if interpreter() is None:
+        return contextlib.nullcontext()
+    from dsa_kernels.interpreter import LOCK  # here: where nothing is interpreted, nothing needs triton
+
+    return LOCK
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ HEAD = """\
 
 Every public name, with its signature and what it does in a line; its docstring has shapes, dtypes, units, errors and
 sources. Made from the source by `make api`, never edited. T, S, H and the other symbols are those of
-[`dsa_ref/SPEC.md`](dsa_ref/SPEC.md).
+[`dsa_ref/SPEC.md`](dsa_ref/SPEC.md). [`PEERS.md`](PEERS.md) says what differs from other libraries.
 """
 
 

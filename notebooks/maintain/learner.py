@@ -64,8 +64,10 @@ def _code_to_show(source):
 
 
 def main():
-    for path in sorted(SOURCE.glob("*.ipynb")):
-        nbformat.write(learner_edition(nbformat.read(path, as_version=4)), LEARNER / path.name)
+    sources = sorted(SOURCE.glob("*.ipynb"))
+    editions = [learner_edition(nbformat.read(path, as_version=4)) for path in sources]  # all, before one is replaced
+    for path, edition in zip(sources, editions, strict=True):
+        nbformat.write(edition, LEARNER / path.name)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,10 @@ PICTURES = {"selection.png": selection, "recall.png": recall}
 
 
 def main():
-    for file, make in PICTURES.items():
-        (FIGURES / file).write_bytes(make())
+    made = {file: make() for file, make in PICTURES.items()}  # all, before one is replaced
+    for file, picture in made.items():
+        with records.replacing(FIGURES / file) as new:
+            new.write_bytes(picture)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What strict nbval cannot see: notebooks were executed, stay small and quick, describe their pictures, are live."""
 
+import subprocess
+import sys
 import time
 
 import ipywidgets
@@ -149,3 +151,14 @@ def test_the_slider_of_notebook_00():
     assert figure.data["weights"].sum().item() == pytest.approx(1, abs=1e-4)
     controls["layer"].value = 0
     assert not chosen.equal(figure.data["chosen"]) and figure.data["layer"] == 0
+
+
+@pytest.mark.parametrize("number", ("08", "09", "10"))
+@pytest.mark.parametrize("folder", (LEARNER, SOURCE))
+def test_without_triton_a_notebook_of_kernels_says_what_is_missing(number, folder):
+    """Its cells up to the first error, where triton cannot be imported."""
+    (path,) = folder.glob(f"{number}_*.ipynb")
+    cells = [cell.source for cell in code_cells(path)]
+    code = f"import sys; sys.modules['triton'] = None\nfor cell in {cells!r}: exec(cell)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "RuntimeError: This notebook writes Triton kernels, and Triton exists for Linux only" in ran.stderr

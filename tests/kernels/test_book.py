@@ -21,7 +21,6 @@ def test_the_front_pages_code_prints_machine_code(tmp_path):
         "TRITON_CACHE_DIR": str(tmp_path),
         "TRITON_DISABLE_LINE_INFO": "1",
     }
-    environment.pop("TRITON_INTERPRET", None)
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "Function:_scan" in run.stdout and run.stdout.count("LDG") >= 16, run.stdout[:2000]

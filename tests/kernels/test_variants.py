@@ -102,7 +102,7 @@ def run(step, variant, device):
         assert selected(got) == best(scores, K, *ranges)
     else:
         q, kv = normal(4, 2, 32, device=device), normal(S, 32, device=device)
-        indices = torch.zeros(4, K, dtype=torch.int32, device=device)
+        indices = torch.arange(K, dtype=torch.int32, device=device).repeat(4, 1)
         dsa_kernels.sparse_attention(q, kv, indices, 0.3, 16, variant=variant)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import types
 
 import pytest
 import safetensors
@@ -9,9 +10,10 @@ import torch
 from inputs import E4M3, assert_same_bits, normal
 from safetensors.torch import load_file, save_file
 
+import dsa_ref
 from dsa_ref import TINY, DSAConfig, DSALayer, load_layer
 from dsa_ref.nn import save_checkpoint
-from dsa_ref.nn.checkpoint import dequantize_blocks, quantize_blocks
+from dsa_ref.nn.block_scales import dequantize_blocks, quantize_blocks
 
 INDEX = "model.safetensors.index.json"
 RAGGED = DSAConfig(  # blocks end short in rows (176 = 160 + 16, 136), in columns (136, 160, 144), and in both
@@ -25,6 +27,7 @@ RAGGED = DSAConfig(  # blocks end short in rows (176 = 160 + 16, 136), in column
     index_n_heads=2,
     index_head_dim=16,
     index_topk=4,
+    rope_factor=40.0,
     max_seq_len=8192,
 )
 FP8_NAMES = (
@@ -265,7 +268,7 @@ def test_the_state_dict_is_neither_changed_nor_shared():
 
 
 def test_a_loaded_layer_is_whole():
-    ops = object()
+    ops = types.SimpleNamespace(**vars(dsa_ref))
     layer = load_layer(state_dict(make_layer(RAGGED)), 0, RAGGED, ops=ops)
     assert layer.ops is ops and layer.config is RAGGED
     assert_same_bits(layer.freqs, DSALayer(RAGGED).freqs)  # YaRN's, in fp32
@@ -296,9 +299,9 @@ BAD_TENSORS = {
         r"{p}q_a_proj.weight_scale_inv must have shape \[1, 1\].*got \[1, 2\]",
     ),
     "scale dtype": (
-        replaced(Q_A + "_scale_inv", torch.ones(1, 1, dtype=torch.bfloat16)),
+        replaced(Q_A + "_scale_inv", torch.ones(1, 1, dtype=torch.float16)),
         TypeError,
-        "{p}q_a_proj.weight_scale_inv must have dtype float32, got bfloat16",
+        "{p}q_a_proj.weight_scale_inv must have dtype float32, bfloat16, float8_e8m0fnu, got float16",
     ),
     "scale, no FP8": (replaced(Q_A, torch.ones(32, 64)), ValueError, "unknown ones: {p}q_a_proj.weight_scale_inv$"),
     "unknown": (replaced("q_proj.weight", torch.ones(1)), ValueError, "unknown ones: {p}q_proj.weight$"),

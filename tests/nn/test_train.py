@@ -56,6 +56,8 @@ def test_both_sides_are_all_parameters():
     model = tiny_model()
     both = {id(p) for inside in (False, True) for p in indexer_parameters(model, inside)}
     assert both == {id(p) for p in model.parameters()} and len(indexer_parameters(model)) == 2 * 5
+    layer = model.layers[0].self_attn
+    assert {id(p) for p in indexer_parameters(layer)} == {id(p) for p in layer.indexer.parameters()}
 
 
 def test_warm_up_lowers_the_indexers_loss():

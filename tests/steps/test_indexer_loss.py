@@ -150,7 +150,7 @@ def test_gradient_reaches_the_indexer_alone(device, sparse):
 def test_no_row_has_a_key(ops, device, sparse):
     args = [x.requires_grad_() for x in inputs(3, 4, device=device)]
     nothing = torch.zeros(3, dtype=torch.int32, device=device)
-    indices = torch.full((3, 2), 1, dtype=torch.int32, device=device) if sparse else None
+    indices = torch.tensor([[1, 2]] * 3, dtype=torch.int32, device=device) if sparse else None
     loss = ops.indexer_loss(*args, SCALE, indices, nothing, nothing)
     assert loss == 0
     if loss.requires_grad:

@@ -7,7 +7,7 @@ import importlib.util
 import types
 
 if importlib.util.find_spec("triton"):
-    import dsa_kernels  # noqa: F401 (before triton: it decides whether kernels are interpreted)
+    import dsa_kernels  # noqa: F401 (first: it decides whether kernels are interpreted)
 
     # isort: split
     import triton

@@ -20,7 +20,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..runtime import aligned
+from ..cards import on_hopper
+from ..runtime import aligned, multiprocessors
 from .aggregate import aggregate
 
 Buffer = Barriers = gl.shared_memory_descriptor  # one type in Triton; the name says which is meant
@@ -334,7 +335,7 @@ def cannot_serve(q_idx, k_scale, S):
     """Why this variant cannot score these queries against S keys, or None."""
     if S >= 1 << 28:
         return f"needs fewer than {1 << 28} keys, so that 32 bits hold a place in the scores of a block, got {S}"
-    if not q_idx.is_cuda or torch.cuda.get_device_capability(q_idx.device) != (9, 0):
+    if not on_hopper(q_idx):
         return "needs a GPU of compute capability 9.0"
     if q_idx.dtype != torch.float8_e4m3fn:
         return f"needs float8_e4m3fn, got {str(q_idx.dtype).removeprefix('torch.')}"
@@ -348,10 +349,9 @@ def cannot_serve(q_idx, k_scale, S):
 def index_scores(q_idx, k_idx, w, k_scale, start, end, out):
     """Write the scores to out, fp32 [T, S]. `dsa_kernels.index_scores` has checked the arguments; T > 0."""
     T, S = out.shape
-    multiprocessors = torch.cuda.get_device_properties(out.device).multi_processor_count
     blocks = triton.cdiv(T, QUERIES.value)
     # About four blocks a multiprocessor, but chunks of at least 32 tiles to pay for fetching the queries.
-    chunks = max(1, min(triton.cdiv(S, 32 * BK.value), 4 * multiprocessors // blocks))
+    chunks = max(1, min(triton.cdiv(S, 32 * BK.value), 4 * multiprocessors(out) // blocks))
     chunk = triton.cdiv(triton.cdiv(S, chunks), BK.value) * BK.value
     _index_scores[(blocks, triton.cdiv(S, chunk))](
         *descriptors(q_idx, k_idx, k_scale), w.float().contiguous(), start.contiguous(), end.contiguous(),

@@ -141,7 +141,7 @@ def sampled_keys(S, device):
 def cannot_serve(q_idx, k_scale, S, k):
     """Why this variant cannot select for these queries, or None."""
     if k > LARGEST_LISTED_K:
-        return f"needs k <= {LARGEST_LISTED_K}, got {k}"
+        return f"needs min(k, S) <= {LARGEST_LISTED_K}, got {k}"
     if S < SHORTEST:
         return f"needs at least {SHORTEST} keys, got {S}"
     return index_scores.cannot_serve(q_idx, k_scale, S)

@@ -23,6 +23,8 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from ..cards import on_hopper
+from ..runtime import multiprocessors
 from ..topk.bound import LOWEST, safe_rank, sampled_place
 from ..topk.listed import LARGEST_LISTED_K
 from ..topk.ordering import from_ordered, ordered, threshold_of
@@ -211,10 +213,10 @@ def _select_topk(
 
 def cannot_serve(scores, k):
     """Why this variant cannot select from these scores, or None."""
-    if not scores.is_cuda or torch.cuda.get_device_capability(scores.device) != (9, 0):
+    if not on_hopper(scores):
         return "needs a GPU of compute capability 9.0"
     if k > LARGEST_LISTED_K:
-        return f"needs k <= {LARGEST_LISTED_K}, got {k}"
+        return f"needs min(k, S) <= {LARGEST_LISTED_K}, got {k}"
     return None
 
 
@@ -226,7 +228,7 @@ def select_topk(scores, k, start, end, out, nan, redo):
     T, S = scores.shape
     # The longer the row, the fewer of a sample lie above its k-th score: a larger one, and room for a larger error.
     M, slots = (2048, 64) if S <= 1 << 16 else (4096, 64) if S <= 1 << 18 else (8192, 128)
-    programs = min(T, PROGRAMS * torch.cuda.get_device_properties(scores.device).multi_processor_count)
+    programs = min(T, PROGRAMS * multiprocessors(scores))
     entries = torch.empty(programs, slots * LANES.value, dtype=torch.int64, device=scores.device)
     _select_topk[(programs,)](
         scores, start, end, entries, entries.view(torch.int32), out, nan, redo, T, S, k,

@@ -33,7 +33,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..runtime import aligned
+from ..cards import on_hopper
+from ..runtime import aligned, multiprocessors
 from .sparse_shared import BK, SWIZZLED, allocate, copy_columns, next_turn
 from .sparse_tiles import (
     COPY,
@@ -272,7 +273,7 @@ def _worth_sharing(queries, k, S, multiprocessors):
 
 def cannot_serve(q, v_dim):
     """Why this variant cannot attend with these queries, or None."""
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
+    if not on_hopper(q):
         return "needs a GPU of compute capability 9.0"
     if q.dtype != torch.bfloat16:
         return f"needs bfloat16, got {str(q.dtype).removeprefix('torch.')}"
@@ -290,25 +291,24 @@ def sparse_attention(q, kv, indices, scale, out, lse, share=None):
     """
     T, H, _ = q.shape
     S, k = kv.shape[0], indices.shape[1]
-    multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
     if share is None:
-        share = _worth_sharing(T, k, S, multiprocessors)
+        share = _worth_sharing(T, k, S, multiprocessors(q))
     G = min(32, max(1, 64 // H)) if share else 1  # 32: one bit each in an int32
     q, kv, indices = (aligned(x) for x in (q, kv, indices))
     chunk = T if G == 1 else max(1, LIST_ENTRIES // min(G * k, S)) * G
     for first in range(0, T, chunk):
         rows = slice(first, first + chunk)
         lists, lengths = (indices, indices) if G == 1 else unions(indices[rows], S, G)  # G = 1 reads no lengths
-        _launch(q[rows], kv, lists, lengths, scale, out[rows], lse[rows], G, multiprocessors)
+        _launch(q[rows], kv, lists, lengths, scale, out[rows], lse[rows], G)
 
 
-def _launch(q, kv, lists, lengths, scale, out, lse, G, multiprocessors):
+def _launch(q, kv, lists, lengths, scale, out, lse, G):
     T, H, _ = q.shape
     all_rows, tiles_of_group = T * H, triton.cdiv(H, 64)
     tiles = triton.cdiv(T, G) * tiles_of_group
     q256, q64 = (TensorDescriptor(q, [all_rows, D], [D, 1], [64, columns], SWIZZLED.value) for columns in (256, 64))
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    _sparse_attention[(min(tiles, multiprocessors),)](
+    _sparse_attention[(min(tiles, multiprocessors(q)),)](
         q256, q64, kv, lists, lengths, counter, out, lse, scale * LOG2_E.value, lists.shape[1], tiles, all_rows,
         G=G, GH=G * H, TILES=tiles_of_group, GROUPED=G > 1,
         num_warps=4, maxnreg=168,

@@ -273,7 +273,7 @@ def gathered_attention_sparse_work(solution):
     given = _inputs(7, T, S, H, k)
     end = torch.arange(S - T + 1, S + 1, dtype=torch.int32)
     given["indices"] = random_selection(k, torch.zeros_like(end), end, seed=7)
-    from torch.utils.flop_counter import FlopCounterMode  # here: it imports triton, which `dsa_kernels` must do first
+    from torch.utils.flop_counter import FlopCounterMode  # here: it imports triton, which takes a second
 
     with FlopCounterMode(display=False) as products, Work() as work:
         _answer(solution, given)

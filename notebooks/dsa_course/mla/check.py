@@ -25,6 +25,7 @@ ODD = DSAConfig(  # every size another number, and a latent that is no multiple 
     v_head_dim=40,
     index_n_heads=5,
     index_head_dim=32,
+    rope_factor=40.0,  # YaRN, as in V3.2
 )
 
 

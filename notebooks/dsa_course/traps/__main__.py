@@ -5,12 +5,13 @@ python -m dsa_course.traps --tests                      # run the test that catc
 """
 
 import argparse
+import importlib.util
 import json
 import math
-import pathlib
 import statistics
 
-from dsa_ref.records import provenance, write
+from dsa_ref.nn import ModelConfig
+from dsa_ref.records import output_file, positive, provenance, write
 from dsa_ref.testing import overlap
 from dsa_ref.training.corpus import load_corpus
 from dsa_ref.training.evaluate import held_out_windows
@@ -61,11 +62,19 @@ def verdicts():
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--log", type=pathlib.Path, help="where the measurements go, as JSON")
+    parser.add_argument("--log", type=output_file, help="where the measurements go, as JSON")
     parser.add_argument("--tests", action="store_true", help="print as JSON what each trap's test says")
-    parser.add_argument("--windows", type=int, default=8, help="how many held-out windows")
-    parser.add_argument("--length", type=int, default=512, help="bytes a window")
+    parser.add_argument("--windows", type=positive, default=8, help="how many held-out windows")
+    parser.add_argument("--length", type=positive, default=512, help="bytes a window")
     options = parser.parse_args(arguments)
+    k = ModelConfig().attention.index_topk
+    if not options.log and not options.tests:
+        parser.error("one of --log and --tests must say what to do")
+    if options.length <= k:
+        parser.error(f"--length must be above k = {k}, else no row has a choice, got {options.length}")
+    if options.tests and importlib.util.find_spec("pytest") is None:
+        parser.error("pytest must be installed to run the tests: pip install pytest")
+    origin = provenance("dsa_course.traps", arguments)
     if options.tests:
         print(json.dumps(verdicts(), indent=1))
     if options.log:
@@ -79,7 +88,7 @@ def main(arguments=None):
             "length": options.length,
             "right": {way: round(sum(loss for _, loss in runs) / len(runs), 4) for way, runs in right.items()},
             "traps": traps,
-            "provenance": provenance("dsa_course.traps", arguments),
+            "provenance": origin,
         }
         write(options.log, result)
 

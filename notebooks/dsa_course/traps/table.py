@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 
 import dsa_ref
+from dsa_ref import contracts
 from dsa_ref.config import DSAConfig
 from dsa_ref.nn.layer import DSALayer, Indexer
 
@@ -49,7 +50,7 @@ TRAPS = (
         "One key in fifty differs; nothing else shows.",
         "DSALayer._index",
         faulty.unnormalised_latent,
-        "tests/nn/test_transformers.py::test_same_output_and_same_sets[0-lengths0]",
+        "tests/nn/test_transformers.py::test_same_output_and_same_sets[0-deepseek_v32-plain]",
     ),
     Trap(
         "RMSNorm on k",
@@ -57,7 +58,7 @@ TRAPS = (
         "A tenth of the keys differ, and the loss hardly moves.",
         "Indexer.forward",
         faulty.rms_norm_on_k,
-        "tests/nn/test_transformers.py::test_same_output_and_same_sets[0-lengths0]",
+        "tests/nn/test_transformers.py::test_same_output_and_same_sets[0-deepseek_v32-plain]",
     ),
     Trap(
         "softmaxed weights",
@@ -65,7 +66,7 @@ TRAPS = (
         "No score is ever negative.",
         "Indexer.forward",
         faulty.softmaxed_weights,
-        "tests/nn/test_transformers.py::test_same_output_and_same_sets[0-lengths0]",
+        "tests/nn/test_transformers.py::test_same_output_and_same_sets[0-deepseek_v32-plain]",
     ),
     Trap(
         "bf16 head weights",
@@ -273,6 +274,8 @@ def replaced(trap):
 def planted(trap):
     """The reference with this fault in it, until the block ends."""
     with contextlib.ExitStack() as stack:
+        # A key named twice is refused; two of the traps name one, and show what happens where nobody looks.
+        stack.enter_context(mock.patch.object(contracts, "check_distinct", lambda indices: None))
         for (place, attribute), variant in replaced(trap).items():
             stack.enter_context(mock.patch.object(place, attribute, variant))
         yield

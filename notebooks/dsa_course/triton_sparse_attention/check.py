@@ -259,15 +259,21 @@ def sparse_attention_kernel_several_tiles(kernel):
             _expect_attention(kernel, q, kv, indices, 16, cause, suspects, BK=BK)
 
 
+def _for_nothing(row, kv, indices):
+    """(kv, indices) where each -1 leads to a copy of `row`: one for each place, since a list names a row once."""
+    S, k = len(kv), indices.shape[1]
+    places = torch.arange(S, S + k, dtype=torch.int32)
+    return torch.cat([kv, row.expand(k, -1)]), torch.where(indices < 0, places, indices)
+
+
 @sparse_attention_kernel.property("tail")
 def sparse_attention_kernel_tail(kernel):
     for seed, k in zip(SEEDS, (33, 3), strict=True):
         q, kv, indices = _inputs(seed, 3, 16, 80, 16, k)
-        zeros = torch.cat([kv, torch.zeros(1, 16)])
-        lanes = torch.cat([indices, torch.full((3, -k % 16), 80, dtype=torch.int32)], 1)
+        lanes = torch.nn.functional.pad(indices, (0, -k % 16), value=-1)
         suspects = {
             "lanes past k got a logit of 0 and a share of the sum: their logit is -inf":
-            sparse_attention(q, zeros, lanes, 0.4, 16)[0],
+            sparse_attention(q, *_for_nothing(torch.zeros(16), kv, lanes), 0.4, 16)[0],
         }  # fmt: skip
         cause = "k is no multiple of BK: lanes from k on get index -1, a row of zeros (both by `other`), logit -inf"
         _expect_attention(kernel, q, kv, indices, 16, cause, suspects)
@@ -278,11 +284,10 @@ def sparse_attention_kernel_padding(kernel):
     for seed in SEEDS:
         q, kv, indices = _inputs(seed, 3, 16, 80, 16, 32)
         indices[0, 20:] = indices[1, 3:12] = -1
-        zeros = torch.cat([kv, torch.zeros(1, 16)])
         suspects = {
             "-1 got a logit of 0 and a share of the sum: its logit is -inf":
-            sparse_attention(q, zeros, torch.where(indices < 0, 80, indices), 0.4, 16)[0],
-            "-1 was taken for row 0": sparse_attention(q, kv, indices.clamp(min=0), 0.4, 16)[0],
+            sparse_attention(q, *_for_nothing(torch.zeros(16), kv, indices), 0.4, 16)[0],
+            "-1 was taken for row 0": sparse_attention(q, *_for_nothing(kv[0], kv, indices), 0.4, 16)[0],
         }  # fmt: skip
         cause = "-1 has no row: mask the gather (without, it reads what lies before kv, here NaN) and the logit"
         _expect_attention(kernel, q, kv, indices, 16, cause, suspects)

@@ -1,0 +1,62 @@
+"""Weights that the layer uses other than by calling their module, and modules that somebody has wrapped.
+
+The layer absorbs kv_b_proj into queries and outputs, and computes the indexer's norm and head weights in fp32 whatever
+the weights' dtype. A plain module's weight is read for that. An adapter (LoRA), a hook, a parametrisation or a shard is
+not in that weight: such a module is called, so that what was put around it takes effect.
+"""
+
+import threading
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
+
+from ..contracts import values_readable
+from ..precision import exact
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_swapping = threading.RLock()  # functional_call exchanges a module's weights for the time of a call
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling the module does no more than its weights say: torch's own class, no hook, no sharded weight."""
+    return (
+        type(module) in (nn.Linear, nn.LayerNorm, nn.Embedding)
+        and all(type(weight) in (nn.Parameter, Tensor) for weight in module._parameters.values() if weight is not None)
+        and not any(getattr(module, hooks) for hooks in HOOKS)
+        and "forward" not in vars(module)
+        and not torch_module._has_any_global_hook()
+    )
+
+
+@exact
+def in_fp32(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x) with input and weights in fp32; only weights that their module alone can read keep their dtype."""
+    x = x.float()
+    if is_plain(module) and type(module) is nn.Linear:
+        return F.linear(x, module.weight.float(), None if module.bias is None else module.bias.float())
+    with _swapping:
+        weights = {name: weight for name, weight in module.named_parameters() if weight.dtype != torch.float32}
+        if not weights:
+            return module(x)
+        if all(type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() for weight in weights.values()):
+            return functional_call(module, {name: weight.float() for name, weight in weights.items()}, x)
+        dtypes = [weight.dtype for weight in module.parameters() if weight.is_floating_point()]
+        return module(x.to(dtypes[0]) if dtypes else x).float()
+
+
+def matrix(name: str, module: nn.Module, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The matrix [out, columns] by which a linear module multiplies: a plain one's weight, else what it makes of the
+    unit vectors in `dtype`, so that adapters count. An adapter's dropout then drops channels of the latent.
+
+    Raises: ValueError for a module that also adds something.
+    """
+    if is_plain(module) and getattr(module, "bias", None) is None:
+        return module.weight
+    units = torch.eye(columns, dtype=dtype, device=device)
+    rows = module(torch.cat((units, torch.zeros_like(units[:1]))))
+    if values_readable(rows) and rows[-1].any():
+        raise ValueError(f"{name} must be linear, without a bias, to be absorbed, got {type(module).__name__} with one")
+    return rows[:-1].T

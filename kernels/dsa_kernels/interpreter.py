@@ -1,0 +1,70 @@
+"""Triton's interpreter: chosen where no GPU is usable, also after another library imported triton, and for all threads.
+
+`@triton.jit` decides where it stands whether a function is interpreted, by `triton.knobs.runtime.interpret`; the
+functions that Triton's language itself is written in, such as `tl.sum`, were decided when triton was imported. torch
+imports triton behind the user's back: for any optimizer, for `torch.compile` and for the profiler.
+"""
+
+import functools
+import os
+import sys
+import threading
+
+import torch
+
+SWITCH = "TRITON_INTERPRET"  # the environment variable with which a user chooses
+LOCK = threading.RLock()  # held by whoever interprets a kernel, or changes how kernels are interpreted
+
+
+def chosen() -> bool:
+    """Whether kernels are interpreted: as TRITON_INTERPRET says, and without it, where torch finds no usable GPU."""
+    said = os.environ.get(SWITCH, "").lower()
+    return said in ("1", "true", "on", "y", "yes") if said else not torch.cuda.is_available()  # as triton reads it
+
+
+def turn_on() -> None:
+    """Let `@triton.jit` interpret from now on, in this process alone, and let threads interpret one after another."""
+    said = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "1"
+    knobs = None
+    try:
+        import triton
+        import triton.runtime.interpreter as interpreter
+
+        if knobs := getattr(triton, "knobs", None):
+            knobs.runtime.interpret = True
+    finally:
+        if said is None and (knobs or not sys.modules.get("triton")):  # a triton without knobs goes on reading it
+            del os.environ[SWITCH]  # a process that this one starts may have a GPU
+    _interpret_the_language(interpreter.InterpretedFunction)
+    _interpret_one_at_a_time(interpreter.InterpretedFunction)
+
+
+def _interpret_the_language(interpreted):
+    """What importing triton with the interpreter on would have made of the functions of `triton.language`."""
+    import triton.language as tl
+    from triton.runtime.jit import JITFunction
+
+    made = {}
+    modules = [module for name, module in sorted(sys.modules.items()) if name.startswith("triton.language")]
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                setattr(module, name, made.setdefault(id(value), interpreted(value.fn)))
+    for name, value in list(vars(tl.tensor).items()):
+        if isinstance(value, JITFunction):  # x.sum(): only a plain function is a method
+            setattr(tl.tensor, name, functools.partialmethod(made[id(value)]))
+
+
+def _interpret_one_at_a_time(interpreted):
+    """The interpreter keeps the program's id, and its changes to `triton.language`, for the whole process."""
+    run = interpreted.run
+
+    @functools.wraps(run)
+    def alone(*args, **kwargs):
+        with LOCK:
+            return run(*args, **kwargs)
+
+    interpreted.run = alone
+    if hasattr(os, "register_at_fork"):  # a child must not start in the middle of another thread's kernel
+        os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)

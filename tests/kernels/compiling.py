@@ -1,0 +1,175 @@
+"""Compile what `dsa_kernels` would launch on a card, without having it. A program of its own: `compiling.py out.json`.
+
+The public steps are called on CPU tensors and told that these lie on the card. So they choose kernels, tiles, types and
+options as they would there. Triton is told the same, compiles each launch, and leaves it at that. What it and ptxas say
+of each launch is written to out.json. The interpreter must be off, so TRITON_INTERPRET=0 has to be set.
+"""
+
+import concurrent.futures
+import contextlib
+import io
+import json
+import pathlib
+import re
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import dsa_kernels
+from dsa_kernels import cards, runtime
+
+E4M3, BF16, FP16, FP32 = torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32
+V32, SMALL = "V3.2", "the small model"
+INDEXER = {V32: (64, 128), SMALL: (16, 32)}  # Hi, Di
+ATTENTION = {V32: (128, 576, 512), SMALL: (8, 80, 64)}  # H, D, v_dim
+
+
+def index_scores(size, dtype, variant, T=64):
+    (heads, dim), S = INDEXER[size], 256
+    q, k, w = torch.zeros(T, heads, dim).to(dtype), torch.zeros(S, dim).to(dtype), torch.zeros(T, heads)
+    dsa_kernels.index_scores(q, k, w, torch.ones(S) if dtype == E4M3 else None, variant=variant)
+
+
+def score_and_select(variant, S=24_576, k=2048):
+    q, keys, w = torch.zeros(8, 64, 128).to(E4M3), torch.zeros(S, 128).to(E4M3), torch.zeros(8, 64)
+    dsa_kernels.lightning_select(q, keys, w, k, torch.ones(S), variant=variant)
+
+
+def select_topk(variant, k, T=1, S=4096, dtype=FP32):
+    dsa_kernels.select_topk(torch.zeros(T, S, dtype=dtype), k, variant=variant)
+
+
+def sparse_attention(size, dtype, variant, T=2, heads=None):
+    H, D, v_dim = ATTENTION[size]
+    q, kv = torch.zeros(T, heads or H, D, dtype=dtype), torch.zeros(4096, D, dtype=dtype)
+    indices = torch.arange(2048, dtype=torch.int32).repeat(T, 1)
+    dsa_kernels.sparse_attention(q, kv, indices, 0.1, v_dim, variant=variant)
+
+
+def indexer_vectors(size, dtype):
+    heads, dim = INDEXER[size]
+    x, positions, freqs = torch.zeros(4, heads, dim, dtype=dtype), torch.arange(4), torch.ones(dim // 4)
+    dsa_kernels.rotate_quantize(x, positions, freqs)
+    dsa_kernels.rope(x, positions, freqs, "interleaved")
+    dsa_kernels.hadamard(x)
+
+
+MANY = 400  # rows: twice a card's multiprocessors and more
+LONG = (1 << 18) + 1  # keys
+CASES = [  # those with "hopper" are for cards of compute capability 9.0
+    (score_and_select, "hopper"),
+    (index_scores, V32, E4M3, "hopper"),
+    *((select_topk, "hopper", 2048, 1, S) for S in (4096, 1 << 18, LONG)),
+    (sparse_attention, V32, BF16, "hopper"),
+    (sparse_attention, V32, BF16, "hopper", MANY, 16),
+    *((index_scores, size, dtype, "portable") for size in INDEXER for dtype in (E4M3, BF16, FP16, FP32)),
+    *((index_scores, size, E4M3, "widened") for size in INDEXER),
+    (index_scores, V32, E4M3, "portable", 1),
+    *((sparse_attention, size, dtype, "portable") for size in ATTENTION for dtype in (BF16, FP16, FP32)),
+    (sparse_attention, V32, BF16, "portable", 2, 16),
+    *((indexer_vectors, size, dtype) for size in INDEXER for dtype in (BF16, FP32)),
+    (select_topk, "radix", 2048),
+    (select_topk, "radix", 2048, 1, 4096, BF16),
+    (select_topk, "listed", 2048),
+    (select_topk, "listed", 2048, 1, LONG),
+    (select_topk, "listed", 2048, MANY),
+    (select_topk, "sampled", 2048),
+    (select_topk, "sampled", 8192),
+    (select_topk, "sampled", 8192, 1, LONG),
+]
+
+
+class Driver:
+    """Triton's idea of which card is there. The number of a device is its compute capability, 90 for 9.0."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def get_current_device(self):
+        return self.number
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.number, 32)
+
+
+def name_of(case):
+    return " ".join(str(getattr(part, "__name__", part)) for part in case)
+
+
+def compile_case(number, case):
+    """What the launches of a case compile to on that card: a list of dicts."""
+    launches = []
+    compile_only = JITFunction.run
+
+    def run(self, *arguments, grid, warmup, **options):
+        said = io.StringIO()
+        before = len(self.device_caches[number][0])
+        with contextlib.redirect_stdout(said):
+            made = compile_only(self, *arguments, grid=grid, warmup=True, **options)
+        if made.metadata.shared > cards.KNOWN[number].shared_memory:
+            raise MemoryError(f"{self.fn.__name__} needs {made.metadata.shared:,} bytes of shared memory")
+        if len(self.device_caches[number][0]) == before:
+            return  # compiled before, in this process
+        (spilled,) = re.findall(r"(\d+) bytes spill stores", said.getvalue())
+        (registers,) = re.findall(r"Used (\d+) registers", said.getvalue())
+        launches.append(
+            dict(
+                card=number,
+                case=name_of(case),
+                kernel=f"{self.fn.__module__}.{self.fn.__name__}",
+                shared=made.metadata.shared,
+                registers=int(registers),
+                spilled=int(spilled),
+                warps=made.metadata.num_warps,
+                warnings=[line for line in said.getvalue().splitlines() if "warning" in line.lower()],
+            )
+        )
+
+    step, *arguments = case
+    with contextlib.ExitStack() as undo:
+        for owner, name, value in (
+            (JITFunction, "run", run),
+            (cards, "card_of", lambda tensor: cards.KNOWN[number]),
+            (torch, "empty", torch.zeros),  # no kernel runs, so that flags must not be what lay in memory
+            (
+                sys.modules["dsa_kernels.lightning_select"],
+                "values_readable",
+                lambda tensor: False,
+            ),  # as in a graph: rows are redone in any case
+            (triton.knobs.nvidia, "dump_ptxas_log", True),
+            (triton.knobs.compilation, "always_compile", True),  # a kernel from the cache comes without ptxas's words
+        ):
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        triton.runtime.driver.set_active(Driver(number))
+        try:
+            step(*arguments)
+        except Exception as error:
+            launches.append(dict(card=number, case=name_of(case), error=f"{type(error).__name__}: {error}"))
+    return launches
+
+
+def compile_step(number, step):
+    """All cases of a step, in one process, where what two of them launch is compiled once."""
+    cases = [case for case in CASES if case[0] is step and (number == 90 or "hopper" not in case)]
+    return [launch for case in cases for launch in compile_case(number, case)]
+
+
+def main(out, *numbers):
+    assert not runtime.INTERPRETED, "TRITON_INTERPRET=0 must be set"
+    torch.set_num_threads(1)
+    numbers = [int(number) for number in numbers] or list(cards.KNOWN)
+    tasks = [(number, step) for number in numbers for step in dict.fromkeys(case[0] for case in CASES)]
+    with concurrent.futures.ProcessPoolExecutor(2) as pool:
+        launches = [one for some in pool.map(compile_step, *zip(*tasks, strict=True)) for one in some]
+    pathlib.Path(out).write_text(json.dumps(launches))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

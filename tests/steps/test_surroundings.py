@@ -1,0 +1,149 @@
+"""What a step computes follows from its arguments: no setting around it changes a bit, nor one of its gradients."""
+
+import contextlib
+
+import pytest
+import torch
+from inputs import assert_same_bits, index_inputs, normal, packed
+
+import dsa_ref
+from dsa_ref import products, testing
+
+T, S, H, D, V = 40, 40, 4, 64, 48
+START, END, _ = packed(13, 27)
+INDICES = dsa_ref.select_topk(normal(T, S), 8)
+INDEX_INPUTS = index_inputs(normal, T, S, 3, 64)
+ATTENTION = (normal(T, H, D, seed=7), normal(S, D, seed=8))
+POSITIONS, FREQS = torch.arange(T), dsa_ref.rope_frequencies(dsa_ref.V32)
+
+
+def loss(indices):
+    return lambda q_idx, k_idx, w: dsa_ref.indexer_loss(q_idx, k_idx, w, *ATTENTION, 0.1, indices, START, END)
+
+
+# name: (function of the tensors that follow, those tensors); all that are differentiable get a gradient
+STEPS = {
+    "rope": (lambda x: dsa_ref.rope(x, POSITIONS, FREQS, "half"), normal(T, 2, 128)),
+    "hadamard": (dsa_ref.hadamard, normal(T, 64)),
+    "quantize": (dsa_ref.quantize, normal(T, 64)),
+    "rotate_quantize": (lambda x: dsa_ref.rotate_quantize(x, POSITIONS, FREQS), normal(T, 2, 128)),
+    "index_scores": (lambda *x: dsa_ref.index_scores(*x, START, END), *INDEX_INPUTS),
+    "select_topk": (lambda scores: dsa_ref.select_topk(scores, 8), normal(T, S)),
+    "lightning_select": (lambda q, k, w, scale: dsa_ref.lightning_select(q, k, w, 8, scale, START, END), *INDEX_INPUTS),
+    "sparse_attention": (lambda q, kv: dsa_ref.sparse_attention(q, kv, INDICES, 0.1, V), *ATTENTION),
+    "dense_attention": (lambda q, kv: dsa_ref.dense_attention(q, kv, 0.1, V, START, END), *ATTENTION),
+    "mha_attention": (
+        lambda q, k, v: dsa_ref.mha_attention(q, k, v, 0.1, INDICES),
+        normal(T, H, D),
+        normal(S, H, D, seed=1),
+        normal(S, H, V, seed=2),
+    ),
+    "indexer_loss": (loss(None), *INDEX_INPUTS[:3]),
+    "indexer_loss, sparse": (loss(INDICES), *INDEX_INPUTS[:3]),
+}
+
+
+def results(function, *tensors, backward=True):
+    """What the function returns, then the gradients, under whatever is switched on around this call."""
+    leaves = [x.clone().requires_grad_(backward) for x in tensors]
+    outs = function(*leaves)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    grown = [x for x in outs if x.requires_grad]
+    if not grown:
+        return [*outs]
+    weights = [torch.linspace(1, 2, x.numel(), dtype=x.dtype, device=x.device).reshape(x.shape) for x in grown]
+    weights = [weight.masked_fill(x.isinf(), 0.0) for weight, x in zip(weights, grown, strict=True)]
+    return [*outs, *torch.autograd.grad(grown, leaves, weights)]
+
+
+@contextlib.contextmanager
+def changed(get, put, value):
+    before = get()
+    put(value)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+def short_products():
+    """On a CPU that has them, fp32 products of bf16 factors."""
+    owner = torch.backends.mkldnn.matmul
+    return changed(lambda: owner.fp32_precision, lambda value: setattr(owner, "fp32_precision", value), "bf16")
+
+
+SURROUNDINGS = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast, half": lambda: torch.autocast("cpu", torch.float16),
+    "medium": lambda: changed(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"),
+    "short products": short_products,
+    "default double": lambda: changed(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+    "default bf16": lambda: changed(torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16),
+    "default device": lambda: torch.device("meta"),
+    "deterministic": lambda: changed(
+        torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True
+    ),
+    "anomaly": torch.autograd.detect_anomaly,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+@pytest.mark.parametrize("step", STEPS)
+def test_nothing_around_a_step_changes_it(step, surroundings):
+    wanted = results(*STEPS[step])
+    with SURROUNDINGS[surroundings]():
+        got = results(*STEPS[step])
+    assert len(got) == len(wanted)
+    for a, b in zip(got, wanted, strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_inference_mode(step):
+    wanted = results(*STEPS[step], backward=False)
+    with torch.inference_mode():
+        got = results(*STEPS[step], backward=False)
+    for a, b in zip(got, wanted, strict=True):
+        assert_same_bits(a, b)
+
+
+def test_judges_take_arrays_under_any_default_device():
+    scores = normal(3, 5)
+    indices = dsa_ref.select_topk(scores, 2)
+    with torch.device("meta"):
+        testing.compare_selection(indices.numpy(), scores.numpy(), 2)
+        assert testing.relative_error(scores.numpy(), scores) == 0.0
+        assert testing.overlap(indices.numpy(), indices) == 1.0
+        assert testing.window_selection(2, START.numpy(), END).device == START.device
+
+
+@pytest.mark.rungs("reference", "kernels")
+def test_autocast_does_not_make_a_tie(ops):
+    """bf16 has no 257: 256 and 257 would tie, and the first would win."""
+    q_idx, k_idx, w = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[256.0, 0.0], [257.0, 0.0]]), torch.ones(1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = ops.index_scores(q_idx, k_idx, w)
+        assert scores.dtype == torch.float32 and scores.tolist() == [[256.0, 257.0]]
+        assert ops.lightning_select(q_idx, k_idx, w, 1).tolist() == [[1]]
+        assert ops.select_topk(scores, 1).tolist() == [[1]]
+
+
+@pytest.mark.parametrize("surroundings", ("autocast", "medium", "short products"))
+def test_the_settings_are_what_they_were(surroundings):
+    """After a step, and after one that raised, the program's own products are as short as it wanted them."""
+    a, b = normal(64, 64), normal(64, 64, seed=1)
+    with SURROUNDINGS[surroundings]():
+        before = a @ b
+        results(*STEPS["dense_attention"])
+        with pytest.raises(RuntimeError):
+            products.masked_einsum("thd,sd->ths", normal(2, 2, 3), normal(2, 4))
+        assert_same_bits(a @ b, before)
+
+
+def test_autocast_does_change_plain_products():
+    """Otherwise the tests above would show nothing. What "medium" and the short products do depends on the CPU."""
+    a, b = normal(64, 64), normal(64, 64, seed=1)
+    plain = a @ b
+    with SURROUNDINGS["autocast"]():
+        assert not torch.equal((a @ b).float(), plain)

@@ -1,0 +1,192 @@
+"""What a command will need at its end is checked at its start, and a file is replaced by a whole one or not at all."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dsa_course.traps import __main__ as traps
+from dsa_ref import records
+from dsa_ref.training import evaluate, train
+from dsa_ref.training.evaluate import held_out_windows
+
+
+def bench(module):
+    return importlib.import_module(f"dsa_bench.{module}")
+
+
+def commands():
+    """{name: (main, the arguments before what is tested, the option that names a file)}."""
+    found = {
+        "train weights": (train.main, ["--log", "log.json"], "--weights"),
+        "train log": (train.main, ["--weights", "w.safetensors"], "--log"),
+        "evaluate": (evaluate.main, [], "--log"),
+        "traps": (traps.main, [], "--log"),
+    }
+    for name in ("__main__", "exact", "layer_cpu"):
+        if importlib.util.find_spec("triton"):
+            found[f"dsa_bench {name}"] = (lambda arguments, name=name: bench(name).main(arguments), [], "--log")
+    return found
+
+
+COMMANDS = commands()
+
+
+@pytest.fixture
+def refused(monkeypatch, tmp_path, capsys):
+    """A function: run a command, which must stop before any work, and give what it says."""
+    monkeypatch.chdir(tmp_path)
+
+    def nothing(*_, **__):
+        raise AssertionError("work began")
+
+    for module, name in ((train, "load_corpus"), (evaluate, "load_small_model"), (traps, "load_corpus")):
+        monkeypatch.setattr(module, name, nothing)
+    monkeypatch.setattr(traps, "run_tests", nothing)
+    monkeypatch.setattr(subprocess, "run", nothing)
+
+    def run(main, arguments):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_file_that_cannot_be_written_stops_a_command_at_its_start(command, refused, tmp_path):
+    main, arguments, option = COMMANDS[command]
+    missing = tmp_path / "missing" / "file.json"
+    assert f"{option}: path must lie in a folder that is there, got {missing}" in refused(
+        main, [*arguments, option, str(missing)]
+    )
+    assert f"{option}: path must be a file's, got the folder" in refused(main, [*arguments, option, str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []  # checking leaves nothing behind
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(records.tempfile, "TemporaryDirectory", refuse)  # an administrator may write everywhere
+    with pytest.raises(ValueError, match="folder that can be written, got .*: Permission denied"):
+        records.check_writable(tmp_path / "file.json")
+
+
+COUNTS = [
+    ("train log", ["--steps", "3", "0", "3"], "--steps"),
+    ("train log", ["--batch", "0"], "--batch"),
+    ("train log", ["--length", "-1"], "--length"),
+    ("evaluate", ["--windows", "0"], "--windows"),
+    ("evaluate", ["--k", "4", "0"], "--k"),
+    ("traps", ["--windows", "none"], "--windows"),
+]
+
+
+@pytest.mark.parametrize("command, given, option", COUNTS)
+def test_counts_are_positive(command, given, option, refused):
+    main, arguments, file = COMMANDS[command]
+    said = refused(main, [*arguments, file, "new.json", *given])
+    assert f"argument {option}: must be a whole number of at least 1" in said
+
+
+OTHERS = [
+    ("train log", ["--log", "w.safetensors"], "--weights and --log must be two files"),
+    ("train log", ["--log", "x.json", "--device", "nonsense"], "--device must be one that torch can use here"),
+    ("evaluate", ["--log", "x.json", "--length", "100", "--k", "4", "100"], "--k must be below --length 100"),
+    ("traps", [], "one of --log and --tests must say what to do"),
+    ("traps", ["--log", "x.json", "--length", "64"], "--length must be above k = 64"),
+]
+
+
+@pytest.mark.parametrize("command, given, reason", OTHERS)
+def test_what_makes_no_sense_is_refused_at_the_start(command, given, reason, refused):
+    main, arguments, _ = COMMANDS[command]
+    assert reason in refused(main, [*arguments, *given])
+
+
+def test_a_gpu_that_is_not_there(refused):
+    said = refused(train.main, ["--weights", "w", "--log", "x.json", "--device", "cuda:99"])
+    assert "--device must be one that torch can use here, got cuda:99" in said
+
+
+@pytest.mark.parametrize(
+    "module, missing, command, arguments",
+    [("safetensors", "safetensors", "train log", ["--log", "x.json"]), ("pytest", "pytest", "traps", ["--tests"])],
+)
+def test_packages_that_are_needed_at_the_end(module, missing, command, arguments, refused, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find(name))
+    main, before, _ = COMMANDS[command]
+    assert f"{missing} must be installed" in refused(main, [*before, *arguments])
+
+
+@pytest.mark.parametrize("holds", ("not JSON", "[]", '{"other": 1}'))
+def test_the_benchmark_refuses_a_file_that_it_cannot_add_to(holds, tmp_path, capsys):
+    pytest.importorskip("triton")
+    main = bench("__main__")
+    log = tmp_path / "log.json"
+    log.write_text(holds)
+    parser, _ = main.parse([])
+    with pytest.raises(SystemExit):
+        main.check_log(parser, log, "steps")
+    assert "cannot take these figures" in capsys.readouterr().err
+    log.write_text('{"steps": {}}')
+    main.check_log(parser, log, "steps")
+    assert log.read_text() == '{"steps": {}}'
+
+
+@pytest.mark.parametrize("size", (0, 5, 100))
+def test_a_window_longer_than_the_text_is_refused(size):
+    text = torch.zeros(size, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=f"length must be from 1 to {size - 1}, .*, got 100"):
+        held_out_windows(text, 2, 100)
+    with pytest.raises(ValueError, match="length must be"):
+        train.train_stage(None, "dense", text, 1, 1, 100, None, None)
+
+
+def test_the_longest_window_is_the_whole_text():
+    text = torch.arange(101, dtype=torch.uint8)
+    assert held_out_windows(text, 2, 100).tolist() == [text.tolist()] * 2
+
+
+def test_a_record_that_fails_halfway_leaves_the_old_one(tmp_path):
+    path = tmp_path / "record.json"
+    records.write(path, {"a": 1})
+    with pytest.raises(TypeError):
+        records.write(path, {"a": object()})
+    with pytest.raises(KeyboardInterrupt), records.replacing(path) as new:
+        new.write_text("half of it")
+        raise KeyboardInterrupt
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_a_link_stays_a_link_and_a_device_is_written_itself(tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "record.json")
+    records.write(tmp_path / "link.json", {"a": 1})
+    assert (tmp_path / "link.json").is_symlink() and records.read(tmp_path / "record.json") == {"a": 1}
+    records.check_writable(os.devnull)
+    records.write(os.devnull, {"a": 1})
+    assert not pathlib.Path(os.devnull).is_file()
+
+
+def test_an_interrupted_process_leaves_the_old_record(tmp_path):
+    """Killed while it writes: what lies at the path is whole."""
+    path = tmp_path / "record.json"
+    records.write(path, {"a": 1})
+    code = f"""
+import os
+from dsa_ref import records
+with records.replacing({str(path)!r}) as new:
+    new.write_text("half")
+    os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 9
+    assert records.read(path) == {"a": 1}
