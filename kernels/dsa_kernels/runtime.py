@@ -120,9 +120,10 @@ def gluon_compiles() -> bool:
     if INTERPRETED:
         return False
     try:
-        return all(hasattr(importlib.import_module(module), name) for module, names in GLUON.items() for name in names)
+        modules = {name: importlib.import_module(name) for name in GLUON}  # all first: a package's name may be a module
     except ImportError:
         return False
+    return all(hasattr(modules[module], name) for module, names in GLUON.items() for name in names)
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
