@@ -1,8 +1,10 @@
-"""Compile what `dsa_kernels` would launch on a card, without having it. A program of its own: `compiling.py out.json`.
+"""Compile what `dsa_kernels` would launch on a card, without having it. A program of its own.
+
+`TRITON_INTERPRET=0 python compiling.py out.json 2 80 90`: two processes, for compute capabilities 8.0 and 9.0.
 
 The public steps are called on CPU tensors and told that these lie on the card. So they choose kernels, tiles, types and
 options as they would there. Triton is told the same, compiles each launch, and leaves it at that. What it and ptxas say
-of each launch is written to out.json. The interpreter must be off, so TRITON_INTERPRET=0 has to be set.
+of each launch is written to out.json.
 """
 
 import concurrent.futures
@@ -12,6 +14,7 @@ import json
 import pathlib
 import re
 import sys
+import time
 
 import torch
 import triton
@@ -38,14 +41,15 @@ def score_and_select(variant, S=24_576, k=2048):
     dsa_kernels.lightning_select(q, keys, w, k, torch.ones(S), variant=variant)
 
 
-def select_topk(variant, k, T=1, S=4096, dtype=FP32):
+def select_topk(variant, k, T=2, S=4096, dtype=FP32):
     dsa_kernels.select_topk(torch.zeros(T, S, dtype=dtype), k, variant=variant)
 
 
-def sparse_attention(size, dtype, variant, T=2, heads=None):
+def sparse_attention(size, dtype, variant, T=2, heads=None, S=4096):
     H, D, v_dim = ATTENTION[size]
-    q, kv = torch.zeros(T, heads or H, D, dtype=dtype), torch.zeros(4096, D, dtype=dtype)
+    q, kv = torch.zeros(T, heads or H, D, dtype=dtype), torch.zeros(S, D, dtype=dtype)
     indices = torch.arange(2048, dtype=torch.int32).repeat(T, 1)
+    indices[indices >= S] = -1
     dsa_kernels.sparse_attention(q, kv, indices, 0.1, v_dim, variant=variant)
 
 
@@ -57,12 +61,12 @@ def indexer_vectors(size, dtype):
     dsa_kernels.hadamard(x)
 
 
-MANY = 400  # rows: twice a card's multiprocessors and more
-LONG = (1 << 18) + 1  # keys
+MANY = 401  # rows: twice a card's multiprocessors and more
+LONG = (1 << 18) + 16  # keys
 CASES = [  # those with "hopper" are for cards of compute capability 9.0
     (score_and_select, "hopper"),
     (index_scores, V32, E4M3, "hopper"),
-    *((select_topk, "hopper", 2048, 1, S) for S in (4096, 1 << 18, LONG)),
+    *((select_topk, "hopper", 2048, 2, S) for S in (4096, 1 << 18, LONG)),
     (sparse_attention, V32, BF16, "hopper"),
     (sparse_attention, V32, BF16, "hopper", MANY, 16),
     *((index_scores, size, dtype, "portable") for size in INDEXER for dtype in (E4M3, BF16, FP16, FP32)),
@@ -70,15 +74,15 @@ CASES = [  # those with "hopper" are for cards of compute capability 9.0
     (index_scores, V32, E4M3, "portable", 1),
     *((sparse_attention, size, dtype, "portable") for size in ATTENTION for dtype in (BF16, FP16, FP32)),
     (sparse_attention, V32, BF16, "portable", 2, 16),
+    (sparse_attention, SMALL, BF16, "portable", 2, 8, 100),  # fewer keys than places in a list
     *((indexer_vectors, size, dtype) for size in INDEXER for dtype in (BF16, FP32)),
     (select_topk, "radix", 2048),
-    (select_topk, "radix", 2048, 1, 4096, BF16),
+    (select_topk, "radix", 2048, 2, 4096, BF16),
     (select_topk, "listed", 2048),
-    (select_topk, "listed", 2048, 1, LONG),
+    (select_topk, "listed", 2048, 2, LONG),
     (select_topk, "listed", 2048, MANY),
     (select_topk, "sampled", 2048),
-    (select_topk, "sampled", 8192),
-    (select_topk, "sampled", 8192, 1, LONG),
+    (select_topk, "sampled", 8192, 2, LONG),
 ]
 
 
@@ -102,13 +106,18 @@ def name_of(case):
     return " ".join(str(getattr(part, "__name__", part)) for part in case)
 
 
+def complaints(said):
+    """The lines of ptxas that are more than numbers: warnings, and all with a code, as "info : (C7512) ..."."""
+    return [line for line in said.splitlines() if re.search(r"warning|\(C\d+\)|Performance", line)]
+
+
 def compile_case(number, case):
     """What the launches of a case compile to on that card: a list of dicts."""
     launches = []
     compile_only = JITFunction.run
 
     def run(self, *arguments, grid, warmup, **options):
-        said = io.StringIO()
+        said, began = io.StringIO(), time.monotonic()
         before = len(self.device_caches[number][0])
         with contextlib.redirect_stdout(said):
             made = compile_only(self, *arguments, grid=grid, warmup=True, **options)
@@ -119,16 +128,17 @@ def compile_case(number, case):
         (spilled,) = re.findall(r"(\d+) bytes spill stores", said.getvalue())
         (registers,) = re.findall(r"Used (\d+) registers", said.getvalue())
         launches.append(
-            dict(
-                card=number,
-                case=name_of(case),
-                kernel=f"{self.fn.__module__}.{self.fn.__name__}",
-                shared=made.metadata.shared,
-                registers=int(registers),
-                spilled=int(spilled),
-                warps=made.metadata.num_warps,
-                warnings=[line for line in said.getvalue().splitlines() if "warning" in line.lower()],
-            )
+            {
+                "card": number,
+                "case": name_of(case),
+                "kernel": f"{self.fn.__module__}.{self.fn.__name__}",
+                "shared": made.metadata.shared,
+                "registers": int(registers),
+                "spilled": int(spilled),
+                "warps": made.metadata.num_warps,
+                "seconds": time.monotonic() - began,
+                "complaints": complaints(said.getvalue()),
+            }
         )
 
     step, *arguments = case
@@ -151,7 +161,7 @@ def compile_case(number, case):
         try:
             step(*arguments)
         except Exception as error:
-            launches.append(dict(card=number, case=name_of(case), error=f"{type(error).__name__}: {error}"))
+            launches.append({"card": number, "case": name_of(case), "error": f"{type(error).__name__}: {error}"})
     return launches
 
 
@@ -161,12 +171,11 @@ def compile_step(number, step):
     return [launch for case in cases for launch in compile_case(number, case)]
 
 
-def main(out, *numbers):
+def main(out, workers, *numbers):
     assert not runtime.INTERPRETED, "TRITON_INTERPRET=0 must be set"
     torch.set_num_threads(1)
-    numbers = [int(number) for number in numbers] or list(cards.KNOWN)
-    tasks = [(number, step) for number in numbers for step in dict.fromkeys(case[0] for case in CASES)]
-    with concurrent.futures.ProcessPoolExecutor(2) as pool:
+    tasks = [(int(number), step) for number in numbers for step in dict.fromkeys(case[0] for case in CASES)]
+    with concurrent.futures.ProcessPoolExecutor(int(workers)) as pool:
         launches = [one for some in pool.map(compile_step, *zip(*tasks, strict=True)) for one in some]
     pathlib.Path(out).write_text(json.dumps(launches))
 
