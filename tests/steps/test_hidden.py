@@ -152,10 +152,10 @@ def test_indexer_loss(sparse, poison, small_blocks):
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
 @pytest.mark.rungs("reference", "kernels")
 @pytest.mark.parametrize("poison", POISON)
-def test_selection(ops, poison):
+def test_selection(ops, poison, device):
     """A key that no row sees may hold anything, its scale too, and so may a query that sees nothing."""
-    q_idx, k_idx, w, k_scale = index_inputs(normal, 6, 9, 3, 16)
-    end = torch.tensor([0, 3, 7, 5, 1, 6], dtype=torch.int32)
+    q_idx, k_idx, w, k_scale = index_inputs(normal, 6, 9, 3, 16, device=device)
+    end = torch.tensor([0, 3, 7, 5, 1, 6], dtype=torch.int32, device=device)
     wanted = ops.lightning_select(q_idx, k_idx, w, 3, k_scale, torch.zeros_like(end), end)
     scores = ops.index_scores(q_idx, k_idx, w, k_scale, torch.zeros_like(end), end)
     for x in (k_idx, k_scale):
@@ -167,14 +167,14 @@ def test_selection(ops, poison):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_infinite_logits(ops):
+def test_infinite_logits(ops, device):
     """-inf weighs nothing, and a row of nothing else is an empty one; +inf and NaN take their row and head."""
-    q = torch.tensor([[[1.0, 1.0], [1.0, -1.0]]])
-    kv = torch.tensor([[2.0, 0.0], [3.0, -torch.inf], [4.0, -torch.inf]])
-    out, lse = ops.sparse_attention(q, kv, torch.tensor([[0, 1]], dtype=torch.int32), 1.0, 1)
+    q = torch.tensor([[[1.0, 1.0], [1.0, -1.0]]], device=device)
+    kv = torch.tensor([[2.0, 0.0], [3.0, -torch.inf], [4.0, -torch.inf]], device=device)
+    out, lse = ops.sparse_attention(q, kv, torch.tensor([[0, 1]], dtype=torch.int32, device=device), 1.0, 1)
     assert out[0, 0].item() == 2.0 and lse[0, 0].item() == 2.0  # the key of -inf is as if not selected
     assert out[0, 1].isnan().all() and lse[0, 1].isnan()
-    out, lse = ops.sparse_attention(q, kv, torch.tensor([[1, 2]], dtype=torch.int32), 1.0, 1)
+    out, lse = ops.sparse_attention(q, kv, torch.tensor([[1, 2]], dtype=torch.int32, device=device), 1.0, 1)
     assert out[0, 0].item() == 0.0 and lse[0, 0].item() == -torch.inf
 
 

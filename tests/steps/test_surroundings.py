@@ -119,10 +119,14 @@ def test_judges_take_arrays_under_any_default_device():
 
 
 @pytest.mark.rungs("reference", "kernels")
-def test_autocast_does_not_make_a_tie(ops):
+def test_autocast_does_not_make_a_tie(ops, device):
     """bf16 has no 257: 256 and 257 would tie, and the first would win."""
-    q_idx, k_idx, w = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[256.0, 0.0], [257.0, 0.0]]), torch.ones(1, 1)
-    with torch.autocast("cpu", torch.bfloat16):
+    q_idx, k_idx = (
+        torch.tensor([[[1.0, 0.0]]], device=device),
+        torch.tensor([[256.0, 0.0], [257.0, 0.0]], device=device),
+    )
+    w = torch.ones(1, 1, device=device)
+    with torch.autocast(device, torch.bfloat16):
         scores = ops.index_scores(q_idx, k_idx, w)
         assert scores.dtype == torch.float32 and scores.tolist() == [[256.0, 257.0]]
         assert ops.lightning_select(q_idx, k_idx, w, 1).tolist() == [[1]]
