@@ -57,7 +57,7 @@ HARMLESS |= {"index_share_for_mtp_iteration", "mlp_layer_types", "num_nextn_pred
 HARMLESS |= {"_attn_implementation"}
 SOUNDS_LIKE_ATTENTION = re.compile(
     "attention|attn|rope|rotary|position|index|sliding|window|head|qk|lora|kv|mla|softcap|sink|alibi|mscale|topk|"
-    "sparse|nope|proj|bias"
+    "sparse|nope|proj|bias|softmax|causal|query|key_|compress"
 )
 
 

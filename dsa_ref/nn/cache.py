@@ -102,11 +102,12 @@ class LayerCache:
 
     def __getstate__(self) -> dict:
         """What is copied and pickled: FP8 keys as bytes, since torch's tensors of FP8 cannot be unpickled."""
-        return vars(self) | {"k_idx": (self.k_idx.dtype, self.k_idx.view(torch.uint8))}
+        keys = self.k_idx  # None without an indexer
+        return vars(self) | {"k_idx": None if keys is None else (keys.dtype, keys.view(torch.uint8))}
 
     def __setstate__(self, state: dict) -> None:
-        dtype, data = state["k_idx"]
-        vars(self).update(state | {"k_idx": data.view(dtype)})
+        packed = state["k_idx"]
+        vars(self).update(state | {"k_idx": None if packed is None else packed[1].view(packed[0])})
 
 
 def truncate_caches(caches: Sequence[LayerCache], length: int) -> None:

@@ -162,3 +162,12 @@ def test_a_layer_in_a_spawned_process():
     process.join()
     assert process.exitcode == 0
     assert torch.allclose(torch.from_numpy(got), run(layer), atol=1e-6)
+
+
+@pytest.mark.parametrize("indexer", (True, False))
+def test_an_empty_cache_is_copied_with_and_without_an_indexer(indexer):
+    """A layer that shares another one's selection has a cache without index keys."""
+    cache = LayerCache(TINY, 8, indexer=indexer)
+    for copied in (copy.copy(cache), copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        assert copied.capacity == 8 and copied.length == 0 and torch.equal(copied.kv, cache.kv)
+        assert (copied.k_idx is None) is not indexer
