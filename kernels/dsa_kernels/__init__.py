@@ -6,10 +6,10 @@ Compiled on a GPU of compute capability 8.0 or newer, interpreted on a CPU; `mod
 
 Steps with more than one implementation take `variant`. "portable" and "hopper" name where the code comes from, this
 package or `dsa_kernels.hopper`; `select_topk` also takes the names of its portable algorithms, and steps on FP8 take
-"widened", which is portable and reads FP8 as cards without it do. A variant that is asked
-for holds in every step inside the step: "portable" runs no code of `hopper`, and "hopper" runs it wherever there is
-some, but that rows which a fast kernel flags are always redone by portable ones. None chooses, in each step by itself.
-What cannot serve the inputs raises ValueError and says why.
+"widened", which is portable and reads FP8 as cards without it do. A variant that is asked for holds in every step
+inside the step: "portable" runs no code of `hopper`, and "hopper" runs it wherever there is some, but that rows which a
+fast kernel flags are always redone by portable ones. None chooses, in each step by itself. What cannot serve the inputs
+raises ValueError and says why.
 """
 
 from .runtime import mode  # first: it decides how triton is imported

@@ -22,8 +22,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "kernels" / "dsa_kernels"
 NUMBERS = (80, 86, 89, 90, 100, 120)
 SPILLED = 128  # bytes a thread: some numbers that a loop needs once in a round
-# More, where it is known why. One program does a row's whole choice, whose candidates are all in registers.
+# None where tensor cores wait for nobody; more where it is known why: one program chooses among a row's candidates, all
+# of them in registers.
 SPILLED_BY = {
+    **dict.fromkeys(
+        ("dsa_kernels.hopper.index_scores._index_scores", "dsa_kernels.hopper.lightning_select._collect"), 0
+    ),
+    "dsa_kernels.hopper.sparse_attention._sparse_attention": 0,
     "dsa_kernels.topk.listed.choose": 1200,  # few rows: 1024 threads share a row, and have 64 registers each
     "dsa_kernels.topk.sampled._select_sampled": 768,  # lists of 16,384 scores, 32 a thread twice over
     "dsa_kernels.hopper.select_topk._select_topk": 3000,  # above 256K keys: lists of 128 a thread in 128 registers
