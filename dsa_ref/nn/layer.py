@@ -31,6 +31,7 @@ from .wrapped import in_fp32, matrix
 
 STEPS = ("rope", "rotate_quantize", "lightning_select", "sparse_attention")  # of `ops`
 ATTENTION = ("sparse", "mha", "dense")
+RECORDED = ("q_idx", "k_idx", "w", "k_scale", "q", "q_heads", "kv", "start", "indices", "lse")  # in this order
 
 
 class RMSNorm(nn.Module):
@@ -142,7 +143,7 @@ class DSALayer(nn.Module):
         with all_or_nothing([] if cache is None else [cache], record):
             y, step = self._attend(x, positions, cache, attention, indices)
             if record is not None and not _recorded_before(record, step):
-                record.append(step)
+                record.append({name: step[name] for name in RECORDED if name in step})
         return y
 
     def _attend(self, x, positions, cache, attention, indices) -> tuple[Tensor, dict]:
