@@ -1,6 +1,7 @@
 """The versions of `sparse_attention`, in the order in which they were made.
 
-Those that lost are whole copies in files of their own; "early hand-over" is the kernel that runs today.
+Those that lost are copies in files of their own, but for "one tile a program", which is a launch of persistent's copy;
+"early hand-over" is the kernel that runs today.
 """
 
 import functools
