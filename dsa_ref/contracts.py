@@ -17,6 +17,8 @@ Bound = Tensor | Array | None  # a `start` or `end`: int32 [T], or None for the 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 E4M3 = torch.float8_e4m3fn
 LAYOUTS = ("interleaved", "half")
+MAX_QUERIES = 4  # N, query tokens a sequence in a decode step
+FP8_TILE = 128  # latent dims that share a scale in an FP8 row
 
 
 def check_rope(x, positions, freqs, layout="half", floats=FLOATS) -> None:
@@ -100,6 +102,145 @@ def check_indexer_loss(q_idx, k_idx, w, q, kv, scale, indices, start, end) -> No
     if indices is not None:
         check_indices(indices, len(kv))
         check_distinct(indices)
+
+
+def check_paged_index_scores(q_idx, index_pages, w, page_table, lengths) -> None:
+    """Arguments of `paged_index_scores`."""
+    check_shapes(
+        q_idx=(q_idx, "B N Hi Di"),
+        index_pages=(index_pages, "pages bytes"),
+        w=(w, "B N Hi"),
+        page_table=(page_table, "B P"),
+        lengths=(lengths, "B"),
+    )
+    check_dtype("q_idx", q_idx, (E4M3,))
+    check_dtype("w", w, (torch.float32,))
+    check_queries("q_idx", q_idx)
+    check_index_pages(index_pages, q_idx.shape[-1])
+    check_page_table(page_table, lengths, len(index_pages), page_tokens(index_pages, q_idx.shape[-1]))
+
+
+def check_paged_select(q_idx, index_pages, w, k, page_table, lengths) -> None:
+    """Arguments of `paged_select`."""
+    check_paged_index_scores(q_idx, index_pages, w, page_table, lengths)
+    check_count("k", k)
+
+
+def check_paged_sparse_attention(q, kv_pages, slots, scale, v_dim, splits=None, floats=FLOATS) -> None:
+    """Arguments of `paged_sparse_attention`: kv_pages of uint8 hold FP8 rows, others rows of q's dtype."""
+    check_shapes(q=(q, "B N H D"), kv_pages=(kv_pages, "pages page row"), slots=(slots, "B N k"))
+    check_dtype("q", q, floats)
+    check_dtype("kv_pages", kv_pages, (q.dtype, torch.uint8))
+    check_queries("q", q)
+    check_scale(scale)
+    D = q.shape[-1]
+    check_row_width("kv_pages", kv_pages, D, v_dim)
+    if splits is not None:
+        check_count("splits", splits)
+    pages, page, _ = kv_pages.shape
+    check_slots_fit("kv_pages", pages, page)
+    check_indices(slots, pages * page, "slots")
+    check_distinct(slots.flatten(0, 1), "slots")
+
+
+def check_merge_parts(outs, lses) -> None:
+    """Arguments of `merge_parts`."""
+    check_shapes(outs=(outs, "*... v"), lses=(lses, "*splits"))
+    if outs.dim() < 2 or lses.shape != outs.shape[:-1] or not len(outs):
+        raise ValueError(
+            f"lses must have shape [splits, ...] as outs has [splits, ..., v] with splits > 0, "
+            f"got {list(lses.shape)} and {list(outs.shape)}"
+        )
+    check_dtype("outs", outs, (torch.float32, torch.float64))
+    check_dtype("lses", lses, (outs.dtype,))
+
+
+def check_queries(name: str, tensor: Tensor) -> None:
+    """``tensor`` [B, N, ...] must have at most MAX_QUERIES query tokens a sequence."""
+    if tensor.shape[1] > MAX_QUERIES:
+        raise ValueError(f"{name} must have at most N = {MAX_QUERIES} query tokens a sequence, got {tensor.shape[1]}")
+
+
+def check_index_pages(index_pages: Tensor, index_dim: int) -> None:
+    """``index_pages`` must be bytes, and its pages whole tokens of ``index_dim`` values and a scale."""
+    check_dtype("index_pages", index_pages, (torch.uint8,))
+    token, width = index_dim + 4, index_pages.shape[1]
+    if width % token:
+        raise ValueError(f"index_pages must have pages of a multiple of Di + 4 = {token} bytes, got {width}")
+    check_slots_fit("index_pages", len(index_pages), width // token)
+
+
+def check_row_width(name: str, kv_pages: Tensor, D: int, v_dim: int) -> None:
+    """The rows of ``kv_pages`` must be FP8 rows where its dtype is uint8, else D numbers; v_dim in [1, D]."""
+    check_count("v_dim", v_dim)
+    if v_dim > D:
+        raise ValueError(f"v_dim must be at most D = {D}, got {v_dim}")
+    wanted, kind = D, f"D = {D} numbers"
+    if kv_pages.dtype == torch.uint8:
+        check_fp8_v_dim(v_dim)
+        wanted = fp8_row_bytes(D, v_dim)
+        kind = f"{wanted} bytes (FP8, D = {D}, v_dim = {v_dim})"
+    if kv_pages.shape[-1] != wanted:
+        raise ValueError(f"{name} must have rows of {kind}, got {kv_pages.shape[-1]}")
+
+
+def check_fp8_v_dim(v_dim: int) -> None:
+    """The latent of an FP8 row: below one tile, or whole tiles."""
+    check_count("v_dim", v_dim)
+    if v_dim > FP8_TILE and v_dim % FP8_TILE:
+        raise ValueError(f"v_dim must be below {FP8_TILE} or a multiple of it in FP8 rows, got {v_dim}")
+
+
+def check_slots_fit(name: str, pages: int, page: int) -> None:
+    """Physical slots are int32."""
+    if pages * page >= 1 << 31:
+        raise ValueError(f"{name} must hold fewer than 2^31 tokens, got {pages} pages of {page}")
+
+
+def check_page_table(page_table: Tensor, lengths: Tensor, pages: int, page: int) -> None:
+    """page_table int32 [B, P], lengths int32 [B] in [0, P · page]; what a length uses of its row: distinct pages."""
+    check_dtype("page_table", page_table, (torch.int32,))
+    check_dtype("lengths", lengths, (torch.int32,))
+    if not values_readable(lengths):
+        return
+    B, P = page_table.shape
+    bad = (lengths < 0) | (lengths > P * page)
+    if bad.any():
+        b = int(bad.nonzero()[0])
+        raise ValueError(f"lengths must lie in [0, {P * page}], {P} pages of {page}, got {int(lengths[b])} in row {b}")
+    used = torch.arange(P, device=lengths.device) * page < lengths[:, None]
+    bad = used & ((page_table < 0) | (page_table >= pages))
+    if bad.any():
+        b, p = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"page_table must name pages in [0, {pages}), got {int(page_table[b, p])} in row {b}, page {p}"
+        )
+    ordered = page_table.masked_fill(~used, -1).sort(dim=1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if twice.any():
+        b, p = twice.nonzero()[0].tolist()
+        raise ValueError(f"page_table must name a page once in a sequence, got {int(ordered[b, p])} twice in row {b}")
+
+
+def page_tokens(index_pages: Tensor, index_dim: int) -> int:
+    """Tokens a page of an index cache."""
+    return index_pages.shape[1] // (index_dim + 4)
+
+
+def fp8_row_bytes(D: int, v_dim: int) -> int:
+    """Bytes of an FP8 row: v_dim e4m3 values, an fp32 scale for each tile of them, D - v_dim values of bf16."""
+    return v_dim + 4 * -(-v_dim // FP8_TILE) + 2 * (D - v_dim)
+
+
+def default_splits(k: int) -> int:
+    """Into how many parts a list of k places is cut, where the caller does not say: a function of k alone."""
+    return min(16, -(-k // 128))
+
+
+def part_length(k: int, splits: int) -> int:
+    """Places of a part: a multiple of 64. The last parts may be short, or empty."""
+    tiles = -(-k // 64)
+    return -(-tiles // splits) * 64
 
 
 def check_attention(q, kv, scale, v_dim, floats=FLOATS) -> None:
@@ -200,17 +341,17 @@ def row_ranges(T: int, S: int, device, start: Bound = None, end: Bound = None) -
     return start, end
 
 
-def check_indices(indices: Tensor, S: int) -> None:
+def check_indices(indices: Tensor, S: int, name: str = "indices") -> None:
     """``indices`` must be int32, and every entry -1 (nothing) or a row of a table of S rows."""
-    check_dtype("indices", indices, (torch.int32,))
+    check_dtype(name, indices, (torch.int32,))
     if indices.numel() and values_readable(indices):
         low, high = (int(value) for value in torch.aminmax(indices))
         if low < -1 or high >= S:
-            raise ValueError(f"indices must lie in [-1, S) with S = {S}, got {low if low < -1 else high}")
+            raise ValueError(f"{name} must lie in [-1, S) with S = {S}, got {low if low < -1 else high}")
 
 
-def check_distinct(indices: Tensor) -> None:
-    """No index may stand twice in a row of ``indices``, but for -1: a row's selection is a set."""
+def check_distinct(indices: Tensor, name: str = "indices") -> None:
+    """No index may stand twice in a row of ``indices`` [T, k], but for -1: a row's selection is a set."""
     if not indices.numel() or not values_readable(indices):
         return
     indices = in_use(indices)
@@ -221,7 +362,7 @@ def check_distinct(indices: Tensor) -> None:
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     if twice.any():
         t, place = twice.nonzero()[0].tolist()
-        raise ValueError(f"indices must be distinct within a row, got {int(ordered[t, place])} twice in row {t}")
+        raise ValueError(f"{name} must be distinct within a row, got {int(ordered[t, place])} twice in row {t}")
 
 
 def in_use(indices: Tensor) -> Tensor:
