@@ -19,6 +19,7 @@ from dsa_ref.version import __version__ as __version__
 
 from .index_scores import index_scores
 from .lightning_select import lightning_select
+from .paged_index_scores import paged_index_scores
 from .rotate_quantize import hadamard, quantize, rope, rotate_quantize
 from .select_topk import select_topk
 from .sparse_attention import sparse_attention
@@ -28,6 +29,7 @@ __all__ = [
     "index_scores",
     "lightning_select",
     "mode",
+    "paged_index_scores",
     "quantize",
     "rope",
     "rotate_quantize",

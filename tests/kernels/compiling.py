@@ -53,6 +53,14 @@ def sparse_attention(size, dtype, variant, T=2, heads=None, S=4096):
     dsa_kernels.sparse_attention(q, kv, indices, 0.1, v_dim, variant=variant)
 
 
+def paged_index_scores(size, variant, N=1, page=64):
+    heads, dim = INDEXER[size]
+    q, w = torch.zeros(2, N, heads, dim).to(E4M3), torch.zeros(2, N, heads)
+    pages, table = torch.zeros(8, page * (dim + 4), dtype=torch.uint8), torch.arange(8, dtype=torch.int32).view(2, 4)
+    lengths = torch.full((2,), 4 * page, dtype=torch.int32)
+    dsa_kernels.paged_index_scores(q, pages, w, table, lengths, variant=variant)
+
+
 def indexer_vectors(size, dtype):
     heads, dim = INDEXER[size]
     x, positions, freqs = torch.zeros(4, heads, dim, dtype=dtype), torch.arange(4), torch.ones(dim // 4)
@@ -76,6 +84,14 @@ CASES = [  # those with "hopper" are for cards of compute capability 9.0
     (sparse_attention, V32, BF16, "portable", 2, 16),
     (sparse_attention, SMALL, BF16, "portable", 2, 8, 100),  # fewer keys than places in a list
     *((indexer_vectors, size, dtype) for size in INDEXER for dtype in (BF16, FP32)),
+    *(
+        (paged_index_scores, size, variant, N)
+        for size in INDEXER
+        for variant in ("portable", "widened")
+        for N in (1, 4)
+    ),
+    (paged_index_scores, V32, "portable", 2),
+    (paged_index_scores, SMALL, "portable", 3, 5),
     (select_topk, "radix", 2048),
     (select_topk, "radix", 2048, 2, 4096, BF16),
     (select_topk, "listed", 2048),

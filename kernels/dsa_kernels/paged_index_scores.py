@@ -1,0 +1,195 @@
+"""Equation 1 in a decode step: a few queries of each sequence against all its keys, which lie in pages.
+
+Schedule: the tiles of all sequences stand in one row, tile after tile, and every program takes an equal stretch of it.
+Where a stretch begins follows from a running sum of the lengths, which each program makes for itself. So sequences of
+any lengths keep all multiprocessors equally busy, the grid is a function of the shapes alone, and no kernel has to plan
+first. A program loads q and w of a sequence once, then walks over tiles of BK keys, some stages of which are on their
+way: page number from the table, BK · Di values, BK scales. As in `index_scores`, keys lie on the rows of the product
+and (query, head) pairs on its columns, so that the sum over heads stays in a thread's registers.
+
+Bytes: 132 of the cache a key, read once for all N queries of the sequence, and 4 written a score. FLOPs: 16,384 a score
+in V3.2, so that up to two queries a sequence are bound by memory.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dsa_ref.contracts import check_paged_index_scores
+
+from . import cards
+from .index_scores import TRITON_NAMES
+from .rounding import operand
+from .runtime import INTERPRETED, check_runnable, dot_dtype, multiprocessors
+
+
+@triton.jit
+def visible(len_ptr, row, N, S):
+    """How many keys, from the first on, query row % N of sequence row // N sees. int32, from 0 to S."""
+    length = tl.minimum(tl.load(len_ptr + row // N), S)
+    return tl.maximum(length - N + 1 + (row % N).to(tl.int32), 0)
+
+
+@triton.jit
+def scales_of(word_ptr, byte_ptr, page, row, STRIDE: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr):
+    """The fp32 scales of keys: they lie behind the VALUES bytes of a page, which has STRIDE bytes.
+
+    Without WORDS they do not begin at a multiple of four bytes, and are put together of bytes.
+    """
+    if WORDS:
+        return tl.load(word_ptr + page * (STRIDE // 4) + (VALUES // 4 + row))
+    else:
+        at = byte_ptr + page * STRIDE + (VALUES + 4 * row)
+        bits = tl.load(at).to(tl.uint32)
+        for i in tl.static_range(1, 4):
+            bits |= tl.load(at + i).to(tl.uint32) << (8 * i)
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _paged_index_scores(
+    q_ptr, w_ptr, value_ptr, word_ptr, byte_ptr, table_ptr, len_ptr, out_ptr, B, P, stride, Hi, Di,
+    N: tl.constexpr, NQ: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
+    PAGE: tl.constexpr, STRIDE: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr, WHOLE: tl.constexpr,
+    DOT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    S = P * PAGE
+    each = tl.arange(0, BP)
+    lengths = tl.minimum(tl.load(len_ptr + each, each < B, 0), S)
+    tiles = (tl.maximum(lengths, 0) + (BK - 1)) // BK
+    ends = tl.cumsum(tiles, 0)
+    total = tl.sum(tiles, 0).to(tl.int64)
+    tile = (tl.program_id(0) * total // tl.num_programs(0)).to(tl.int32)
+    last = ((tl.program_id(0) + 1) * total // tl.num_programs(0)).to(tl.int32)
+
+    n0 = tl.program_id(1) * NQ
+    n = n0 + tl.arange(0, NQ)
+    column = tl.arange(0, NQ * HP)  # (query, head) pairs
+    h, of_query = column % HP, n0 + column // HP
+    real = (h < Hi) & (of_query < N)
+    d = tl.arange(0, DP)
+    key = tl.arange(0, BK)
+    while tile < last:
+        # The sequence this tile belongs to, its tiles in this program's stretch, and its queries.
+        b = tl.sum((ends <= tile).to(tl.int32), 0)
+        before = tl.max(tl.where(ends <= tile, ends, 0), 0)
+        stop = tl.minimum(last, tl.min(tl.where(ends > tile, ends, 2147483647), 0))
+        length = tl.minimum(tl.load(len_ptr + b), S)
+        pair = (b.to(tl.int64) * N + of_query) * Hi + h
+        q = tl.load(q_ptr + pair[:, None] * Di + d[None, :], real[:, None] & (d < Di)[None, :], 0.0)
+        q = tl.trans(operand(q, DOT))
+        w = tl.load(w_ptr + pair, real, 0.0)
+        out = out_ptr + (b.to(tl.int64) * N + n) * stride
+        for i in tl.range(tile - before, stop - before, num_stages=STAGES):
+            s = i * BK + key
+            if PAGE % BK == 0:  # a tile lies within a page
+                page = tl.load(table_ptr + b * P + i * BK // PAGE).to(tl.int64)
+                row = i * BK % PAGE + key
+            else:
+                page = tl.load(table_ptr + b * P + s // PAGE, s < length, 0).to(tl.int64)
+                row = s % PAGE
+            k_ptrs = value_ptr + ((page * STRIDE + row * Di)[:, None] + d[None, :])
+            if WHOLE:
+                k = tl.load(k_ptrs)
+            else:
+                k = tl.load(k_ptrs, (d < Di)[None, :], 0.0)
+            scale = scales_of(word_ptr, byte_ptr, page, row, STRIDE, VALUES, WORDS)
+            dots = tl.dot(operand(k, DOT), q, input_precision="ieee")
+            weighted = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None, :]
+            scores = tl.sum(tl.reshape(weighted, [BK, NQ, HP]), axis=2) * scale[:, None]
+            seen = (s[:, None] < (length - N + 1 + n)[None, :]) & (n < N)[None, :]
+            tl.store(out[None, :] + s[:, None], scores, seen)
+        tile = stop
+
+
+def paged_index_scores(
+    q_idx: torch.Tensor,
+    index_pages: torch.Tensor,
+    w: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    variant: str | None = None,
+) -> torch.Tensor:
+    """`dsa_ref.paged_index_scores` on tensor cores: fp32 [B, N, P · page], -inf where a query does not see.
+
+    q_idx: float8_e4m3fn [B, N, Hi, Di], N from 1 to 4; index_pages: uint8 [pages, page · (Di + 4)], a page's values,
+    then its fp32 scales; w: fp32 [B, N, Hi], with q_idx's scales in it; page_table: int32 [B, P], -1 for none; lengths:
+    int32 [B], the N new tokens included. No gradient.
+    Query n of sequence b sees the positions below lengths[b] - N + 1 + n. A score's bits depend on its query, its key,
+    N and the card alone. NaN in what a score is made of makes it NaN; what lies behind a length does not matter.
+    variant: "portable", "widened" (FP8 as older cards read it), or None for "portable".
+
+    The grid is a function of the shapes, and nothing waits for the GPU while a CUDA graph is captured.
+    Raises: as the reference does; ValueError as `runtime.check_runnable` does, and for a variant that is unknown.
+    Source: SPEC sections 2 and 9.
+    """
+    check_paged_index_scores(q_idx, index_pages, w, page_table, lengths)
+    check_runnable(q_idx=q_idx, index_pages=index_pages, w=w)
+    check_variant(variant)
+    (B, N), page = q_idx.shape[:2], index_pages.shape[1] // (q_idx.shape[3] + 4)
+    shape = B, N, page_table.shape[1] * page
+    out = torch.full(shape, -torch.inf, dtype=torch.float32, device=q_idx.device)
+    launch(q_idx, index_pages, w, page_table, lengths, out, widened=variant == "widened")
+    return out
+
+
+def check_variant(variant):
+    """Raise ValueError for a variant that the two steps on paged index caches do not have."""
+    if variant not in (None, "portable", "widened"):
+        raise ValueError(f'variant must be "portable", "widened" or None, got {variant!r}')
+
+
+def tiles(card, N, HP, DP, loaded, multiplied):
+    """(NQ, BK, warps, stages): queries and keys that a program of that card multiplies at once, and tiles on their way.
+
+    HP, DP: heads and dims, powers of two; loaded, multiplied: bytes of a number in memory, and in the product.
+    Raises ValueError if the card has too little shared memory even for few.
+    """
+    NQ, BK, stages = triton.next_power_of_2(N), 64, 6
+
+    def shared_memory():
+        columns = max(16, NQ * HP)
+        return columns * DP * multiplied + stages * BK * DP * loaded + columns * BK // 2 + 1024
+
+    while shared_memory() > card.shared_memory:
+        if stages > 3:
+            stages -= 1
+        elif NQ > 1:
+            NQ //= 2
+        elif BK > 16:
+            BK //= 2
+        else:
+            raise ValueError(cards.too_wide("q_idx", f"{HP} heads of {DP} dims", shared_memory(), card))
+    return NQ, BK, 8 if NQ * HP > 128 and card.capability != cards.HOPPER else 4, stages
+
+
+def launch(q_idx, index_pages, w, page_table, lengths, out, widened=False):
+    """Write the scores that are seen, and no others, to out: fp32 [B, N, at least P · page], rows `stride` apart.
+
+    From checked arguments. out's rows lie one after another, B · N of them.
+    """
+    (B, N, Hi, Di), P = q_idx.shape, page_table.shape[1]
+    page = index_pages.shape[1] // (Di + 4)
+    if B == 0:
+        return
+    HP, DP = triton.next_power_of_2(max(Hi, triton.cdiv(16, triton.next_power_of_2(N)))), triton.next_power_of_2(Di)
+    DP = max(32, DP)
+    card = cards.card_of(q_idx)
+    bytes_ = index_pages.contiguous()
+    widened = widened or (card is not None and card.capability < cards.NATIVE_FP8)
+    q_idx, values = (x.view(torch.uint8 if widened else torch.float8_e4m3fn) for x in (q_idx.contiguous(), bytes_))
+    if INTERPRETED:  # each operation costs the same whatever its size: few large tiles
+        NQ, BK, warps, stages = triton.next_power_of_2(N), page if page & (page - 1) == 0 and page >= 64 else 64, 4, 1
+    else:
+        NQ, BK, warps, stages = tiles(card, N, HP, DP, 1, dot_dtype(q_idx).itemsize)
+        HP = max(HP, triton.cdiv(16, NQ))
+    words = page * Di % 4 == 0 and bytes_.data_ptr() % 4 == 0
+    side_by_side = {1: 4, 2: 3}.get(NQ, 2)  # programs that a multiprocessor's registers hold
+    programs = min(side_by_side * multiprocessors(q_idx), triton.cdiv(B * P * page, BK))
+    _paged_index_scores[(programs, triton.cdiv(N, NQ))](
+        q_idx, w.contiguous(), values, bytes_.view(torch.float32) if words else bytes_, bytes_, page_table.contiguous(),
+        lengths.contiguous(), out, B, P, out.stride(1), Hi, Di,
+        N=N, NQ=NQ, HP=HP, DP=DP, BK=BK, BP=max(2, triton.next_power_of_2(B)),
+        PAGE=page, STRIDE=page * (Di + 4), VALUES=page * Di, WORDS=words, WHOLE=DP == Di,
+        DOT=getattr(tl, TRITON_NAMES[dot_dtype(q_idx)]), STAGES=stages, num_warps=warps,
+    )  # fmt: skip
