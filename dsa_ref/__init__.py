@@ -20,6 +20,7 @@ from .hadamard import hadamard, hadamard_loops
 from .index_scores import index_scores, index_scores_loops
 from .indexer_loss import indexer_loss, indexer_loss_loops
 from .lightning_select import lightning_select, lightning_select_loops
+from .page_table import PageTable
 from .paged import (
     pack_index,
     pack_index_loops,
@@ -32,6 +33,7 @@ from .paged import (
     write_index,
     write_kv,
 )
+from .paged_cache import PagedCache, SequenceCache
 from .quantize import dequantize, quantize, quantize_loops
 from .rope import rope, rope_frequencies, rope_loops
 from .rotate_quantize import rotate_quantize, rotate_quantize_loops
@@ -43,12 +45,13 @@ from .version import __version__ as __version__
 from .nn import DSALayer, LayerCache, load_layer  # after the steps: a layer's default ops is this package
 
 __all__ = [
-    "TINY", "V32", "DSAConfig", "DSALayer", "LayerCache", "dense_attention", "dense_attention_loops", "dequantize",
-    "hadamard", "hadamard_loops", "index_scores", "index_scores_loops", "indexer_loss", "indexer_loss_loops",
-    "lightning_select", "lightning_select_loops", "load_layer", "merge_parts", "merge_parts_loops", "mha_attention",
-    "pack_index", "pack_index_loops", "pack_kv", "pack_kv_loops", "paged_index_scores", "paged_index_scores_loops",
-    "paged_select", "paged_select_loops", "paged_sparse_attention", "paged_sparse_attention_loops", "quantize",
-    "quantize_loops", "rope", "rope_frequencies", "rope_loops", "rotate_quantize", "rotate_quantize_loops",
-    "select_topk", "select_topk_loops", "sparse_attention", "sparse_attention_loops", "unpack_index",
-    "unpack_index_loops", "unpack_kv", "unpack_kv_loops", "write_index", "write_kv",
+    "TINY", "V32", "DSAConfig", "DSALayer", "LayerCache", "PageTable", "PagedCache", "SequenceCache",
+    "dense_attention", "dense_attention_loops", "dequantize", "hadamard", "hadamard_loops", "index_scores",
+    "index_scores_loops", "indexer_loss", "indexer_loss_loops", "lightning_select", "lightning_select_loops",
+    "load_layer", "merge_parts", "merge_parts_loops", "mha_attention", "pack_index", "pack_index_loops", "pack_kv",
+    "pack_kv_loops", "paged_index_scores", "paged_index_scores_loops", "paged_select", "paged_select_loops",
+    "paged_sparse_attention", "paged_sparse_attention_loops", "quantize", "quantize_loops", "rope",
+    "rope_frequencies", "rope_loops", "rotate_quantize", "rotate_quantize_loops", "select_topk", "select_topk_loops",
+    "sparse_attention", "sparse_attention_loops", "unpack_index", "unpack_index_loops", "unpack_kv",
+    "unpack_kv_loops", "write_index", "write_kv",
 ]  # fmt: skip

@@ -184,11 +184,11 @@ def check_row_width(name: str, kv_pages: Tensor, D: int, v_dim: int) -> None:
         raise ValueError(f"{name} must have rows of {kind}, got {kv_pages.shape[-1]}")
 
 
-def check_fp8_v_dim(v_dim: int) -> None:
+def check_fp8_v_dim(v_dim: int, name: str = "v_dim") -> None:
     """The latent of an FP8 row: below one tile, or whole tiles."""
-    check_count("v_dim", v_dim)
+    check_count(name, v_dim)
     if v_dim > FP8_TILE and v_dim % FP8_TILE:
-        raise ValueError(f"v_dim must be below {FP8_TILE} or a multiple of it in FP8 rows, got {v_dim}")
+        raise ValueError(f"{name} must be below {FP8_TILE} or a multiple of it in FP8 rows, got {v_dim}")
 
 
 def check_slots_fit(name: str, pages: int, page: int) -> None:
@@ -292,10 +292,16 @@ def check_dtype(name: str, tensor: Tensor, allowed) -> None:
 
 def check_count(name: str, value) -> None:
     """``value`` must be an int of at least 1."""
+    check_int(name, value, 1)
+
+
+def check_int(name: str, value, low: int, high: int | None = None) -> None:
+    """``value`` must be an int in [low, high], of at least ``low`` where high is None."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {_kind(value)}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < low or high is not None and value > high:
+        wanted = f"at least {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
 def check_scale(value) -> None:
@@ -378,3 +384,110 @@ def values_readable(tensor: Tensor) -> bool:
 
 def _kind(value) -> str:
     return f"{type(value).__name__} {value!r}" if isinstance(value, (bool, int, float, str)) else type(value).__name__
+
+
+def check_rms_norm(x, weight, eps, floats=FLOATS) -> None:
+    """Arguments of `rms_norm`."""
+    check_shapes(x=(x, "T dim"), weight=(weight, "dim"))
+    check_dtype("x", x, floats)
+    check_dtype("weight", weight, floats)
+    check_eps(eps)
+
+
+def check_append_index(
+    index_pages, slots, k, weight, bias, eps, positions, freqs, layout="half", floats=FLOATS
+) -> None:
+    """Arguments of `append_index`."""
+    check_shapes(k=(k, "T Di"), slots=(slots, "T"), weight=(weight, "Di"), bias=(bias, "Di"))
+    check_shapes(k=(k, "T Di"), index_pages=(index_pages, "P bytes"))
+    check_rope(k, positions, freqs, layout, floats)
+    check_vectors(k, floats, power_of_two=True)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        check_dtype(name, tensor, floats)
+    check_eps(eps)
+    check_index_pages(index_pages, k.shape[1])
+    check_slots(slots, len(index_pages) * page_tokens(index_pages, k.shape[1]))
+
+
+def check_append_latents(kv_pages, slots, rows, weight, eps, positions, freqs, floats=FLOATS) -> None:
+    """Arguments of `append_latents`."""
+    check_shapes(rows=(rows, "T D"), slots=(slots, "T"), positions=(positions, "T"), freqs=(freqs, "R/2"))
+    check_shapes(rows=(rows, "T D"), weight=(weight, "v_dim"), kv_pages=(kv_pages, "P page row"))
+    D, v_dim = rows.shape[1], len(weight)
+    if v_dim + 2 * len(freqs) != D:
+        raise ValueError(f"rows must have D = v_dim + R = {v_dim} + {2 * len(freqs)} columns, got {D}")
+    check_rope(rows, positions, freqs, floats=floats)
+    check_dtype("weight", weight, floats)
+    check_eps(eps)
+    check_dtype("kv_pages", kv_pages, (rows.dtype, torch.uint8))
+    check_row_width("kv_pages", kv_pages, D, v_dim if kv_pages.dtype == torch.uint8 else 1)
+    check_slots(slots, kv_pages.shape[0] * kv_pages.shape[1])
+
+
+def check_head_weights(x, weight, floats=FLOATS) -> None:
+    """Arguments of `head_weights`."""
+    check_shapes(x=(x, "T dim"), weight=(weight, "Hi dim"))
+    check_dtype("x", x, floats)
+    check_dtype("weight", weight, floats)
+
+
+def check_index_queries(q, w, positions, freqs, layout="half", floats=FLOATS) -> None:
+    """Arguments of `index_queries`."""
+    check_shapes(q=(q, "T Hi Di"), w=(w, "T Hi"))
+    check_dtype("w", w, (torch.float32,))
+    check_rope(q, positions, freqs, layout, floats)
+    check_vectors(q, floats, power_of_two=True)
+
+
+def check_turn_into(out, x, positions, freqs, layout, floats=FLOATS) -> None:
+    """Arguments of `turn_into`."""
+    check_shapes(x=(x, "T heads R"), out=(out, "T heads R"))
+    check_dtype("out", out, floats)
+    check_rope(x, positions, freqs, layout, floats)
+    if 2 * len(freqs) != x.shape[2]:
+        raise ValueError(f"freqs must have R/2 = {x.shape[2] // 2} entries, got {len(freqs)}")
+
+
+def check_place_tokens(table, lengths, sequences, N, page_size) -> None:
+    """Arguments of `place_tokens`."""
+    check_shapes(table=(table, "rows P"), lengths=(lengths, "rows"))
+    check_shapes(table=(table, "rows P"), sequences=(sequences, "B"))
+    check_dtype("table", table, (torch.int32,))
+    check_dtype("lengths", lengths, (torch.int32,))
+    check_dtype("sequences", sequences, (torch.int64,))
+    check_count("N", N)
+    check_count("page_size", page_size)
+    if not values_readable(sequences):
+        return
+    low, high = (int(value) for value in torch.aminmax(sequences))
+    if low < 0 or high >= len(table):
+        raise ValueError(f"sequences must lie in [0, {len(table)}), got {low if low < 0 else high}")
+    low, high = (int(value) for value in torch.aminmax(lengths[sequences]))
+    if low < 0 or high + N > table.shape[1] * page_size:
+        places = table.shape[1] * page_size
+        raise ValueError(f"lengths must lie in [0, {places - N}] for N = {N} more, got {low if low < 0 else high}")
+    first = lengths[sequences].long()[:, None] + torch.arange(N, device=table.device)
+    if (table[sequences].gather(1, first // page_size) < 0).any():
+        raise ValueError("table must have pages for the next N tokens, got -1")
+
+
+def check_eps(eps) -> None:
+    """A norm's eps must be a positive finite number."""
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a float, got {_kind(eps)}")
+    if not 0.0 < eps < float("inf"):
+        raise ValueError(f"eps must be positive and finite, got {eps}")
+
+
+def check_slots(slots: Tensor, places: int) -> None:
+    """slots int32 or int64 [T]: where to write, so each in [0, places) and none twice."""
+    check_dtype("slots", slots, (torch.int32, torch.int64))
+    if not len(slots) or not values_readable(slots):
+        return
+    low, high = (int(value) for value in torch.aminmax(slots))
+    if low < 0 or high >= places:
+        raise ValueError(f"slots must lie in [0, {places}) to be written to, got {low if low < 0 else high}")
+    ordered = slots.sort().values
+    twice = ordered[1:] == ordered[:-1]
+    if twice.any():
+        raise ValueError(f"slots must be distinct to be written to, got {int(ordered[1:][twice][0])} twice")

@@ -40,13 +40,10 @@ def paged_index_scores_loops(q_idx: Array, index_pages: Array, w: Array, page_ta
     page_size = index_pages.shape[1] // (Di + 4)
     scores = np.full((B, N, page_table.shape[1] * page_size), -np.inf)
     for b in range(B):
-        for n in range(N):
-            seen = max(0, lengths[b] - N + 1 + n)
-            for s in range(seen):
-                page, place = page_table[b, s // page_size], s % page_size
-                keys, scales = unpack_index_loops(index_pages[page : page + 1], Di)
-                key, scale = keys[place : place + 1], scales[place : place + 1]
-                scores[b, n, s] = index_scores_loops(q_idx[b, n][None], key, w[b, n][None], scale)[0, 0]
+        pages = page_table[b, : -(-lengths[b] // page_size)]
+        k_idx, k_scale = unpack_index_loops(index_pages[pages], Di)
+        seen = [max(0, lengths[b] - N + 1 + n) for n in range(N)]
+        scores[b, :, : len(k_idx)] = index_scores_loops(q_idx[b], k_idx, w[b], k_scale, [0] * N, seen)
     return scores
 
 

@@ -27,6 +27,7 @@ from .contracts import (
     check_index_pages,
     check_row_width,
     check_shapes,
+    check_slots,
     fp8_row_bytes,
     page_tokens,
     values_readable,
@@ -139,7 +140,7 @@ def pack_index(k_idx: Tensor, k_scale: Tensor, page_size: int = 64) -> Tensor:
     check_count("page_size", page_size)
     S, Di = k_idx.shape
     pages = k_idx.new_zeros(-(-S // page_size), page_size * (Di + 4), dtype=torch.uint8)
-    _store_index(pages, torch.arange(S, device=k_idx.device), k_idx, k_scale)
+    store_index(pages, torch.arange(S, device=k_idx.device), k_idx, k_scale)
     return pages
 
 
@@ -177,11 +178,16 @@ def pack_kv(kv: Tensor, v_dim: int) -> Tensor:
     if v_dim > D:
         raise ValueError(f"v_dim must be at most D = {D}, got {v_dim}")
     latent, rest = kv.detach().split((v_dim, D - v_dim), dim=1)
-    if values_readable(kv) and not latent.isfinite().all():
-        raise ValueError("kv must be finite in its first v_dim columns, got NaN or infinity")
+    check_fp8_finite(latent)
     values, scales = quantize(latent.reshape(S, -1, min(v_dim, FP8_TILE)))
     parts = values.reshape(S, v_dim), scales, rest.to(torch.float32).to(torch.bfloat16)
     return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
+
+
+def check_fp8_finite(latent) -> None:
+    """What is to be quantised of kv's rows must be finite, as no scale holds NaN or infinity."""
+    if values_readable(latent) and not latent.isfinite().all():
+        raise ValueError("kv must be finite in its first v_dim columns, got NaN or infinity")
 
 
 def unpack_kv(rows: Tensor, v_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -221,7 +227,7 @@ def write_index(index_pages: Tensor, slots: Tensor, k_idx: Tensor, k_scale: Tens
     dtypes. Then nothing is stored.
     """
     check_write_index(index_pages, slots, k_idx, k_scale)
-    _store_index(index_pages, slots, k_idx, k_scale)
+    store_index(index_pages, slots, k_idx, k_scale)
 
 
 def check_write_index(index_pages, slots, k_idx, k_scale) -> None:
@@ -259,21 +265,7 @@ def check_write_kv(kv_pages, slots, kv, v_dim=None) -> None:
     check_slots(slots, kv_pages.shape[0] * kv_pages.shape[1])
 
 
-def check_slots(slots: Tensor, places: int) -> None:
-    """slots int32 or int64 [T]: where to write, so each in [0, places) and none twice."""
-    check_dtype("slots", slots, (torch.int32, torch.int64))
-    if not len(slots) or not values_readable(slots):
-        return
-    low, high = (int(value) for value in torch.aminmax(slots))
-    if low < 0 or high >= places:
-        raise ValueError(f"slots must lie in [0, {places}) to be written to, got {low if low < 0 else high}")
-    ordered = slots.sort().values
-    twice = ordered[1:] == ordered[:-1]
-    if twice.any():
-        raise ValueError(f"slots must be distinct to be written to, got {int(ordered[1:][twice][0])} twice")
-
-
-def _store_index(index_pages: Tensor, slots: Tensor, k_idx: Tensor, k_scale: Tensor) -> None:
+def store_index(index_pages: Tensor, slots: Tensor, k_idx: Tensor, k_scale: Tensor) -> None:
     """`write_index` on checked arguments."""
     Di = k_idx.shape[1]
     page_size = page_tokens(index_pages, Di)

@@ -91,6 +91,25 @@ def _indexer_loss(q_idx, k_idx, w, q, kv, scale, indices=None, start=None, end=N
     return torch.tensor(_call(dsa_ref.indexer_loss_loops, q_idx, k_idx, w, q, kv, scale, indices, start, end))
 
 
+def _paged_index_scores(q_idx, index_pages, w, page_table, lengths):
+    return _back(_call(dsa_ref.paged_index_scores_loops, q_idx, index_pages, w, page_table, lengths), q_idx)
+
+
+def _paged_select(q_idx, index_pages, w, k, page_table, lengths):
+    chosen = _call(dsa_ref.paged_select_loops, q_idx, index_pages, w, k, page_table, lengths)
+    return tuple(_back(x, q_idx, torch.int32) for x in chosen)
+
+
+def _paged_sparse_attention(q, kv_pages, slots, scale, v_dim, splits=None):
+    """One softmax, so in as many parts as one likes."""
+    out, lse = _call(dsa_ref.paged_sparse_attention_loops, q, kv_pages, slots, scale, v_dim)
+    return _back(out, q, q.dtype), _back(lse, q)
+
+
+def _merge_parts(outs, lses):
+    return tuple(_back(x, outs) for x in _call(dsa_ref.merge_parts_loops, outs, lses))
+
+
 LOOPS = types.SimpleNamespace(
     __name__="loops",
     rope=_rope,
@@ -103,4 +122,8 @@ LOOPS = types.SimpleNamespace(
     sparse_attention=_sparse_attention,
     dense_attention=_dense_attention,
     indexer_loss=_indexer_loss,
+    paged_index_scores=_paged_index_scores,
+    paged_select=_paged_select,
+    paged_sparse_attention=_paged_sparse_attention,
+    merge_parts=_merge_parts,
 )

@@ -53,17 +53,31 @@ TABLE = [
         "dsa_ref.config dsa_ref.products dsa_ref.contracts dsa_ref.blocks dsa_ref/step",
         "numpy torch",
     ),
+    # serving: layouts, whose pages they are, a layer's pools, and the decode steps on them
+    Row("dsa_ref.paged", "dsa_ref.contracts dsa_ref/step", "numpy torch"),
+    Row("dsa_ref.page_table", "dsa_ref.contracts", "torch"),
+    Row(
+        "dsa_ref.paged_cache",
+        "dsa_ref.config dsa_ref.precision dsa_ref.contracts dsa_ref.paged dsa_ref.page_table",
+        "torch",
+    ),
+    Row("dsa_ref.decode", "dsa_ref.contracts dsa_ref.blocks dsa_ref/step dsa_ref.paged", "numpy torch"),
     Row(
         "dsa_ref.testing dsa_ref.cost",
         "dsa_ref.config dsa_ref.contracts dsa_ref.blocks dsa_ref/step",
         "numpy torch",
     ),
     Row("dsa_ref.records", "", "torch"),
-    Row("dsa_ref", "dsa_ref.version dsa_ref.config dsa_ref/step dsa_ref.nn", ""),
+    Row(
+        "dsa_ref",
+        "dsa_ref.version dsa_ref.config dsa_ref/step dsa_ref.paged dsa_ref.page_table dsa_ref.paged_cache "
+        "dsa_ref.decode dsa_ref.nn",
+        "",
+    ),
     Row(
         "dsa_ref.nn.*",
         "dsa_ref dsa_ref.config dsa_ref.hf_config dsa_ref.precision dsa_ref.contracts dsa_ref.blocks dsa_ref/step "
-        "dsa_ref.nn.*",  # the root: default ops
+        "dsa_ref.page_table dsa_ref.paged_cache dsa_ref.nn.*",  # the root: default ops
         "torch safetensors ?",  # a copied or unpickled layer imports its ops by name
     ),
     Row(
@@ -316,6 +330,9 @@ PLANTED = [
     ("dsa_ref.select_topk", "from .testing import compare_selection"),
     ("dsa_ref.sparse_attention", "from .nn import DSALayer"),
     ("dsa_ref.hadamard", "import dsa_ref"),
+    ("dsa_ref.page_table", "from .paged_cache import PagedCache"),
+    ("dsa_ref.paged", "from .decode import paged_select"),
+    ("dsa_ref.select_topk", "from .paged import unpack_index"),
     ("dsa_ref.cost", "from .nn.layer import LayerCache"),
     ("dsa_ref.testing", "from dsa_ref import cost"),
     ("dsa_ref.nn.layer", "from ..training.corpus import load_corpus"),

@@ -1,0 +1,222 @@
+"""Which pages belong to which sequence: one table for all layers of a model.
+
+A sequence's tokens lie in pages of fixed size, anywhere in the pool. Sequences may share pages (`fork`): a page counts
+how many hold it, and a shared one is copied before anything is written to it. The device has what steps read, `table`
+and `lengths`, always at the same addresses; the host has the free pages, the counts and the same lengths as ints, so
+that no call waits for the device.
+
+Source: SPEC section 10 (ours).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .contracts import check_count, check_int, check_slots_fit
+
+
+class PageTable:
+    """The pages of up to `sequences` sequences, each of up to max_length tokens, out of a pool of `pages`.
+
+    table: int32 [sequences, ceil(max_length / page_size)], -1 where there is no page; lengths: int32 [sequences]. Both
+    on device. Every method either does all it says or, where it raises, nothing.
+
+    Raises: TypeError for a size that is no int, ValueError for one below 1 or for more tokens than int32 can count.
+    """
+
+    def __init__(
+        self,
+        pages: int,
+        sequences: int,
+        max_length: int,
+        page_size: int = 64,
+        device: torch.device | str | None = None,
+    ) -> None:
+        sizes = {"pages": pages, "sequences": sequences, "max_length": max_length, "page_size": page_size}
+        for name, value in sizes.items():
+            check_count(name, value)
+        check_slots_fit("pages", pages, page_size)
+        self.pages, self.sequences, self.max_length, self.page_size = pages, sequences, max_length, page_size
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside
+            width = -(-max_length // page_size)
+            self.table = torch.full((sequences, width), -1, dtype=torch.int32, device=device)
+            self.lengths = torch.zeros(sequences, dtype=torch.int32, device=device)
+        self._free = list(range(pages))[::-1]  # the last one is taken next
+        self._holders = [0] * pages  # sequences that hold the page
+        self._pages: list[list[int] | None] = [None] * sequences  # None: nobody's row
+        self._lengths = [0] * sequences
+        self._caches = []  # those whose pools the pages are in
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence holds."""
+        return len(self._free)
+
+    def new(self) -> int:
+        """Begin an empty sequence and return its number, its row of `table`. Raises ValueError where none is left."""
+        if None not in self._pages:
+            raise ValueError(f"sequences must leave one free for another sequence, got all {self.sequences} in use")
+        sequence = self._pages.index(None)
+        self._pages[sequence] = []
+        self._set_length(sequence, 0)
+        return sequence
+
+    def length(self, sequence: int) -> int:
+        """The tokens of a sequence. Raises ValueError for one that is not in use, TypeError for no int."""
+        self._check_sequence(sequence)
+        return self._lengths[sequence]
+
+    def reserve(self, sequence: int, tokens: int) -> None:
+        """Make the places of the sequence's next tokens its own: pages that lack, and copies of pages that others hold.
+
+        Raises: ValueError where the tokens pass max_length or the pages that are free; TypeError for no int.
+        """
+        self.check_room(sequence, tokens)
+        taken = self._taken(sequence, tokens)
+        if not taken:
+            return
+        fresh, old = self._free[-len(taken) :][::-1], self._pages[sequence]
+        pages = [*old, *[-1] * (taken[-1] + 1 - len(old))]
+        for place, page in zip(taken, fresh, strict=True):
+            if pages[place] >= 0:
+                for cache in self._caches:
+                    cache.copy_page(pages[place], page)
+            pages[place] = page
+        self._show(sequence, pages, taken[0])
+        del self._free[-len(taken) :]
+        for place, page in zip(taken, fresh, strict=True):
+            self._holders[page] = 1
+            if place < len(old):
+                self._holders[old[place]] -= 1  # not to 0: others hold it
+        self._pages[sequence] = pages
+
+    def check_room(self, sequence: int, tokens: int) -> None:
+        """Raise, as `reserve` would, unless it can serve these tokens."""
+        self._check_sequence(sequence)
+        check_int("tokens", tokens, 0)
+        end = self._lengths[sequence] + tokens
+        if end > self.max_length:
+            raise ValueError(
+                f"tokens must fit max_length = {self.max_length}, got {end - tokens} held and {tokens} more"
+            )
+        needed = len(self._taken(sequence, tokens))
+        if needed > len(self._free):
+            raise ValueError(
+                f"tokens must fit the pages that are free, {len(self._free)} of {self.pages}, "
+                f"got {tokens} in sequence {sequence}, which take {needed}"
+            )
+
+    def advance(self, sequences: Sequence[int], tokens: int) -> None:
+        """The next `tokens` places of each sequence, reserved before, hold tokens now, in every layer's cache.
+
+        Raises: ValueError for places that are not reserved, a sequence named twice or not in use; TypeError.
+        """
+        check_int("tokens", tokens, 0)
+        if isinstance(sequences, (str, Tensor)) or not isinstance(sequences, Sequence):
+            raise TypeError(f"sequences must be a list of ints, got {type(sequences).__name__}")
+        for sequence in sequences:
+            self._check_sequence(sequence)
+        if len(set(sequences)) < len(sequences):
+            raise ValueError(f"sequences must be distinct, got {list(sequences)}")
+        for sequence in sequences:
+            room = len(self._pages[sequence]) * self.page_size - self._lengths[sequence]
+            if tokens > room or tokens and self._taken(sequence, tokens):
+                raise ValueError(f"tokens must be reserved before, got {tokens} for sequence {sequence}")
+        for sequence in sequences:
+            self._lengths[sequence] += tokens
+            for cache in self._caches:
+                cache.filled[sequence] = self._lengths[sequence]
+        self.lengths.copy_(torch.tensor(self._lengths, dtype=torch.int32))  # all at once
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget the tokens from `length` on, in every layer, and give back the pages behind them, reserved ones too.
+
+        Raises: ValueError for a length outside of [0, tokens held], TypeError for no int.
+        """
+        self._check_sequence(sequence)
+        check_int("length", length, 0, self._lengths[sequence])
+        for cache in self._caches:
+            cache.filled[sequence] = min(cache.filled[sequence], length)
+        self._trim(sequence, length)
+        self._set_length(sequence, length)
+
+    def fork(self, sequence: int) -> int:
+        """Begin a sequence with the same tokens, on the same pages, and return its number. Raises as `new` does."""
+        self._check_sequence(sequence)
+        other = self.new()
+        shared = self._pages[sequence][: self._count(self._lengths[sequence])]
+        for page in shared:
+            self._holders[page] += 1
+        self._pages[other] = shared
+        self._show(other, shared, 0)
+        self._set_length(other, self._lengths[sequence])
+        for cache in self._caches:
+            cache.filled[other] = self._lengths[sequence]
+        return other
+
+    def free(self, sequence: int) -> None:
+        """End a sequence. Pages that no other holds are free. Raises ValueError for one that is not in use."""
+        self._check_sequence(sequence)
+        self.truncate(sequence, 0)
+        self._pages[sequence] = None
+
+    def slots(self, sequence: int, first: int, last: int) -> Tensor:
+        """The physical slots int64 [last - first] of a sequence's positions, reserved ones too: page · size + place.
+
+        Raises: ValueError for positions without a page, TypeError for no int.
+        """
+        self._check_sequence(sequence)
+        check_int("last", last, 0, len(self._pages[sequence]) * self.page_size)
+        check_int("first", first, 0, last)
+        positions = torch.arange(first, last, device=self.table.device)
+        return self.table[sequence].long()[positions // self.page_size] * self.page_size + positions % self.page_size
+
+    def register(self, cache) -> None:
+        """Let a cache, whose pools these pages are in, follow: its `copy_page(source, target)` and list `filled`."""
+        if any(pages is not None for pages in self._pages):
+            raise ValueError("table must have no sequences yet when a cache is made for it")
+        self._caches.append(cache)
+
+    def settle(self, sequence: int) -> None:
+        """Take over what layers have filled, each by itself: a sequence is as long as the layer with the fewest tokens.
+        Where no layer has more than the sequence had, pages that no layer needs are given back."""
+        filled = [cache.filled[sequence] for cache in self._caches]
+        if max(filled) <= self._lengths[sequence]:
+            self._trim(sequence, max(filled))
+        self._set_length(sequence, min(filled))
+
+    def _count(self, length: int) -> int:
+        """Pages of so many tokens."""
+        return -(-length // self.page_size)
+
+    def _taken(self, sequence: int, tokens: int) -> list[int]:
+        """The places in the sequence's list of pages that need a free page before the next tokens can be written."""
+        pages, length = self._pages[sequence], self._lengths[sequence]
+        touched = range(length // self.page_size, self._count(length + tokens)) if tokens else ()
+        return [place for place in touched if place >= len(pages) or self._holders[pages[place]] > 1]
+
+    def _trim(self, sequence: int, length: int) -> None:
+        """Give back the pages behind so many tokens."""
+        pages, kept = self._pages[sequence], self._count(length)
+        self.table[sequence, kept : len(pages)] = -1
+        for page in pages[kept:][::-1]:
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                self._free.append(page)
+        del pages[kept:]
+
+    def _show(self, sequence: int, pages: list[int], first: int) -> None:
+        """Write a sequence's pages, from the first-th on, to the device."""
+        row = torch.tensor(pages[first:], dtype=torch.int32)
+        self.table[sequence, first : len(pages)] = row.to(self.table.device)
+
+    def _set_length(self, sequence: int, length: int) -> None:
+        if length != self._lengths[sequence]:
+            self._lengths[sequence] = length
+            self.lengths[sequence] = length
+
+    def _check_sequence(self, sequence) -> None:
+        check_int("sequence", sequence, 0, self.sequences - 1)
+        if self._pages[sequence] is None:
+            raise ValueError(f"sequence must be one that new or fork gave and free did not end, got {sequence}")
