@@ -18,7 +18,7 @@ from . import checks, inputs, peers
 
 K = V32.index_topk
 V = V32.kv_lora_rank
-SIZES = {"8K": 8 << 10, "32K": 32 << 10, "128K": 128 << 10, "1M": 1 << 20}
+SIZES = {f"{n}K": n << 10 for n in (4, 8, 16, 32, 64, 128, 256, 512)} | {"1M": 1 << 20}
 
 
 @dataclasses.dataclass

@@ -11,6 +11,7 @@ import dsa_ref
 from dsa_ref.testing import Failed, compare_selection
 
 ROWS = 16  # checked by the slow reference
+SEQUENCES = 4  # in a decode step, all their queries
 SCORE_ERROR = 1e-3  # of the row's largest score; FP8 tensor cores add with fewer bits than fp32 has
 OUT_ERROR = 5e-3  # ||out - fp32|| / ||fp32|| of a query: bf16 probabilities and bf16 output
 LSE_ERROR = 1e-3
@@ -44,9 +45,14 @@ def check_scores(scores, inputs, start, end, cleaned):
     got = scores[rows]
     keys = torch.arange(S, device=got.device)
     visible = (keys >= start[rows, None]) & (keys < end[rows, None])
+    return _check_score_rows(scores, got, want, visible, cleaned)
+
+
+def _check_score_rows(scores, got, want, visible, cleaned):
+    """`got`, some rows of all the scores, against `want`, where `visible` holds; cleaned: -inf elsewhere, no NaN."""
     if cleaned and not (got[~visible] == -torch.inf).all():
         raise Wrong("an invisible key has a score above -inf")
-    if cleaned and any(bool(part.isnan().any()) for part in scores.split(max(1, PAIRS_AT_ONCE // S))):
+    if cleaned and any(bool(part.isnan().any()) for part in scores.split(max(1, PAIRS_AT_ONCE // scores.shape[1]))):
         raise Wrong("NaN: a score was never written")
     error = torch.where(visible, got - want, 0.0).abs().amax(dim=1) / want.masked_fill(~visible, 0.0).abs().amax(dim=1)
     if not (error <= SCORE_ERROR).all():
@@ -126,7 +132,11 @@ def check_attention(result, q, kv, indices, scale, v_dim):
     rows = sampled_rows(len(q), q.device)
     want, want_lse = dsa_ref.sparse_attention(q[rows].float(), kv.float(), indices[rows], scale, v_dim)
     _check_error(out[rows, :H].float(), want)
-    got_lse = lse[rows, :H]
+    return _lse_note(lse[rows, :H], want_lse)
+
+
+def _lse_note(got_lse, want_lse):
+    """Nothing where the log-sum-exps agree, a note where they do in base 2."""
     if (got_lse - want_lse).abs().max() <= LSE_ERROR:
         return ""
     if (got_lse - want_lse * LOG2_E).abs().max() <= LSE_ERROR * LOG2_E:
@@ -155,3 +165,95 @@ def _check_error(got, want):
 def _percent(share) -> str:
     """A share as per cent, rounded so that only 1 is 100 %."""
     return "100 %" if share == 1 else f"{min(100 * share, 99.99):.4g} %"
+
+
+def check_paged_scores(scores, given, cleaned):
+    """A decode step's scores [B · N, at least S] as `check_scores`, on all queries of sampled sequences.
+
+    given: (q_idx, index_pages, w, page_table, lengths), as `dsa_ref.paged_index_scores` takes them.
+    """
+    q_idx, index_pages, w, table, lengths = given
+    B, N = q_idx.shape[:2]
+    some = sampled_rows(B, q_idx.device, SEQUENCES)
+    want = dsa_ref.paged_index_scores(_at(q_idx, some), index_pages, w[some], table[some], lengths[some]).flatten(0, 1)
+    got = scores[:, : want.shape[1]].unflatten(0, (B, N))[some].flatten(0, 1)
+    visible = torch.arange(want.shape[1], device=got.device) < seen(lengths, N)[some].flatten()[:, None]
+    return _check_score_rows(scores, got, want, visible, cleaned)
+
+
+def seen(lengths, N):
+    """How many positions each query sees: int32 [B, N]."""
+    return (lengths[:, None] + torch.arange(1 - N, 1, dtype=torch.int32, device=lengths.device)).clamp(min=0)
+
+
+def check_paged_selection(positions, slots, given, page, own):
+    """A decode step's selection, int32 [B, N, k], by positions, slots or both (one may be None), as `check_lightning`.
+
+    own: all rows must also be the reference's selection from `dsa_kernels.paged_index_scores`.
+    """
+    q_idx, index_pages, w, table, lengths = given
+    B, N = q_idx.shape[:2]
+    if slots is not None:
+        found = positions_at(slots, table, len(index_pages), page)
+        if positions is not None and not torch.equal(found, positions.long()):
+            raise Wrong(f"{_percent((found == positions).float().mean().item())} of slots are those of the positions")
+        positions = found.to(torch.int32)
+    k = positions.shape[2]
+    some = sampled_rows(B, q_idx.device, SEQUENCES)
+    want = dsa_ref.paged_index_scores(_at(q_idx, some), index_pages, w[some], table[some], lengths[some]).flatten(0, 1)
+    end = seen(lengths, N)
+    last = end[some].flatten()
+    try:
+        compare_selection(positions[some].flatten(0, 1), want, k, torch.zeros_like(last), last, tolerance=SCORE_ERROR)
+    except Failed as failure:
+        raise Wrong(str(failure)) from failure
+    if not own:
+        return ""
+    same, last = 0, end.flatten()
+    scores = dsa_kernels.paged_index_scores(*given).flatten(0, 1)
+    for part in torch.arange(B * N).split(max(1, PAIRS_AT_ONCE // scores.shape[1])):
+        part = slice(int(part[0]), int(part[-1]) + 1)
+        expected = dsa_ref.select_topk(scores[part], k, torch.zeros_like(last[part]), last[part])
+        got, want = (_ordered(x, scores.shape[1]) for x in (positions.flatten(0, 1)[part], expected))
+        same += int((got == want).all(dim=1).sum())
+    if same < B * N:
+        raise Wrong(f"{_percent(same / (B * N))} of rows as from paged_index_scores")
+    return ""
+
+
+def positions_at(slots, table, pages, page):
+    """The positions int64 [B, N, k] at slots of each sequence's own pages; -1 where there is no slot.
+
+    A slot of another sequence, or of none, gives a position behind the last page.
+    """
+    B, P = table.shape
+    place = torch.full((B, pages), P, dtype=torch.int64, device=table.device)
+    place.scatter_(1, table.long(), torch.arange(P, device=table.device).expand(B, P))
+    wide = slots.long()
+    inside = (wide >= 0) & (wide < pages * page)
+    held = torch.where(inside, wide, 0).flatten(1)
+    found = (place.gather(1, held // page) * page + held % page).view_as(wide)
+    return torch.where(inside, found, torch.where(wide == -1, -1, P * page))
+
+
+def check_paged_attention(result, q, kv_pages, slots, scale, v_dim):
+    """(out, lse) of a decode step as `check_attention`, against fp32 on the rows that the slots name."""
+    out, lse = result
+    B, N, H, _ = q.shape
+    if not out[:, :, :H].isfinite().all():
+        raise Wrong("out is not finite")
+    flat_out, flat_lse, flat_q, flat_slots = (x.flatten(0, 1) for x in (out[:, :, :H], lse[:, :, :H], q, slots))
+    rows = sampled_rows(B * N, q.device)
+    wanted = [_attended(flat_q[row], kv_pages, flat_slots[row], scale, v_dim) for row in rows.tolist()]
+    want, want_lse = (torch.stack(parts) for parts in zip(*wanted, strict=True))
+    _check_error(flat_out[rows].float(), want)
+    return _lse_note(flat_lse[rows], want_lse)
+
+
+def _attended(q, kv_pages, slots, scale, v_dim):
+    """(out [H, v_dim], lse [H]) of one query [H, D] in fp32, by the reference's attention without pages."""
+    taken = kv_pages.flatten(0, 1)[slots[slots >= 0].long()]
+    kv = dsa_ref.unpack_kv(taken, v_dim) if taken.dtype == torch.uint8 else taken.float()
+    every = torch.arange(len(kv), dtype=torch.int32, device=q.device)[None]
+    out, lse = dsa_ref.sparse_attention(q[None].float(), kv, every, scale, v_dim)
+    return out[0], lse[0]

@@ -1,16 +1,20 @@
 """Inputs at V3.2's sizes, from seeds, made where they are used. The same seed gives the same inputs on one device type.
 
 Symbols: T queries at the end of S positions (query t stands at S - T + t and sees the keys up to there), H heads, Hi
-index heads, Di index dim, k selected keys.
+index heads, Di index dim, k selected keys. In a decode step B sequences of S positions each, which lie in pages, have N
+queries each, the newest N positions.
 """
 
 import numpy as np
 import torch
 
 import dsa_kernels
+import dsa_ref
 from dsa_ref import V32
 
 AT_ONCE = 1 << 26  # elements of a temporary
+PAGE = 64  # tokens; what the peers' caches have
+SPARE = 3  # pages that belong to no sequence
 
 
 def _normal(shape, generator, dtype=torch.float32):
@@ -167,3 +171,69 @@ def causal_ranges(T, S, device="cuda"):
     """(start, end), int32 [T]: what query t sees."""
     end = torch.arange(S - T + 1, S + 1, dtype=torch.int32, device=device)
     return torch.zeros_like(end), end
+
+
+def page_table(B, S, seed=0, device="cuda", page=PAGE):
+    """(page_table int32 [B, ceil(S / page)], lengths int32 [B], free int64 [SPARE]) in a random order of all pages.
+
+    free: the pages that no sequence has. The same seed gives the same table, so that two caches can share it.
+    """
+    P = -(-S // page)
+    order = torch.randperm(B * P + SPARE, device=device, generator=_generator(seed, device))
+    lengths = torch.full((B,), S, dtype=torch.int32, device=device)
+    return order[: B * P].to(torch.int32).view(B, P).contiguous(), lengths, order[B * P :]
+
+
+def _page_blocks(pages, page, width):
+    """Slices of at most AT_ONCE elements' pages."""
+    count = max(1, AT_ONCE // (page * width))
+    return (slice(first, min(first + count, pages)) for first in range(0, pages, count))
+
+
+def index_pages(table, free, seed=0, config=V32, page=PAGE):
+    """uint8 [pages, page · (Di + 4)]: normal vectors through `quantize`; NaN in the pages that are free."""
+    generator, Di = _generator(seed, table.device), config.index_head_dim
+    pages = torch.empty(table.numel() + len(free), page * (Di + 4), dtype=torch.uint8, device=table.device)
+    for some in _page_blocks(len(pages), page, Di):
+        tokens = (some.stop - some.start) * page
+        pages[some] = dsa_ref.pack_index(*dsa_kernels.quantize(_normal((tokens, Di), generator, torch.bfloat16)), page)
+    pages[free] = 0xFF  # NaN as e4m3 and as fp32
+    return pages
+
+
+def kv_pages(table, free, fp8, seed=0, config=V32, page=PAGE):
+    """Normal latent rows: FP8 rows uint8 [pages, page, 656], else bf16 [pages, page, 576]; NaN where a page is free."""
+    generator, D = _generator(seed, table.device), config.latent_dim
+    made = []
+    for some in _page_blocks(table.numel() + len(free), page, D):
+        rows = _normal(((some.stop - some.start) * page, D), generator, torch.bfloat16)
+        made.append((dsa_ref.pack_kv(rows, config.kv_lora_rank) if fp8 else rows).unflatten(0, (-1, page)))
+    pages = torch.cat(made)
+    pages[free] = 0xFF if fp8 else torch.nan
+    return pages
+
+
+def paged_queries(B, N, H, seed=0, device="cuda", config=V32):
+    """(q_idx e4m3 [B, N, Hi, Di], w fp32 [B, N, Hi], q bf16 [B, N, H, 576]), as in prefill."""
+    generator = _generator(seed + 1, device)
+    Hi, Di = config.index_n_heads, config.index_head_dim
+    q_idx, q_scale = dsa_kernels.quantize(_normal((B, N, Hi, Di), generator, torch.bfloat16))
+    w = _normal((B, N, Hi), generator) * Hi**-0.5 * q_scale * Di**-0.5
+    return q_idx, w, _normal((B, N, H, config.latent_dim), generator, torch.bfloat16)
+
+
+def random_slots(B, N, k, table, seed=0, page=PAGE):
+    """int32 [B, N, k]: distinct slots of the pages in `table` [1, P], which all sequences share, in a random order."""
+    generator = _generator(seed + 2, table.device)
+    slots = torch.empty(B * N, k, dtype=torch.int32, device=table.device)
+    places = table.numel() * page
+    for rows in _row_blocks(B * N, places):
+        lots = torch.rand((rows.stop - rows.start, places), generator=generator, device=table.device)
+        chosen = lots.topk(k).indices
+        slots[rows] = table[0, chosen // page] * page + (chosen % page).to(torch.int32)
+    return slots.unflatten(0, (B, N))
+
+
+def decode_scores(T, S, seed=0, device="cuda"):
+    """Normal scores fp32 [T, S] of T queries that see all S positions."""
+    return _normal((T, S), _generator(seed, device))

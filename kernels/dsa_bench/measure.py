@@ -6,7 +6,8 @@ tens of milliseconds to settle on a clock, and until then runs at the clock that
 first runs for LEAD_MS that are not timed.
 
 Each call is replayed from a CUDA graph where it can be captured: neither launch costs on the host nor checks that make
-the host wait are in the figures, of ours as of the others. The L2 cache is overwritten before every call.
+the host wait are in the figures, of ours as of the others. The L2 cache is overwritten before every call; only a decode
+step, of microseconds, is also timed *warm*, many calls in one graph, the cache as each leaves it for the next.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ ROUNDS = 15
 LEAD_MS = 60.0  # what each callable runs for in a round before it is timed, at least one call
 ROUND_MS = 15.0  # and what it is timed for
 MOST_CALLS = 50
+WARM_CALLS = 20  # in the graph that times a decode step warm
 UNWRITTEN = 77  # fits every dtype here, and no kernel writes it everywhere
 COPY_BYTES = 1 << 30
 MATMUL = 8192
@@ -63,30 +65,76 @@ def time_together(calls, rounds=ROUNDS, round_ms=ROUND_MS):
 
     Their results are dropped. The graphs live, with the memory they allocate in, until this returns.
     """
-    scratch = torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.int8, device="cuda")
+    scratch = _scratch()
     pool = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
     prepared = {name: _prepare(call, pool) for name, call in calls.items()}
-    estimates = {name: _call_ms(run, scratch, 3) for name, (run, _) in prepared.items()}
-    found = {name: [] for name in calls}
-    names = list(calls)
+    return _in_turns(prepared, lambda run, count: _call_ms(run, scratch, count), rounds, LEAD_MS, round_ms)
+
+
+def time_decode(calls, rounds=ROUNDS, lead_ms=ROUND_MS, round_ms=ROUND_MS, as_they_are=()):
+    """{name: {"warm": Timing, "cold": Timing}} of decode steps, each measured in turn in every round.
+
+    cold: the L2 cache is overwritten before each call. warm: WARM_CALLS calls in one graph, one after another, of which
+    each finds in the cache what the one before left there; the time between events is divided by their number.
+    as_they_are: {name: how} of callables that are not captured, since they replay a graph or are to be timed eager.
+    """
+    scratch = _scratch()
+    pool = torch.cuda.graph_pool_handle()
+
+    def prepared(count):
+        return {
+            name: (_repeated(call, count), as_they_are[name]) if name in as_they_are else _prepare(call, pool, count)
+            for name, call in calls.items()
+        }
+
+    cold, warm = prepared(1), prepared(WARM_CALLS)
+    colds = _in_turns(cold, lambda run, count: _call_ms(run, scratch, count), rounds, lead_ms, round_ms)
+    warms = _in_turns(warm, lambda run, count: _call_ms(run, None, count) / WARM_CALLS, rounds, lead_ms, round_ms)
+    return {name: {"warm": warms[name], "cold": colds[name]} for name in calls}
+
+
+def _scratch():
+    """Memory of twice the L2 cache's size: who writes it has overwritten the cache."""
+    return torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.int8, device="cuda")
+
+
+def _in_turns(prepared, time, rounds, lead_ms, round_ms):
+    """{name: Timing} of {name: (run, how)}: in every round each of them runs for lead_ms, then is timed.
+
+    time(run, count): median ms of `count` runs, divided by the calls in a run where that is more than one.
+    """
+    estimates = {name: time(run, 3) for name, (run, _) in prepared.items()}
+    found = {name: [] for name in prepared}
+    names = list(prepared)
     for i in range(rounds):
         turn = i % max(1, len(names))
         for name in names[turn:] + names[:turn]:
             run = prepared[name][0]
-            lead, count = (max(1, min(MOST_CALLS, int(ms / max(estimates[name], 1e-3)))) for ms in (LEAD_MS, round_ms))
+            lead, count = (max(1, min(MOST_CALLS, int(ms / max(estimates[name], 1e-3)))) for ms in (lead_ms, round_ms))
             for _ in range(lead):
                 run()
-            found[name].append(_call_ms(run, scratch, count))
+            found[name].append(time(run, count))
     return {name: Timing(found[name], prepared[name][1]) for name in names}
 
 
-def _prepare(call, pool):
-    """(a function that runs `call` on the GPU, how): the replay of a CUDA graph, or the call itself."""
+def _repeated(call, count):
+    """A function that calls `call` so many times."""
+
+    def run():
+        for _ in range(count):
+            call()
+
+    return run
+
+
+def _prepare(call, pool, count=1):
+    """(a function that runs `call` so many times on the GPU, how): the replay of a CUDA graph, or the calls."""
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, pool=pool):
+            _repeated(call, count - 1)()
             made = [part for part in _tensors(call()) if part.numel()]
         for part in made:
             part.fill_(UNWRITTEN)
@@ -98,7 +146,9 @@ def _prepare(call, pool):
     except Exception as error:
         torch.cuda.synchronize()
         call()  # it must still run
-        return call, f"eager: capture failed, {type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        return _repeated(
+            call, count
+        ), f"eager: capture failed, {type(error).__name__}: {' '.join(str(error).split())[:100]}"
     return graph.replay, "graph"
 
 
@@ -109,10 +159,11 @@ def _tensors(result):
 
 
 def _call_ms(run, scratch, count) -> float:
-    """Median ms of `count` calls between events, the cache overwritten before each."""
+    """Median ms of `count` calls between events, the cache overwritten before each if there is a `scratch`."""
     pairs = []
     for _ in range(count):
-        scratch.zero_()
+        if scratch is not None:
+            scratch.zero_()
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record()
         run()

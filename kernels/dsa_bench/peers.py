@@ -173,3 +173,108 @@ def fp8_matmul(a, b):
     _torch()
     one = torch.ones((), device=a.device)
     return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+class PagedScores:
+    """A decode step's index scores by DeepGEMM: fp32 [B · N, S], not cleaned, from the same pages as ours.
+
+    q_idx: e4m3 [B, N, Hi, Di]; index_pages: uint8 [pages, 64 · (Di + 4)]; w: fp32 [B, N, Hi]; page_table: int32 [B, P];
+    seen: int32 [B, N], what each query sees. Its plan, a function of `seen`, is made at the first call.
+    """
+
+    def __init__(self, q_idx, index_pages, w, page_table, seen):
+        Di = q_idx.shape[3]
+        self.page = index_pages.shape[1] // (Di + 4)
+        self.pages = index_pages.view(len(index_pages), self.page, 1, Di + 4)
+        self.q_idx, self.w, self.page_table, self.seen = q_idx, w.flatten(0, 1), page_table, seen
+        self.plan = None
+
+    def __call__(self):
+        library = _deep_gemm()
+        if not hasattr(library, "fp8_paged_mqa_logits"):
+            raise Missing(f"deep_gemm {getattr(library, '__version__', '')} has no fp8_paged_mqa_logits")
+        if self.plan is None:
+            self.plan = library.get_paged_mqa_logits_metadata(self.seen, self.page, library.get_num_sms())
+        width = self.page_table.shape[1] * self.page
+        logits = library.fp8_paged_mqa_logits(
+            self.q_idx, self.pages, self.w, self.seen, self.page_table, self.plan, width, False
+        )
+        return logits if isinstance(logits, torch.Tensor) else torch.from_dlpack(logits)
+
+
+def apart(q_idx, index_pages, w, page_table, seen):
+    """PagedScores with each query as a sequence of its own, for the N that DeepGEMM does not take."""
+    N = q_idx.shape[1]
+    one = q_idx.flatten(0, 1)[:, None], w.flatten(0, 1)[:, None], page_table.repeat_interleave(N, dim=0)
+    return PagedScores(one[0], index_pages, one[1], one[2], seen.flatten()[:, None].contiguous())
+
+
+class SlotSelection:
+    """Selection by SGLang that gives physical slots, translated in its kernel: int32 [B · N, 2048].
+
+    page_table: int32 [B, P] of pages of `page` tokens; seen: int32 [B, N]. It reads a table with an entry a token,
+    which is made here, outside of what is timed.
+    """
+
+    def __init__(self, page_table, seen, page):
+        B, N = seen.shape
+        within = torch.arange(page, dtype=torch.int32, device=page_table.device)
+        self.tokens = (page_table[:, :, None] * page + within).flatten(1).contiguous()
+        self.starts = torch.arange(0, B * N + 1, N, dtype=torch.int32, device=page_table.device)
+        self.lengths = seen.flatten()
+
+    def __call__(self, scores):
+        select = _sgl_kernel("sm90/common_ops.abi3.so", "fast_topk_transform_fused")
+        slots = scores.new_empty(scores.shape[0], SGLANG_K, dtype=torch.int32)
+        select(scores, self.lengths, slots, self.tokens, self.starts, None)
+        return slots
+
+
+class _Planned:
+    """A decode kernel of FlashMLA, whose plan is made by its first call and given to those that follow."""
+
+    op = ""
+
+    def __init__(self):
+        self.plan = None, None
+
+    def call(self, *before, after):
+        """(out, lse [B, N, H]) of the operator, its plan between the arguments before and after."""
+        out, lse, *plan = _sgl_kernel("flashmla_ops.abi3.so", self.op).default(*before, *self.plan, *after)
+        self.plan = tuple(plan)
+        return out, lse.transpose(1, 2)
+
+
+class FlashMLADecode(_Planned):
+    """Sparse attention of a decode step by FlashMLA on FP8 rows: (out bf16 [B, N, H, 512], lse fp32 [B, N, H]).
+
+    q: bf16 [B, N, H, 576], padded here to the heads that it takes; kv_pages: uint8 [pages, 64, 656].
+    """
+
+    op = "sparse_decode_fwd"
+
+    def __init__(self, q, kv_pages, scale):
+        super().__init__()
+        self.q = F.pad(q, (0, 0, 0, -q.shape[2] % FLASHMLA_HEADS)).contiguous()
+        self.rows, self.scale = kv_pages.view(torch.float8_e4m3fn).unsqueeze(2), scale
+
+    def __call__(self, slots):
+        """slots: int32 [B, N, k], -1 for nothing, k a multiple of 64."""
+        nothing = None, None, None
+        return self.call(self.q, self.rows, slots, None, None, after=(*nothing, FLASHMLA_V, self.scale))
+
+
+class FlashMLADense(_Planned):
+    """Dense attention of a decode step by FlashMLA on bf16 rows, which see all: (out [B, N, H, 512], lse [B, N, H]).
+
+    q: bf16 [B, N, H, 576]; kv_pages: bf16 [pages, 64, 576]; page_table: int32 [B, P]; lengths: int32 [B].
+    """
+
+    op = "dense_decode_fwd"
+
+    def __init__(self, q, kv_pages, page_table, lengths, scale):
+        super().__init__()
+        self.before = q, kv_pages.unsqueeze(2), FLASHMLA_V, lengths, page_table, scale, False
+
+    def __call__(self):
+        return self.call(*self.before, after=())
