@@ -4,6 +4,7 @@
 Docstrings cite `dsa_ref/SPEC.md` as SPEC, by section.
 """
 
+from .append import append_index, append_latents, head_weights, index_queries, place_tokens, rms_norm, turn_into
 from .config import TINY, V32, DSAConfig
 from .decode import (
     merge_parts,
@@ -45,13 +46,13 @@ from .version import __version__ as __version__
 from .nn import DSALayer, LayerCache, load_layer  # after the steps: a layer's default ops is this package
 
 __all__ = [
-    "TINY", "V32", "DSAConfig", "DSALayer", "LayerCache", "PageTable", "PagedCache", "SequenceCache",
-    "dense_attention", "dense_attention_loops", "dequantize", "hadamard", "hadamard_loops", "index_scores",
-    "index_scores_loops", "indexer_loss", "indexer_loss_loops", "lightning_select", "lightning_select_loops",
-    "load_layer", "merge_parts", "merge_parts_loops", "mha_attention", "pack_index", "pack_index_loops", "pack_kv",
-    "pack_kv_loops", "paged_index_scores", "paged_index_scores_loops", "paged_select", "paged_select_loops",
-    "paged_sparse_attention", "paged_sparse_attention_loops", "quantize", "quantize_loops", "rope",
-    "rope_frequencies", "rope_loops", "rotate_quantize", "rotate_quantize_loops", "select_topk", "select_topk_loops",
-    "sparse_attention", "sparse_attention_loops", "unpack_index", "unpack_index_loops", "unpack_kv",
-    "unpack_kv_loops", "write_index", "write_kv",
+    "TINY", "V32", "DSAConfig", "DSALayer", "LayerCache", "PageTable", "PagedCache", "SequenceCache", "append_index",
+    "append_latents", "dense_attention", "dense_attention_loops", "dequantize", "hadamard", "hadamard_loops",
+    "head_weights", "index_queries", "index_scores", "index_scores_loops", "indexer_loss", "indexer_loss_loops",
+    "lightning_select", "lightning_select_loops", "load_layer", "merge_parts", "merge_parts_loops", "mha_attention",
+    "pack_index", "pack_index_loops", "pack_kv", "pack_kv_loops", "paged_index_scores", "paged_index_scores_loops",
+    "paged_select", "paged_select_loops", "paged_sparse_attention", "paged_sparse_attention_loops", "place_tokens",
+    "quantize", "quantize_loops", "rms_norm", "rope", "rope_frequencies", "rope_loops", "rotate_quantize",
+    "rotate_quantize_loops", "select_topk", "select_topk_loops", "sparse_attention", "sparse_attention_loops",
+    "turn_into", "unpack_index", "unpack_index_loops", "unpack_kv", "unpack_kv_loops", "write_index", "write_kv",
 ]  # fmt: skip

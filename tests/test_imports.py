@@ -55,6 +55,7 @@ TABLE = [
     ),
     # serving: layouts, whose pages they are, a layer's pools, and the decode steps on them
     Row("dsa_ref.paged", "dsa_ref.contracts dsa_ref/step", "numpy torch"),
+    Row("dsa_ref.append", "dsa_ref.contracts dsa_ref.precision dsa_ref.paged dsa_ref/step", "numpy torch"),
     Row("dsa_ref.page_table", "dsa_ref.contracts", "torch"),
     Row(
         "dsa_ref.paged_cache",
@@ -71,7 +72,7 @@ TABLE = [
     Row(
         "dsa_ref",
         "dsa_ref.version dsa_ref.config dsa_ref/step dsa_ref.paged dsa_ref.page_table dsa_ref.paged_cache "
-        "dsa_ref.decode dsa_ref.nn",
+        "dsa_ref.append dsa_ref.decode dsa_ref.nn",
         "",
     ),
     Row(
@@ -110,7 +111,12 @@ TABLE = [
         "dsa_kernels.topk.* dsa_kernels/step",
         "torch triton",
     ),
-    Row("dsa_kernels", "dsa_ref.version dsa_kernels.runtime dsa_kernels/step", ""),
+    Row(
+        "dsa_kernels.append",
+        "dsa_ref.contracts dsa_kernels.runtime dsa_kernels.rounding dsa_kernels/step",
+        "torch triton",
+    ),
+    Row("dsa_kernels", "dsa_ref.version dsa_kernels.runtime dsa_kernels.append dsa_kernels/step", ""),
     # the bench, which knows the reference as a user does
     Row(
         "dsa_bench.*",

@@ -17,6 +17,7 @@ from .runtime import mode  # first: it decides how triton is imported
 # isort: split
 from dsa_ref.version import __version__ as __version__
 
+from .append import append_index, append_latents, head_weights, index_queries, place_tokens, rms_norm, turn_into
 from .index_scores import index_scores
 from .lightning_select import lightning_select
 from .paged_index_scores import paged_index_scores
@@ -25,14 +26,21 @@ from .select_topk import select_topk
 from .sparse_attention import sparse_attention
 
 __all__ = [
+    "append_index",
+    "append_latents",
     "hadamard",
+    "head_weights",
+    "index_queries",
     "index_scores",
     "lightning_select",
     "mode",
     "paged_index_scores",
+    "place_tokens",
     "quantize",
+    "rms_norm",
     "rope",
     "rotate_quantize",
     "select_topk",
     "sparse_attention",
+    "turn_into",
 ]

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from dsa_ref.contracts import check_rope, check_vectors, values_readable
 
-from .rounding import round_to
+from .rounding import quantized, round_to
 from .runtime import FLOATS, INTERPRETED, check_runnable
 
 NO_FUSION = {"enable_fp_fusion": False, "num_warps": 4}
@@ -38,38 +38,13 @@ def _turn(x_ptr, cos_ptr, sin_ptr, row, d, mask, heads, D, R: tl.constexpr, INTE
 
 
 @triton.jit
-def _rotate(x, D: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+def rotated(x, D: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr):
     """The Walsh-Hadamard butterflies on [BLOCK, D]: at distance 1, 2, 4, ... (a, b) -> (a + b, a - b)."""
     for i in tl.static_range(STEPS):
         pairs = tl.permute(tl.reshape(x, [BLOCK, D // (2 << i), 2, 1 << i]), (0, 1, 3, 2))
         a, b = tl.split(pairs)
         x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), [BLOCK, D])
     return x * (D**-0.5)
-
-
-@triton.jit
-def _e4m3_bytes(x):
-    """fp32 in [-448, 448] to e4m3 bit patterns, round to nearest even, in integers."""
-    bits = x.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    # Normal numbers (from 2^-6 on): drop 20 of 23 mantissa bits, round half to even; a carry grows the exponent.
-    rounded = magnitude + 0x7FFFF + ((magnitude >> 20) & 1)
-    normal = (rounded >> 20) - ((127 - 7) << 3)
-    # Below that, multiples of 2^-9: adding 2^14 leaves fp32 just that resolution, so the adder rounds.
-    subnormal = (((tl.abs(x) + 16384.0) - 16384.0) * 512.0).to(tl.int32)
-    return tl.where(magnitude < 0x3C800000, subnormal, normal) | ((bits >> 24) & 0x80)
-
-
-@triton.jit
-def _quantize(x):
-    """fp32 [BLOCK, D] to (e4m3 bit patterns, power-of-two scale [BLOCK]). NaN or infinity gives a non-finite scale."""
-    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)  # bit patterns of floats >= 0 are ordered
-    amax = tl.maximum(largest, 0x38D1B717).to(tl.float32, bitcast=True)  # 1e-4
-    bits = tl.div_rn(amax, 448.0).to(tl.int32, bitcast=True)
-    exponent = tl.minimum((bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32), 255)  # 255: infinity, also for NaN
-    scale = (exponent << 23).to(tl.float32, bitcast=True)
-    scaled = tl.div_rn(x, scale[:, None] + tl.zeros_like(x))
-    return _e4m3_bytes(tl.minimum(tl.maximum(scaled, -448.0), 448.0)), scale
 
 
 @triton.jit
@@ -88,22 +63,22 @@ def _fused(
     else:
         x = tl.load(x_ptr + row[:, None] * D + d[None, :], mask, 0.0).to(tl.float32)
     if STEPS > 0:
-        x = round_to(_rotate(x, DP, STEPS, BLOCK), dtype).to(tl.float32)
+        x = round_to(rotated(x, DP, STEPS, BLOCK), dtype).to(tl.float32)
     if QUANTIZE:
-        x, scale = _quantize(x)
+        x, scale = quantized(x)
         tl.store(scale_ptr + row, scale, row < rows)
         tl.store(out_ptr + row[:, None] * D + d[None, :], x.to(tl.uint8), mask)
     else:
         tl.store(out_ptr + row[:, None] * D + d[None, :], x.to(dtype), mask)
 
 
-def _launch(x, positions=None, freqs=None, layout="half", rotate=False, quantized=False):
+def _launch(x, positions=None, freqs=None, layout="half", rotate=False, fp8=False):
     """Run the chosen steps over all vectors of x; returns out like x, or (x8, scale)."""
     D = x.shape[-1]
     x = x.detach().contiguous()
     rows = x.numel() // D
-    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if quantized else x
-    out = torch.empty(x.shape, dtype=torch.uint8 if quantized else x.dtype, device=x.device)
+    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if fp8 else x
+    out = torch.empty(x.shape, dtype=torch.uint8 if fp8 else x.dtype, device=x.device)
     cos = sin = x
     if freqs is not None:
         angles = positions.to(torch.float32)[:, None] * freqs
@@ -115,9 +90,9 @@ def _launch(x, positions=None, freqs=None, layout="half", rotate=False, quantize
         _fused[(triton.cdiv(rows, block),)](
             x, cos, sin, out, scale, rows, rows // x.shape[0], D,
             R=0 if freqs is None else 2 * freqs.shape[0], INTERLEAVED=layout == "interleaved",
-            STEPS=D.bit_length() - 1 if rotate else 0, QUANTIZE=quantized, DP=DP, BLOCK=block, **NO_FUSION,
+            STEPS=D.bit_length() - 1 if rotate else 0, QUANTIZE=fp8, DP=DP, BLOCK=block, **NO_FUSION,
         )  # fmt: skip
-    if not quantized:
+    if not fp8:
         return out
     if values_readable(scale) and not torch.isfinite(scale).all():
         raise ValueError("x must be finite, got NaN or infinity")
@@ -161,7 +136,7 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     check_vectors(x, FLOATS)
     check_runnable(x=x.detach())  # rounding has no gradient, here as in the reference
-    return _launch(x, quantized=True)
+    return _launch(x, fp8=True)
 
 
 def rotate_quantize(x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,4 +150,4 @@ def rotate_quantize(x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tenso
     check_rope(x, positions, freqs, floats=FLOATS)
     check_vectors(x, FLOATS, power_of_two=True)
     check_runnable(x=x.detach())
-    return _launch(x, positions, freqs, rotate=True, quantized=True)
+    return _launch(x, positions, freqs, rotate=True, fp8=True)

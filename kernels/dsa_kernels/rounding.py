@@ -19,6 +19,31 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def e4m3_bytes(x):
+    """fp32 in [-448, 448] to e4m3 bit patterns, round to nearest even, in integers."""
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # Normal numbers (from 2^-6 on): drop 20 of 23 mantissa bits, round half to even; a carry grows the exponent.
+    rounded = magnitude + 0x7FFFF + ((magnitude >> 20) & 1)
+    normal = (rounded >> 20) - ((127 - 7) << 3)
+    # Below that, multiples of 2^-9: adding 2^14 leaves fp32 just that resolution, so the adder rounds.
+    subnormal = (((tl.abs(x) + 16384.0) - 16384.0) * 512.0).to(tl.int32)
+    return tl.where(magnitude < 0x3C800000, subnormal, normal) | ((bits >> 24) & 0x80)
+
+
+@triton.jit
+def quantized(x):
+    """fp32 [BLOCK, D] to (e4m3 bit patterns, power-of-two scale [BLOCK]). NaN or infinity gives a non-finite scale."""
+    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)  # bit patterns of floats >= 0 are ordered
+    amax = tl.maximum(largest, 0x38D1B717).to(tl.float32, bitcast=True)  # 1e-4
+    bits = tl.div_rn(amax, 448.0).to(tl.int32, bitcast=True)
+    exponent = tl.minimum((bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32), 255)  # 255: infinity, also for NaN
+    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    scaled = tl.div_rn(x, scale[:, None] + tl.zeros_like(x))
+    return e4m3_bytes(tl.minimum(tl.maximum(scaled, -448.0), 448.0)), scale
+
+
+@triton.jit
 def from_e4m3(codes, dtype: tl.constexpr):
     """The numbers whose e4m3 bit patterns are `codes`, uint8, in fp16, bf16 or fp32, exactly.
 
