@@ -145,7 +145,7 @@ def check_paged_sparse_attention(q, kv_pages, slots, scale, v_dim, splits=None, 
 
 def check_merge_parts(outs, lses) -> None:
     """Arguments of `merge_parts`."""
-    check_shapes(outs=(outs, "*... v"), lses=(lses, "*splits"))
+    check_shapes(outs=(outs, "*... v"), lses=(lses, "*... last"))
     if outs.dim() < 2 or lses.shape != outs.shape[:-1] or not len(outs):
         raise ValueError(
             f"lses must have shape [splits, ...] as outs has [splits, ..., v] with splits > 0, "

@@ -174,13 +174,12 @@ def pack_kv(kv: Tensor, v_dim: int) -> Tensor:
     check_shapes(kv=(kv, "T D"))
     check_dtype("kv", kv, FLOATS)
     check_fp8_v_dim(v_dim)
-    S, D = kv.shape
-    if v_dim > D:
-        raise ValueError(f"v_dim must be at most D = {D}, got {v_dim}")
-    latent, rest = kv.detach().split((v_dim, D - v_dim), dim=1)
+    if v_dim > kv.shape[1]:
+        raise ValueError(f"v_dim must be at most D = {kv.shape[1]}, got {v_dim}")
+    latent, rest = kv.detach().tensor_split((v_dim,), dim=1)
     check_fp8_finite(latent)
-    values, scales = quantize(latent.reshape(S, -1, min(v_dim, FP8_TILE)))
-    parts = values.reshape(S, v_dim), scales, rest.to(torch.float32).to(torch.bfloat16)
+    values, scales = quantize(latent.unflatten(1, (-1, min(v_dim, FP8_TILE))))
+    parts = values.flatten(1), scales, rest.to(torch.float32).to(torch.bfloat16)
     return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
 
 

@@ -120,3 +120,29 @@ def assert_same_bits(got, wanted):
     assert got.dtype == wanted.dtype and got.shape == wanted.shape
     got, wanted = (x.cpu().contiguous().reshape(-1) for x in (got, wanted))
     assert got.numel() == 0 or torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
+
+
+def page_tables(lengths, page_size, spare=3, width=None, seed=0, device="cpu"):
+    """Random pages for sequences of these lengths: (page_table int32 [B, P], lengths int32 [B], pages in the pool).
+
+    P is one page more than the longest needs, or `width`; what a sequence does not use of its row is -1.
+    """
+    counts = [-(-length // page_size) for length in lengths]
+    table = np.full((len(counts), width or max(counts) + 1), -1, dtype=np.int32)
+    pages = sum(counts) + spare
+    order = np.random.default_rng(seed).permutation(pages)
+    for row, count in zip(table, counts, strict=True):
+        row[:count], order = order[:count], order[count:]
+    return torch.tensor(table, device=device), torch.tensor(lengths, dtype=torch.int32, device=device), pages
+
+
+def slots_in(page_table, b, positions, page_size):
+    """Physical slots of one sequence's positions, int64, -1 where the position is -1."""
+    positions = positions.long()
+    pages = page_table[b].long()[positions.clamp(min=0) // page_size]
+    return (pages * page_size + positions.clamp(min=0) % page_size).masked_fill(positions < 0, -1)
+
+
+def seen_by(lengths, N):
+    """How many positions query n of sequence b sees, nested lists [B][N]."""
+    return [[max(0, int(length) - N + 1 + n) for n in range(N)] for length in lengths]
