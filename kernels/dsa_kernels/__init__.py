@@ -21,6 +21,7 @@ from .append import append_index, append_latents, head_weights, index_queries, p
 from .index_scores import index_scores
 from .lightning_select import lightning_select
 from .paged_index_scores import paged_index_scores
+from .paged_sparse_attention import merge_parts, paged_sparse_attention
 from .rotate_quantize import hadamard, quantize, rope, rotate_quantize
 from .select_topk import select_topk
 from .sparse_attention import sparse_attention
@@ -33,8 +34,10 @@ __all__ = [
     "index_queries",
     "index_scores",
     "lightning_select",
+    "merge_parts",
     "mode",
     "paged_index_scores",
+    "paged_sparse_attention",
     "place_tokens",
     "quantize",
     "rms_norm",

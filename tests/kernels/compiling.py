@@ -61,6 +61,15 @@ def paged_index_scores(size, variant, N=1, page=64):
     dsa_kernels.paged_index_scores(q, pages, w, table, lengths, variant=variant)
 
 
+def paged_sparse_attention(size, kind, variant, N=1, k=2048, heads=None, splits=None):
+    H, D, v_dim = ATTENTION[size]
+    row = v_dim + 4 * -(-v_dim // 128) + 2 * (D - v_dim)
+    pages = torch.zeros(40, 64, row, dtype=torch.uint8) if kind == "FP8" else torch.zeros(40, 64, D, dtype=kind)
+    q = torch.zeros(1, N, heads or H, D, dtype=BF16 if kind == "FP8" else kind)
+    slots = torch.arange(k, dtype=torch.int32).repeat(1, N, 1)
+    dsa_kernels.paged_sparse_attention(q, pages, slots, 0.1, v_dim, splits, variant=variant)
+
+
 def indexer_vectors(size, dtype):
     heads, dim = INDEXER[size]
     x, positions, freqs = torch.zeros(4, heads, dim, dtype=dtype), torch.arange(4), torch.ones(dim // 4)
@@ -92,6 +101,10 @@ CASES = [  # those with "hopper" are for cards of compute capability 9.0
     ),
     (paged_index_scores, V32, "portable", 2),
     (paged_index_scores, SMALL, "portable", 3, 5),
+    *((paged_sparse_attention, size, kind, "portable") for size in ATTENTION for kind in ("FP8", BF16, FP16, FP32)),
+    (paged_sparse_attention, V32, "FP8", "portable", 2, 2048, 16),
+    (paged_sparse_attention, V32, BF16, "portable", 1, 2048, 16),
+    (paged_sparse_attention, V32, BF16, "portable", 1, 2048, 128, 1),
     (select_topk, "radix", 2048),
     (select_topk, "radix", 2048, 2, 4096, BF16),
     (select_topk, "listed", 2048),
