@@ -117,7 +117,8 @@ def bits(x):
 
 
 def same_set(a, b):
-    return torch.equal(a.sort(dim=-1).values, b.sort(dim=-1).values)
+    """Whether the last dim of both holds the same, in any order."""
+    return torch.equal(*(bits(x).sort(dim=-1).values for x in (a, b)))
 
 
 def set_against(row, rows):

@@ -36,8 +36,10 @@ def case(S, device="cuda", config=V32, splits=SPLITS):
         return lambda: dsa_kernels.paged_sparse_attention(q, kv_pages, every, scale, v_dim, splits=splits)
 
     def check(result, own):
-        *_, out, lse = result
-        slots = result[1] if len(result) == 4 else every
+        *selection, out, lse = result
+        if selection:
+            checks.check_paged_selection(*selection, given, inputs.PAGE, own)
+        slots = selection[1] if selection else every
         return checks.check_paged_attention((out, lse), q, kv_pages, slots, scale, v_dim)
 
     wide = dsa_ref.unpack_kv(kv_pages, v_dim, torch.bfloat16)  # exact: three bits of mantissa, scales powers of two
