@@ -8,12 +8,30 @@ that no call waits for the device.
 Source: SPEC section 10 (ours).
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .contracts import check_count, check_int, check_slots_fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The next `tokens` tokens of each of some sequences: what every layer's decode step takes, made once for all.
+
+    page_table: int32 [B, P]; lengths: int32 [B], with the new tokens; positions: int64 [B, tokens]; slots: int64
+    [B · tokens], where their rows go. sequences: their numbers in `table`.
+    """
+
+    table: "PageTable"
+    sequences: tuple[int, ...]
+    tokens: int
+    page_table: Tensor
+    lengths: Tensor
+    positions: Tensor
+    slots: Tensor
 
 
 class PageTable:
@@ -113,12 +131,7 @@ class PageTable:
         Raises: ValueError for places that are not reserved, a sequence named twice or not in use; TypeError.
         """
         check_int("tokens", tokens, 0)
-        if isinstance(sequences, (str, Tensor)) or not isinstance(sequences, Sequence):
-            raise TypeError(f"sequences must be a list of ints, got {type(sequences).__name__}")
-        for sequence in sequences:
-            self._check_sequence(sequence)
-        if len(set(sequences)) < len(sequences):
-            raise ValueError(f"sequences must be distinct, got {list(sequences)}")
+        self._check_sequences(sequences)
         for sequence in sequences:
             room = len(self._pages[sequence]) * self.page_size - self._lengths[sequence]
             if tokens > room or tokens and self._taken(sequence, tokens):
@@ -128,6 +141,41 @@ class PageTable:
             for cache in self._caches:
                 cache.filled[sequence] = self._lengths[sequence]
         self.lengths.copy_(torch.tensor(self._lengths, dtype=torch.int32))  # all at once
+
+    def batch(self, sequences: Sequence[int], tokens: int) -> Batch:
+        """Reserve the next tokens of each sequence, and say where they go. `advance` with the same arguments commits.
+
+        Raises: ValueError for no sequence, one named twice or not in use, no token, and where not all have room: then
+        none has more pages; TypeError.
+        """
+        self._check_sequences(sequences)
+        check_count("tokens", tokens)
+        if not sequences:
+            raise ValueError("sequences must name at least one, got none")
+        for sequence in sequences:
+            self.check_room(sequence, tokens)
+        needed = self._needed(sequences, tokens)
+        if needed > len(self._free):
+            raise ValueError(
+                f"tokens must fit the pages that are free, {len(self._free)} of {self.pages}, "
+                f"got {tokens} in each of {len(sequences)} sequences, which take {needed}"
+            )
+        for sequence in sequences:
+            self.reserve(sequence, tokens)
+        before = [self._lengths[sequence] for sequence in sequences]
+        positions = [[length + n for n in range(tokens)] for length in before]
+        slots = [
+            self._pages[sequence][position // self.page_size] * self.page_size + position % self.page_size
+            for sequence, row in zip(sequences, positions, strict=True)
+            for position in row
+        ]
+        device = self.table.device
+        rows = torch.tensor(list(sequences), device=device)
+        lengths = torch.tensor([row[-1] + 1 for row in positions], dtype=torch.int32)
+        places = torch.tensor(positions), torch.tensor(slots)
+        return Batch(
+            self, tuple(sequences), tokens, self.table[rows], lengths.to(device), *(x.to(device) for x in places)
+        )
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget the tokens from `length` on, in every layer, and give back the pages behind them, reserved ones too.
@@ -196,6 +244,17 @@ class PageTable:
         touched = range(length // self.page_size, self._count(length + tokens)) if tokens else ()
         return [place for place in touched if place >= len(pages) or self._holders[pages[place]] > 1]
 
+    def _needed(self, sequences: Sequence[int], tokens: int) -> int:
+        """The free pages that it takes to reserve so many tokens in one sequence after the other."""
+        needed, left = 0, {}  # holders that have gone to a copy of their own meanwhile
+        for sequence in sequences:
+            for place in self._taken(sequence, tokens):
+                page = self._pages[sequence][place] if place < len(self._pages[sequence]) else None
+                if page is None or self._holders[page] - left.get(page, 0) > 1:
+                    needed += 1
+                    left[page] = left.get(page, 0) + 1
+        return needed
+
     def _trim(self, sequence: int, length: int) -> None:
         """Give back the pages behind so many tokens."""
         pages, kept = self._pages[sequence], self._count(length)
@@ -215,6 +274,14 @@ class PageTable:
         if length != self._lengths[sequence]:
             self._lengths[sequence] = length
             self.lengths[sequence] = length
+
+    def _check_sequences(self, sequences) -> None:
+        if isinstance(sequences, (str, Tensor)) or not isinstance(sequences, Sequence):
+            raise TypeError(f"sequences must be a list of ints, got {type(sequences).__name__}")
+        for sequence in sequences:
+            self._check_sequence(sequence)
+        if len(set(sequences)) < len(sequences):
+            raise ValueError(f"sequences must be distinct, got {list(sequences)}")
 
     def _check_sequence(self, sequence) -> None:
         check_int("sequence", sequence, 0, self.sequences - 1)
