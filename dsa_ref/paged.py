@@ -180,7 +180,7 @@ def pack_kv(kv: Tensor, v_dim: int) -> Tensor:
     check_fp8_finite(latent)
     values, scales = quantize(latent.unflatten(1, (-1, min(v_dim, FP8_TILE))))
     parts = values.flatten(1), scales, rest.to(torch.float32).to(torch.bfloat16)
-    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
+    return torch.cat([_bytes_of(part) for part in parts], dim=1)
 
 
 def check_fp8_finite(latent) -> None:
@@ -271,10 +271,17 @@ def store_index(index_pages: Tensor, slots: Tensor, k_idx: Tensor, k_scale: Tens
     values = index_pages[:, : page_size * Di].unflatten(1, (page_size, Di))
     scales = index_pages[:, page_size * Di :].unflatten(1, (page_size, 4))
     page, place = slots // page_size, slots % page_size
-    values[page, place] = k_idx.detach().contiguous().view(torch.uint8)
-    scales[page, place] = k_scale.detach().contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
+    values[page, place] = _bytes_of(k_idx)
+    scales[page, place] = _bytes_of(k_scale[:, None])
 
 
 def _as(part: Tensor, dtype: torch.dtype) -> Tensor:
     """Bytes read as dtype along the last dim; a copy, since they may begin at any address."""
+    if not part.numel():
+        return part.new_empty(*part.shape[:-1], part.shape[-1] // dtype.itemsize, dtype=dtype)
     return part.clone(memory_format=torch.contiguous_format).view(dtype)
+
+
+def _bytes_of(numbers: Tensor) -> Tensor:
+    """The bytes of numbers [..., D] along the last dim; a copy, since those may lie apart."""
+    return numbers.detach().clone(memory_format=torch.contiguous_format).view(torch.uint8)
