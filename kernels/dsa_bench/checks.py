@@ -157,9 +157,14 @@ def check_dense(out, q, k, v, scale):
 
 def _check_error(got, want):
     """Raise unless each query's error, in the norm over all else, is at most OUT_ERROR."""
-    error = (got - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1)
+    error = row_errors(got, want)
     if not (error <= OUT_ERROR).all():
         raise Wrong(f"relative error {error.nan_to_num(torch.inf).max():.1e}")
+
+
+def row_errors(got, want):
+    """||got - want|| / ||want|| of each row, over all other dims."""
+    return (got - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1)
 
 
 def _percent(share) -> str:

@@ -7,7 +7,7 @@ import traceback
 
 import torch
 
-from . import measure, records
+from . import decode_layer, measure, records
 from .decode_cases import DECODE_CASES
 from .run import free, judge
 
@@ -44,6 +44,9 @@ def measure_case(make, name, ceilings, with_peers, rounds=measure.ROUNDS):
         case = make()
         row |= {"unit": case.unit, "work": case.work, "facts": case.facts, "against": case.against}
         figures(case, ceilings, with_peers, rounds, row["results"])
+        if case.profiled and row["results"]["ours"]["verdict"] in ("right", "WRONG"):
+            row["kernels"] = decode_layer.kernels_of(case.profiled)
+            row["facts"] |= decode_layer.parts_of(row["kernels"])
     except Exception as error:  # the others are still to be measured
         traceback.print_exc()
         failed = {"verdict": "failed", "note": f"{type(error).__name__}: {error}"[:300], "ours": True}

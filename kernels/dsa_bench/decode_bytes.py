@@ -16,7 +16,8 @@ from dsa_ref import V32, cost
 
 from . import checks, decode, inputs, peers, records
 from .cases import SIZES
-from .decode_cases import DecodeCase, chain, indexer
+from .decode_case import DecodeCase
+from .decode_cases import chain, indexer
 
 CONTEXTS = ("4K", "8K", "16K", "32K", "64K", "128K", "256K", "512K", "1M")
 SPLITS = (16, 64, 128)  # of dense attention by our kernel

@@ -8,7 +8,6 @@ once for all layers.
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable
 
 import torch
 
@@ -18,30 +17,11 @@ from dsa_ref import V32, cost
 
 from . import checks, inputs, peers
 from .cases import SIZES
+from .decode_case import DecodeCase
+from .decode_layer import layer_case
 
 POOL = 128 << 10  # rows that sparse attention's random slots are drawn from
 MANY = 64  # queries from which on one split is measured too
-
-
-@dataclasses.dataclass
-class DecodeCase:
-    """One shape of one step. ours: {name: callable}, the production path first; peers: likewise.
-
-    check(result, is_ours) returns a note or raises `checks.Wrong`. unit: "TFLOP/s" or "TB/s", of `work` FLOPs or bytes;
-    ceiling: the measured ceiling that it compares with, if any. order_free: whether a result's last dim is a set.
-    against: another case of the step, whose time this one's is divided by. as_they_are: see `measure.time_decode`.
-    """
-
-    work: float
-    unit: str
-    ceiling: str | None
-    ours: dict
-    check: Callable
-    peers: dict
-    facts: dict = dataclasses.field(default_factory=dict)
-    order_free: bool = False
-    against: str | None = None
-    as_they_are: dict = dataclasses.field(default_factory=dict)
 
 
 def attention_flops(config, H):
@@ -123,6 +103,10 @@ def attention_case(B, N, H, rows="FP8", device="cuda", config=V32, pool=POOL):
     k, v_dim, scale = config.index_topk, config.kv_lora_rank, config.softmax_scale
     slots = inputs.random_slots(B, N, k, table)
     ours = {"ours": lambda: dsa_kernels.paged_sparse_attention(q, kv_pages, slots, scale, v_dim)}
+    if rows == "FP8":
+        ours["ours, portable"] = lambda: dsa_kernels.paged_sparse_attention(
+            q, kv_pages, slots, scale, v_dim, variant="portable"
+        )
     if B * N >= MANY:
         ours["ours, 1 split"] = lambda: dsa_kernels.paged_sparse_attention(q, kv_pages, slots, scale, v_dim, splits=1)
     padded = -(-H // peers.FLASHMLA_HEADS) * peers.FLASHMLA_HEADS
@@ -232,4 +216,5 @@ DECODE_CASES = {
         "{} x {}, {}, {} heads",
         ((1, 1, "128K", 128), (1, 1, "1M", 128), (8, 1, "128K", 16), (64, 1, "128K", 128), (64, 2, "32K", 128)),
     ),
+    "layer_step": _named(layer_case, "{} x 1, {}", ((1, "4K"), (1, "128K"), (1, "1M"), (8, "128K"))),
 }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import types
 
 import pytest
 import rungs
@@ -18,6 +19,7 @@ SMALL = DSAConfig(
     dim=64, n_heads=4, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
     index_n_heads=4, index_head_dim=16, index_topk=24,
 )  # fmt: skip
+SMALL_FP8 = dataclasses.replace(SMALL, kv_lora_rank=128)  # FP8 caches want whole tiles
 CEILINGS = {"copy": 4.0, "bf16": 700.0, "fp8": 1300.0}
 
 
@@ -30,8 +32,13 @@ def bench():
 @pytest.fixture
 def reference(bench, monkeypatch):
     """The reference in the place of the kernels."""
+
+    def attention(*args, variant=None, **kwargs):
+        return dsa_ref.paged_sparse_attention(*args, **kwargs)
+
+    steps = types.SimpleNamespace(**vars(dsa_ref) | {"paged_sparse_attention": attention})
     for name in ("decode_cases", "decode_bytes", "checks", "inputs"):
-        monkeypatch.setattr(bench(name), "dsa_kernels", dsa_ref)
+        monkeypatch.setattr(bench(name), "dsa_kernels", steps)
 
     def topk(scores, k, table, lengths):
         positions = dsa_ref.select_topk(scores, k, torch.zeros_like(lengths), lengths)
@@ -75,6 +82,13 @@ def test_what_is_wrong_is_found(bench, reference, name):
             broken[i].view(-1)[0] = value
             with pytest.raises(Wrong):
                 case.check(broken[0] if len(broken) == 1 else broken, True)
+
+
+@pytest.mark.parametrize("name", ["scores", "FP8", "bf16"])
+def test_the_kernels_are_right_in_small_cases(bench, name):
+    case = small_cases(bench)[name]()
+    for who, call in case.ours.items():
+        assert case.check(call(), True) == "", who
 
 
 def test_an_unclean_score_is_wrong_for_ours_alone(bench, reference):
@@ -263,7 +277,7 @@ def made_case(bench, calls, peers, **more):
             raise bench("checks").Wrong("NaN")
         return "" if own else "theirs"
 
-    return bench("decode_cases").DecodeCase(8e6, "TB/s", "copy", calls, check, peers, **more)
+    return bench("decode_case").DecodeCase(8e6, "TB/s", "copy", calls, check, peers, **more)
 
 
 def test_a_case_becomes_a_record_and_a_table_that_fits(bench, timed):
@@ -343,6 +357,43 @@ def test_all_are_timed_in_every_round_in_an_order_that_rotates(bench):
     found = bench("measure")._in_turns(prepared, time, rounds=2, lead_ms=2.0, round_ms=4.0)
     assert "".join(ran) == "abc" + "aaa" + "bb" + "cc" + "bb" + "cc" + "aaa"  # estimates; lead runs, then one measured
     assert found["b"].rounds == [2.0, 2.0] and found["a"].how == "graph"
+
+
+def test_a_layers_cache_is_full_but_for_the_next_token(bench, device):
+    cache, batch = bench("decode_layer").filled_cache(SMALL_FP8, 2, 130, device)
+    assert batch.lengths.tolist() == [130, 130] and batch.positions.tolist() == [[129], [129]]
+    assert cache.table.free_pages == 0 and cache.filled == [129, 129]
+    for sequence in (0, 1):
+        kv, k_idx, k_scale = cache.rows(sequence)
+        assert kv.shape == (129, SMALL_FP8.latent_dim) and 0.9 < kv.float().std() < 1.1
+        assert (k_scale > 0).all() and k_idx.float().isfinite().all()
+
+
+def test_a_random_layer_keeps_sizes(bench, device):
+    layer = bench("decode_layer").random_layer(SMALL, device)
+    assert all(weight.dtype == torch.bfloat16 for weight in layer.parameters())
+    assert (layer.q_a_layernorm.weight == 1).all()
+    x = torch.randn(50, SMALL.dim, device=device).to(torch.bfloat16)
+    assert 0.8 < layer.kv_a_proj_with_mqa(x).float().std() < 1.2
+    other = bench("decode_layer").random_layer(SMALL, device)
+    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), other.parameters(), strict=True))
+
+
+def test_kernels_are_summed_by_part(bench):
+    made = [
+        ("_paged_sparse_attention", 1, 9.0),
+        ("_merge", 1, 2.0),
+        ("nvjet_tst_64x8", 5, 80.0),
+        ("elementwise", 3, 6.0),
+    ]
+    kernels = [{"name": name, "launches": n, "us": us} for name, n, us in made]
+    assert bench("decode_layer").parts_of(kernels) == {
+        "attention": "11.0 us in 2 launches",
+        "products": "80.0 us in 5 launches",
+        "other": "6.0 us in 3 launches",
+        "all kernels": "97.0 us in 10 launches",
+    }
+    assert bench("decode_layer").parts_of([]) == {"all kernels": "0.0 us in 0 launches"}
 
 
 def test_bytes_beside_the_models_prediction(bench):
