@@ -22,11 +22,12 @@ class Batch:
     """The next `tokens` tokens of each of some sequences: what every layer's decode step takes, made once for all.
 
     page_table: int32 [B, P]; lengths: int32 [B], with the new tokens; positions: int64 [B, tokens]; slots: int64
-    [B · tokens], where their rows go. sequences: their numbers in `table`.
+    [B · tokens], where their rows go. sequences: their numbers in `table`; held: their tokens before, as ints.
     """
 
     table: "PageTable"
     sequences: tuple[int, ...]
+    held: tuple[int, ...]
     tokens: int
     page_table: Tensor
     lengths: Tensor
@@ -132,10 +133,7 @@ class PageTable:
         """
         check_int("tokens", tokens, 0)
         self._check_sequences(sequences)
-        for sequence in sequences:
-            room = len(self._pages[sequence]) * self.page_size - self._lengths[sequence]
-            if tokens > room or tokens and self._taken(sequence, tokens):
-                raise ValueError(f"tokens must be reserved before, got {tokens} for sequence {sequence}")
+        self._check_reserved(sequences, tokens)
         for sequence in sequences:
             self._lengths[sequence] += tokens
             for cache in self._caches:
@@ -173,9 +171,17 @@ class PageTable:
         rows = torch.tensor(list(sequences), device=device)
         lengths = torch.tensor([row[-1] + 1 for row in positions], dtype=torch.int32)
         places = torch.tensor(positions), torch.tensor(slots)
-        return Batch(
-            self, tuple(sequences), tokens, self.table[rows], lengths.to(device), *(x.to(device) for x in places)
-        )
+        where = self.table[rows], lengths.to(device), *(x.to(device) for x in places)
+        return Batch(self, tuple(sequences), tuple(before), tokens, *where)
+
+    def check_batch(self, batch: Batch) -> None:
+        """Raise ValueError unless the batch is this table's and its tokens are still the next ones, with their pages."""
+        if batch.table is not self:
+            raise ValueError("batch must be made by the table of the cache, got another table's")
+        self._check_sequences(batch.sequences)
+        if (now := tuple(self._lengths[sequence] for sequence in batch.sequences)) != batch.held:
+            raise ValueError(f"batch must continue sequences of {list(now)} tokens, got one made at {list(batch.held)}")
+        self._check_reserved(batch.sequences, batch.tokens)
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget the tokens from `length` on, in every layer, and give back the pages behind them, reserved ones too.
@@ -274,6 +280,12 @@ class PageTable:
         if length != self._lengths[sequence]:
             self._lengths[sequence] = length
             self.lengths[sequence] = length
+
+    def _check_reserved(self, sequences, tokens) -> None:
+        for sequence in sequences:
+            room = len(self._pages[sequence]) * self.page_size - self._lengths[sequence]
+            if tokens > room or tokens and self._taken(sequence, tokens):
+                raise ValueError(f"tokens must be reserved before, got {tokens} for sequence {sequence}")
 
     def _check_sequences(self, sequences) -> None:
         if isinstance(sequences, (str, Tensor)) or not isinstance(sequences, Sequence):
