@@ -175,7 +175,7 @@ class PageTable:
         return Batch(self, tuple(sequences), tuple(before), tokens, *where)
 
     def check_batch(self, batch: Batch) -> None:
-        """Raise ValueError unless the batch is this table's and its tokens are still the next ones, with their pages."""
+        """Raise ValueError unless the batch is this table's and its tokens are still the next ones, with pages."""
         if batch.table is not self:
             raise ValueError("batch must be made by the table of the cache, got another table's")
         self._check_sequences(batch.sequences)
