@@ -17,7 +17,8 @@ QUICK_ROUNDS = 3
 
 def measure_steps(options, log, provenance, ceilings, missing) -> int:
     """Measure, print, and write what stands after every step. 1 if something of ours is wrong or failed."""
-    wrong = False
+    wrong, floor = False, measure.floor(options.rounds)
+    print(f"a kernel that does nothing: {floor['warm_us']:.1f} us warm, {floor['cold_us']:.1f} cold")
     print(records.decode_header())
     for step in options.steps:
         rows = []
@@ -32,7 +33,8 @@ def measure_steps(options, log, provenance, ceilings, missing) -> int:
             print(*records.decode_lines(row), sep="\n", flush=True)
             wrong |= records.any_of_ours_wrong(row)
         if log and (rows or step == "ceilings"):
-            records.merge(log, {step: {"provenance": provenance, "missing": missing, "rows": rows}}, ceilings)
+            made = {"provenance": provenance, "missing": missing, "floor": floor, "rows": rows}
+            records.merge(log, {step: made}, ceilings)
     return int(wrong)
 
 
@@ -68,7 +70,7 @@ def figures(case, ceilings, with_peers, rounds, found):
         own = who in case.ours
         found[who] = judge(call, lambda result, _, own=own: case.check(result, own), who) | {"ours": own}
         if own and found[who]["verdict"] == "right":
-            found[who] |= repeated(call, case.order_free, found[who]["note"])
+            found[who] |= repeated(call, case.restore)
     running = {who: calls[who] for who, record in found.items() if record["verdict"] in ("right", "WRONG")}
     timings = measure.time_decode(running, rounds, as_they_are=case.as_they_are)
     first = next(iter(case.ours), None)
@@ -91,22 +93,20 @@ def timed(timing, case, ceiling):
     return made | {"rate": rate, "of_ceiling": rate / ceiling if ceiling else None, "timed": "; ".join(hows)}
 
 
-def repeated(call, order_free, note, count=REPEATS):
-    """{"verdict", "note"} of `count` more calls, whose bits must be those of the first.
+def repeated(call, restore=None, count=REPEATS):
+    """What is wrong as {"verdict", "note"} where one of `count` more calls has other bits than the first, else {}.
 
-    order_free: the last dim is a set, of which another order is worth a note and no more.
+    restore: called before each.
     """
-    first = parts(call())
-    orders = 0
-    for i in range(count):
-        again = parts(call())
-        if all(torch.equal(bits(a), bits(b)) for a, b in zip(first, again, strict=True)):
-            continue
-        if not (order_free and all(same_set(a, b) for a, b in zip(first, again, strict=True))):
-            return {"verdict": "WRONG", "note": f"other bits in repeat {i + 1} of {count}"}
-        orders += 1
-    said = f"another order in {orders} of {count} repeats" if orders else ""
-    return {"verdict": "right", "note": "; ".join(filter(None, (note, said)))}
+    first = None
+    for i in range(count + 1):
+        if restore:
+            restore()
+        found = [bits(part).clone() for part in parts(call())]
+        first = found if first is None else first
+        if not all(torch.equal(a, b) for a, b in zip(first, found, strict=True)):
+            return {"verdict": "WRONG", "note": f"other bits in repeat {i} of {count}"}
+    return {}
 
 
 def parts(result):
@@ -117,11 +117,6 @@ def parts(result):
 def bits(x):
     """x as integers, so that NaN equals itself and -0.0 is not 0.0."""
     return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-
-
-def same_set(a, b):
-    """Whether the last dim of both holds the same, in any order."""
-    return torch.equal(*(bits(x).sort(dim=-1).values for x in (a, b)))
 
 
 def set_against(row, rows):

@@ -9,9 +9,9 @@ class DecodeCase:
     """One shape of one step. ours: {name: callable}, the production path first; peers: likewise.
 
     check(result, is_ours) returns a note or raises `checks.Wrong`. unit: "TFLOP/s" or "TB/s", of `work` FLOPs or bytes;
-    ceiling: the measured ceiling that it compares with, if any. order_free: whether a result's last dim is a set.
-    against: another case of the step, whose time this one's is divided by. as_they_are: see `measure.time_decode`.
-    profiled: a call whose kernels are listed one by one.
+    ceiling: the measured ceiling that it compares with, if any. against: another case of the step, whose time this
+    one's is divided by. as_they_are: see `measure.time_decode`. restore: gives back inputs that a call of ours may
+    spoil. profiled: a call whose kernels are listed one by one.
     """
 
     work: float
@@ -21,7 +21,7 @@ class DecodeCase:
     check: Callable
     peers: dict
     facts: dict = dataclasses.field(default_factory=dict)
-    order_free: bool = False
     against: str | None = None
     as_they_are: dict = dataclasses.field(default_factory=dict)
+    restore: Callable | None = None
     profiled: Callable | None = None

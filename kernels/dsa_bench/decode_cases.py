@@ -65,27 +65,31 @@ def topk_case(T, S, device="cuda", config=V32):
     scores = inputs.decode_scores(T, S, device=device)
     k, start = config.index_topk, torch.zeros_like(lengths)
     expected = dsa_ref.select_topk(scores, k, start, lengths)
+    mine = scores.clone()  # rows whose bound was unlucky are redone in the memory of their scores
 
     def check(result, own):
         if not own:
             return checks.check_selection(result, scores, expected, ties=False)
+        spoilt = int((mine != scores).any(dim=1).sum())
+        mine.copy_(scores)
         positions, slots = (x.unflatten(0, (T, 1)) if x.dim() == 2 else x for x in result)
         found = checks.positions_at(slots, table, table.numel() + inputs.SPARE, inputs.PAGE)
         if not torch.equal(found, positions.long()):
             raise checks.Wrong("slots are not those of the positions")
-        return checks.check_selection(positions.flatten(0, 1), scores, expected)
+        checks.check_selection(positions.flatten(0, 1), scores, expected)
+        return f"{spoilt} rows redone" if spoilt else ""
 
     return DecodeCase(
         work=4 * T * S,  # one read of the scores
         unit="TB/s",
         ceiling="copy",
-        ours={"ours": lambda: decode_topk(scores, k, table, lengths)},
+        ours={"ours": lambda: decode_topk(mine, k, table, lengths)},
         check=check,
         peers={
             "SGLang": lambda: peers.sglang_topk(scores, lengths, k),
             "torch": lambda: peers.torch_topk(scores, k),
         },
-        order_free=True,
+        restore=lambda: mine.copy_(scores),
     )
 
 

@@ -93,6 +93,13 @@ def time_decode(calls, rounds=ROUNDS, lead_ms=ROUND_MS, round_ms=ROUND_MS, as_th
     return {name: {"warm": warms[name], "cold": colds[name]} for name in calls}
 
 
+def floor(rounds=ROUNDS):
+    """{"warm_us", "cold_us"}: what a kernel that does next to nothing takes when it is timed like a decode step."""
+    one = torch.zeros(1, device="cuda")
+    timing = time_decode({"floor": lambda: one.add_(1)}, rounds)["floor"]
+    return {f"{kind}_us": 1e3 * timing[kind].ms for kind in ("warm", "cold")}
+
+
 def _scratch():
     """Memory of twice the L2 cache's size: who writes it has overwritten the cache."""
     return torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.int8, device="cuda")

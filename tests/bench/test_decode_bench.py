@@ -232,20 +232,16 @@ def test_missing_peers_say_so_when_they_are_called(bench, monkeypatch, reference
 
 
 def test_repeats_must_have_the_same_bits(bench):
-    repeated = bench("decode").repeated
-    x = torch.tensor([[1.0, torch.nan, 3.0]])
-    assert repeated(lambda: x.clone(), False, "a note") == {"verdict": "right", "note": "a note"}
-    orders = iter([x, x, x.flip(1), x])
-    assert repeated(lambda: next(orders), True, "", 3) == {
-        "verdict": "right",
-        "note": "another order in 1 of 3 repeats",
-    }
-    orders = iter([x, x, x.flip(1)])
-    assert repeated(lambda: next(orders), False, "", 2)["note"] == "other bits in repeat 2 of 2"
-    values = iter([(x, x), (x, x + 1)])
-    assert repeated(lambda: next(values), True, "", 1)["verdict"] == "WRONG"
-    zeros = iter([torch.tensor([0.0]), torch.tensor([-0.0])])
-    assert repeated(lambda: next(zeros), False, "", 1)["verdict"] == "WRONG"
+    repeated, x, restored = bench("decode").repeated, torch.tensor([[1.0, torch.nan, 3.0]]), []
+    assert repeated(lambda: x.clone(), lambda: restored.append(1), 2) == {} and len(restored) == 3
+    results = iter([x, x, x.flip(1)])
+    assert repeated(lambda: next(results), None, 2) == {"verdict": "WRONG", "note": "other bits in repeat 2 of 2"}
+    results = iter([(x, x), (x, x + 1)])
+    assert repeated(lambda: next(results), None, 1)["verdict"] == "WRONG"
+    results = iter([torch.tensor([0.0]), torch.tensor([-0.0])])
+    assert repeated(lambda: next(results), None, 1)["verdict"] == "WRONG"
+    kept = torch.zeros(2)
+    assert repeated(lambda: kept.add_(1), None, 1)["verdict"] == "WRONG"  # the same memory each time
 
 
 def fake_timings(bench, us):
@@ -267,6 +263,7 @@ def timed(bench, monkeypatch):
         made = fake_timings(bench, us)
         time = lambda calls, rounds, as_they_are: {who: made[who] for who in calls}  # noqa: E731
         monkeypatch.setattr(bench("measure"), "time_decode", time)
+        monkeypatch.setattr(bench("measure"), "floor", lambda rounds: {"warm_us": 1.5, "cold_us": 3.0})
 
     return set_to
 
