@@ -10,6 +10,7 @@ Source: SPEC section 10 (ours).
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +34,15 @@ class Batch:
     lengths: Tensor
     positions: Tensor
     slots: Tensor
+
+
+class Pools(Protocol):
+    """A layer's cache in the pages of a table, as the table knows it: `PagedCache` is one."""
+
+    filled: list[int]  # tokens of each sequence that the layer has
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy a page's bytes in every pool."""
 
 
 class PageTable:
@@ -226,8 +236,8 @@ class PageTable:
         positions = torch.arange(first, last, device=self.table.device)
         return self.table[sequence].long()[positions // self.page_size] * self.page_size + positions % self.page_size
 
-    def register(self, cache) -> None:
-        """Let a cache, whose pools these pages are in, follow: its `copy_page(source, target)` and list `filled`."""
+    def register(self, cache: Pools) -> None:
+        """Let a layer's cache, whose pools these pages are in, follow. Raises ValueError where sequences have begun."""
         if any(pages is not None for pages in self._pages):
             raise ValueError("table must have no sequences yet when a cache is made for it")
         self._caches.append(cache)

@@ -55,12 +55,12 @@ class PagedCache:
         width = fp8_row_bytes(self.latent_dim, self.v_dim) if fp8 else self.latent_dim
         device, page_bytes = table.table.device, table.page_size * (self.index_dim + 4)
         self.filled = [0] * table.sequences
-        table.register(self)
         with torch.inference_mode(False):
             self.kv_pages = torch.zeros(*shape, width, dtype=kind, device=device)
             self.index_pages = None
             if indexer:
                 self.index_pages = torch.zeros(table.pages, page_bytes, dtype=torch.uint8, device=device)
+        table.register(self)
 
     def write(self, slots: Tensor, kv: Tensor, k_idx: Tensor | None = None, k_scale: Tensor | None = None) -> None:
         """Store T tokens at their slots, int [T]: kv [T, D] in dtype, k_idx float8_e4m3fn [T, Di], k_scale fp32 [T],
@@ -69,7 +69,7 @@ class PagedCache:
         Raises: ValueError for other shapes, devices or slots, rows that bring gradients or that FP8 cannot hold,
         TypeError for other dtypes. Then nothing is stored.
         """
-        self.check_rows(kv, k_idx, k_scale)
+        self._check_rows(kv, k_idx, k_scale)
         check_write_kv(self.kv_pages, slots, kv, self.v_dim)
         if k_idx is not None:
             check_write_index(self.index_pages, slots, k_idx, k_scale)
@@ -99,7 +99,7 @@ class PagedCache:
             if pool is not None:
                 pool[target] = pool[source]
 
-    def check_rows(self, kv, k_idx, k_scale) -> None:
+    def _check_rows(self, kv, k_idx, k_scale) -> None:
         """Whether these are rows of this layer, of values that it can hold."""
         check_shapes(kv=(kv, "T D"), k_idx=(k_idx, "T Di | None"), k_scale=(k_scale, "T | None"))
         with_indexer = self.index_pages is not None
@@ -162,7 +162,7 @@ class SequenceCache:
         """
         cache, table = self.cache, self.cache.table
         kv = widened(kv, cache.dtype)
-        cache.check_rows(kv, k_idx, k_scale)
+        cache._check_rows(kv, k_idx, k_scale)
         self.check_room(len(kv))
         end = self.length + len(kv)
         table.reserve(self.sequence, end - table.length(self.sequence))
