@@ -150,11 +150,10 @@ class PageTable:
                 cache.filled[sequence] = self._lengths[sequence]
         self.lengths.copy_(torch.tensor(self._lengths, dtype=torch.int32))  # all at once
 
-    def batch(self, sequences: Sequence[int], tokens: int) -> Batch:
-        """Reserve the next tokens of each sequence, and say where they go. `advance` with the same arguments commits.
+    def reserve_all(self, sequences: Sequence[int], tokens: int) -> None:
+        """`reserve` the next tokens of each sequence, or, where they do not all fit, of none.
 
-        Raises: ValueError for no sequence, one named twice or not in use, no token, and where not all have room: then
-        none has more pages; TypeError.
+        Raises: ValueError for no sequence, one named twice or not in use, no token and too many; TypeError.
         """
         self._check_sequences(sequences)
         check_count("tokens", tokens)
@@ -170,6 +169,13 @@ class PageTable:
             )
         for sequence in sequences:
             self.reserve(sequence, tokens)
+
+    def batch(self, sequences: Sequence[int], tokens: int) -> Batch:
+        """Reserve the next tokens of each sequence, and say where they go. `advance` with the same arguments commits.
+
+        Raises: as `reserve_all`; then nothing is reserved.
+        """
+        self.reserve_all(sequences, tokens)
         before = [self._lengths[sequence] for sequence in sequences]
         positions = [[length + n for n in range(tokens)] for length in before]
         slots = [
