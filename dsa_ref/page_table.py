@@ -148,7 +148,7 @@ class PageTable:
             self._lengths[sequence] += tokens
             for cache in self._caches:
                 cache.filled[sequence] = self._lengths[sequence]
-        self.lengths.copy_(torch.tensor(self._lengths, dtype=torch.int32))  # all at once
+        self.lengths.copy_(torch.tensor(self._lengths, dtype=torch.int32), non_blocking=True)  # all at once
 
     def reserve_all(self, sequences: Sequence[int], tokens: int) -> None:
         """`reserve` the next tokens of each sequence, or, where they do not all fit, of none.
@@ -184,10 +184,10 @@ class PageTable:
             for position in row
         ]
         device = self.table.device
-        rows = torch.tensor(list(sequences), device=device)
+        rows = torch.tensor(list(sequences)).to(device, non_blocking=True)
         lengths = torch.tensor([row[-1] + 1 for row in positions], dtype=torch.int32)
         places = torch.tensor(positions), torch.tensor(slots)
-        where = self.table[rows], lengths.to(device), *(x.to(device) for x in places)
+        where = self.table[rows], lengths.to(device, non_blocking=True), *(x.to(device, non_blocking=True) for x in places)
         return Batch(self, tuple(sequences), tuple(before), tokens, *where)
 
     def check_batch(self, batch: Batch) -> None:
@@ -290,7 +290,7 @@ class PageTable:
     def _show(self, sequence: int, pages: list[int], first: int) -> None:
         """Write a sequence's pages, from the first-th on, to the device."""
         row = torch.tensor(pages[first:], dtype=torch.int32)
-        self.table[sequence, first : len(pages)] = row.to(self.table.device)
+        self.table[sequence, first : len(pages)] = row.to(self.table.device, non_blocking=True)
 
     def _set_length(self, sequence: int, length: int) -> None:
         if length != self._lengths[sequence]:
