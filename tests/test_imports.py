@@ -29,6 +29,7 @@ STEPS = (
     "rope hadamard quantize rotate_quantize index_scores select_topk lightning_select sparse_attention dense_attention "
     "indexer_loss"
 ).split()
+DECODE = "paged_index_scores paged_select paged_sparse_attention".split()  # in dsa_kernels; dsa_ref.decode has all
 
 
 class Row(NamedTuple):
@@ -112,11 +113,22 @@ TABLE = [
         "torch triton",
     ),
     Row(
+        "dsa_kernels.paged_index_scores dsa_kernels.paged_select dsa_kernels.paged_sparse_attention",
+        "dsa_ref.config dsa_ref.contracts dsa_kernels.cards dsa_kernels.runtime dsa_kernels.rounding "
+        "dsa_kernels.topk.* dsa_kernels/step dsa_kernels.paged_index_scores",
+        "torch triton",
+    ),
+    Row(
         "dsa_kernels.append",
         "dsa_ref.contracts dsa_kernels.runtime dsa_kernels.rounding dsa_kernels/step",
         "torch triton",
     ),
-    Row("dsa_kernels", "dsa_ref.version dsa_kernels.runtime dsa_kernels.append dsa_kernels/step", ""),
+    Row(
+        "dsa_kernels",
+        "dsa_ref.version dsa_kernels.runtime dsa_kernels/step dsa_kernels.append dsa_kernels.paged_index_scores "
+        "dsa_kernels.paged_select dsa_kernels.paged_sparse_attention",
+        "",
+    ),
     # the bench, which knows the reference as a user does
     Row(
         "dsa_bench.*",
@@ -131,6 +143,7 @@ TABLE = [
 PUBLIC = ("dsa_bench",)  # may take from a package of the reference only what its __all__ names
 DYNAMIC = {"import_module", "__import__"}  # to be called directly, so that what is imported can be read off
 SHADOWED = {f"{package}.{step}" for package in ("dsa_ref", "dsa_kernels") for step in STEPS}  # there, the function
+SHADOWED |= {f"dsa_kernels.{step}" for step in DECODE}
 
 
 def modules():
@@ -358,6 +371,9 @@ PLANTED = [
     ("dsa_kernels.hopper.unions", "import importlib\nimportlib.import_module('..select_topk', __package__)"),
     ("dsa_kernels.hopper.unions", "import importlib\nimportlib.import_module(f'..{name}.x', __package__)"),
     ("dsa_kernels.hopper.unions", "import importlib\nimportlib.import_module(name)"),  # cannot be read off
+    ("dsa_kernels.index_scores", "from .paged_index_scores import paged_index_scores"),
+    ("dsa_kernels.paged_index_scores", "from dsa_ref.paged import unpack_index"),
+    ("dsa_kernels.hopper.unions", "from ..paged_sparse_attention import merge_parts"),
     ("dsa_kernels.topk.lists", "from ..hopper import unions"),
     ("dsa_bench.cases", "from dsa_ref.contracts import row_ranges"),
     ("dsa_bench.cases", "from dsa_ref import row_ranges"),
