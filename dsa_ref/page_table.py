@@ -183,12 +183,10 @@ class PageTable:
             for sequence, row in zip(sequences, positions, strict=True)
             for position in row
         ]
-        device = self.table.device
-        rows = torch.tensor(list(sequences)).to(device, non_blocking=True)
-        lengths = torch.tensor([row[-1] + 1 for row in positions], dtype=torch.int32)
-        places = torch.tensor(positions), torch.tensor(slots)
-        where = self.table[rows], lengths.to(device, non_blocking=True), *(x.to(device, non_blocking=True) for x in places)
-        return Batch(self, tuple(sequences), tuple(before), tokens, *where)
+        rows, lengths = torch.tensor(list(sequences)), torch.tensor([row[-1] + 1 for row in positions], dtype=torch.int32)
+        places = (rows, lengths, torch.tensor(positions), torch.tensor(slots))
+        rows, *where = (part.to(self.table.device, non_blocking=True) for part in places)
+        return Batch(self, tuple(sequences), tuple(before), tokens, self.table[rows], *where)
 
     def check_batch(self, batch: Batch) -> None:
         """Raise ValueError unless the batch is this table's and its tokens are still the next ones, with pages."""
