@@ -183,8 +183,8 @@ class PageTable:
             for sequence, row in zip(sequences, positions, strict=True)
             for position in row
         ]
-        rows, lengths = torch.tensor(list(sequences)), torch.tensor([row[-1] + 1 for row in positions], dtype=torch.int32)
-        places = (rows, lengths, torch.tensor(positions), torch.tensor(slots))
+        lengths = torch.tensor([row[-1] + 1 for row in positions], dtype=torch.int32)
+        places = (torch.tensor(list(sequences)), lengths, torch.tensor(positions), torch.tensor(slots))
         rows, *where = (part.to(self.table.device, non_blocking=True) for part in places)
         return Batch(self, tuple(sequences), tuple(before), tokens, self.table[rows], *where)
 
