@@ -1,6 +1,5 @@
 """How the bench of a decode step runs without a GPU: repeats, records, tables, a layer's parts, arguments."""
 
-import dataclasses
 import importlib
 import json
 
