@@ -21,6 +21,7 @@ from .append import append_index, append_latents, head_weights, index_queries, p
 from .index_scores import index_scores
 from .lightning_select import lightning_select
 from .paged_index_scores import paged_index_scores
+from .paged_select import paged_select
 from .paged_sparse_attention import merge_parts, paged_sparse_attention
 from .rotate_quantize import hadamard, quantize, rope, rotate_quantize
 from .select_topk import select_topk
@@ -37,6 +38,7 @@ __all__ = [
     "merge_parts",
     "mode",
     "paged_index_scores",
+    "paged_select",
     "paged_sparse_attention",
     "place_tokens",
     "quantize",

@@ -24,13 +24,6 @@ from .runtime import INTERPRETED, check_runnable, dot_dtype, multiprocessors
 
 
 @triton.jit
-def visible(len_ptr, row, N, S):
-    """How many keys, from the first on, query row % N of sequence row // N sees. int32, from 0 to S."""
-    length = tl.minimum(tl.load(len_ptr + row // N), S)
-    return tl.maximum(length - N + 1 + (row % N).to(tl.int32), 0)
-
-
-@triton.jit
 def scales_of(word_ptr, byte_ptr, page, row, STRIDE: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr):
     """The fp32 scales of keys: they lie behind the VALUES bytes of a page, which has STRIDE bytes.
 
@@ -48,11 +41,15 @@ def scales_of(word_ptr, byte_ptr, page, row, STRIDE: tl.constexpr, VALUES: tl.co
 
 @triton.jit
 def _paged_index_scores(
-    q_ptr, w_ptr, value_ptr, word_ptr, byte_ptr, table_ptr, len_ptr, out_ptr, B, P, stride, Hi, Di,
+    q_ptr, w_ptr, value_ptr, word_ptr, byte_ptr, table_ptr, len_ptr, out_ptr, zero_ptr, B, P, stride, Hi, Di, zeros,
     N: tl.constexpr, NQ: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
     PAGE: tl.constexpr, STRIDE: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr, WHOLE: tl.constexpr,
     DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    if tl.program_id(1) == 0:  # counters of whoever comes next
+        for i0 in range(tl.program_id(0) * 1024, zeros, tl.num_programs(0) * 1024):
+            i = i0 + tl.arange(0, 1024)
+            tl.store(zero_ptr + i, tl.zeros([1024], tl.int32), i < zeros)
     S = P * PAGE
     each = tl.arange(0, BP)
     lengths = tl.minimum(tl.load(len_ptr + each, each < B, 0), S)
@@ -163,10 +160,10 @@ def tiles(card, N, HP, DP, loaded, multiplied):
     return NQ, BK, 8 if NQ * HP > 128 and card.capability != cards.HOPPER else 4, stages
 
 
-def launch(q_idx, index_pages, w, page_table, lengths, out, widened=False):
-    """Write the scores that are seen, and no others, to out: fp32 [B, N, at least P · page], rows `stride` apart.
+def launch(q_idx, index_pages, w, page_table, lengths, out, zeros=None, widened=False):
+    """Write the scores that are seen, and no others, to out: fp32 [B, N, at least P · page], contiguous.
 
-    From checked arguments. out's rows lie one after another, B · N of them.
+    From checked arguments. zeros: int32, contiguous, becomes zeros. B · N > 0 unless zeros is None.
     """
     (B, N, Hi, Di), P = q_idx.shape, page_table.shape[1]
     page = index_pages.shape[1] // (Di + 4)
@@ -188,7 +185,8 @@ def launch(q_idx, index_pages, w, page_table, lengths, out, widened=False):
     programs = min(side_by_side * multiprocessors(q_idx), triton.cdiv(B * P * page, BK))
     _paged_index_scores[(programs, triton.cdiv(N, NQ))](
         q_idx, w.contiguous(), values, bytes_.view(torch.float32) if words else bytes_, bytes_, page_table.contiguous(),
-        lengths.contiguous(), out, B, P, out.stride(1), Hi, Di,
+        lengths.contiguous(), out, lengths if zeros is None else zeros, B, P, out.shape[2], Hi, Di,
+        0 if zeros is None else zeros.numel(),
         N=N, NQ=NQ, HP=HP, DP=DP, BK=BK, BP=max(2, triton.next_power_of_2(B)),
         PAGE=page, STRIDE=page * (Di + 4), VALUES=page * Di, WORDS=words, WHOLE=DP == Di,
         DOT=getattr(tl, TRITON_NAMES[dot_dtype(q_idx)]), STAGES=stages, num_warps=warps,

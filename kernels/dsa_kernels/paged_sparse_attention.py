@@ -196,9 +196,9 @@ def paged_sparse_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`dsa_ref.paged_sparse_attention` on tensor cores: (out [B, N, H, v_dim] in q.dtype, lse fp32 [B, N, H]).
 
-    q: bf16, fp16 or fp32 [B, N, H, D], N from 1 to 4; kv_pages: uint8 [pages, page, row] for FP8 rows (`dsa_ref.paged`),
-    else [pages, page, D] in q's dtype; slots: int32 [B, N, k], -1 for none, wherever it stands; scale: of the logits;
-    v_dim: how many of a row's first columns are the value. No gradient.
+    q: bf16, fp16 or fp32 [B, N, H, D], N from 1 to 4; kv_pages: uint8 [pages, page, row] for FP8 rows (see
+    `dsa_ref.paged`), else [pages, page, D] in q's dtype; slots: int32 [B, N, k], -1 for none, wherever it stands;
+    scale: of the logits; v_dim: how many of a row's first columns are the value. No gradient.
     lse is the natural logarithm. A row with nothing selected gives 0 and -inf. splits: how many parts a row's list is
     cut into, None for `default_splits(k)`. A row's bits follow from its q, its list, k, splits and the card.
     Products are of bf16 or fp16, fp32 without TF32; FP8 values are widened exactly and any fp32 scale is honoured, but
@@ -213,19 +213,21 @@ def paged_sparse_attention(
     """
     check_paged_sparse_attention(q, kv_pages, slots, scale, v_dim, splits, FLOATS)
     check_runnable(q=q, kv_pages=kv_pages)
-    (B, N, H, D), k = q.shape, slots.shape[2]
+    (B, N, H, _), k = q.shape, slots.shape[2]
     splits = default_splits(k) if splits is None else splits
     hopper = hopper_variant("paged_sparse_attention", variant, "hopper", q, kv_pages, slots, v_dim, splits)
     out = torch.empty(B, N, H, v_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, N, H, dtype=torch.float32, device=q.device)
     if B * N == 0:
         return out, lse
-    parts, part_lse = out, lse
+    parts, part_lse = out.flatten(0, 1)[:, None], lse.flatten(0, 1)[:, None]
     if splits > 1:
         parts = torch.empty(B * N, splits, H, v_dim, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(B * N, splits, H, dtype=torch.float32, device=q.device)
     if hopper:
-        hopper.launch(q, kv_pages, slots, scale, v_dim, splits, out, parts, part_lse)
+        rows_out, rows_lse = out.flatten(0, 1), lse.flatten(0, 1)
+        q, slots = q.flatten(0, 1), slots.flatten(0, 1)
+        hopper.launch(q, kv_pages, slots, scale, v_dim, splits, rows_out, rows_lse, parts, part_lse)
     else:
         launch_portable(q, kv_pages, slots, scale, v_dim, splits, parts, part_lse)
     if splits > 1:

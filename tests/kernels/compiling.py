@@ -61,6 +61,13 @@ def paged_index_scores(size, variant, N=1, page=64):
     dsa_kernels.paged_index_scores(q, pages, w, table, lengths, variant=variant)
 
 
+def paged_select(size, k, S, B=1):
+    (heads, dim), P = INDEXER[size], S // 64
+    q, w = torch.zeros(B, 1, heads, dim).to(E4M3), torch.zeros(B, 1, heads)
+    pages, table = torch.zeros(4, 64 * (dim + 4), dtype=torch.uint8), torch.full((B, P), -1, dtype=torch.int32)
+    dsa_kernels.paged_select(q, pages, w, k, table, torch.zeros(B, dtype=torch.int32))
+
+
 def paged_sparse_attention(size, kind, variant, N=1, k=2048, heads=None, splits=None):
     H, D, v_dim = ATTENTION[size]
     row = v_dim + 4 * -(-v_dim // 128) + 2 * (D - v_dim)
@@ -101,6 +108,11 @@ CASES = [  # those with "hopper" are for cards of compute capability 9.0
     ),
     (paged_index_scores, V32, "portable", 2),
     (paged_index_scores, SMALL, "portable", 3, 5),
+    *((paged_select, V32, 2048, S) for S in (4096, 8192, 1 << 17, 1 << 20)),
+    *((paged_select, V32, 2048, 1 << 15, B) for B in (2, 32)),
+    (paged_select, V32, 8192, 1 << 15),
+    (paged_select, V32, 8193, 1 << 15),
+    (paged_select, SMALL, 64, 1 << 15),
     *((paged_sparse_attention, size, kind, "portable") for size in ATTENTION for kind in ("FP8", BF16, FP16, FP32)),
     (paged_sparse_attention, V32, "FP8", "portable", 2, 2048, 16),
     (paged_sparse_attention, V32, BF16, "portable", 1, 2048, 16),

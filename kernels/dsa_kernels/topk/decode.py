@@ -1,0 +1,378 @@
+"""Few rows of any length, as a decode step has them: one launch selects, a second one redoes what was unlucky.
+
+Rows are the queries of B sequences; row t sees the first `visible` scores. What is kept is written as positions, in
+ascending order, and as physical slots of a paged cache; -1 stands in the places that are left.
+
+`_select`, schedule. A row is cut into chunks, and as many programs share it as the card has room for:
+1. Each makes the same bound of the same sample of the row, while the scores of its first chunk are on their way.
+2. Chunk by chunk it appends what reaches the bound, score and position, to the row's list: one atomic addition a chunk
+   says where.
+3. The last program to finish takes the list into registers: a threshold bit by bit, among equals the smallest
+   positions, then the kept positions are put into ascending order, since where a chunk's entries stand in the list was
+   chance. So two calls give the same bits, in any batch.
+A row of one chunk stays in registers and needs no list. A list that holds fewer than k, or was too small, sets the
+row's flag.
+
+`_tournament`, the second launch, looks at the flags and ends if there is none. It needs no luck: a chunk's k largest
+are found, then those of some chunks' lists together, and so on, each time by the last of the programs that made them.
+Its entries are score and position in one number, so that there are no ties; lists stay in ascending order of position.
+They lie in the memory of the scores that they were made of, which are lost. Where k is above LARGEST_LISTED_K all rows
+take this way, and above LARGEST_K `radix` selects.
+
+Bytes: 4 a score, read once, and the sample's sectors once a program; some 3000 to 7000 entries of 8 bytes written and
+read, which stay in L2. NaN counts as larger than +inf, or smaller than -inf if its sign bit is set.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..runtime import INTERPRETED, multiprocessors
+from . import radix
+from .bound import LONG, safe_rank, sampled_place
+from .ordering import ordered
+
+LARGEST_LISTED_K = 2048
+LARGEST_K = 8192
+LIST = 8192  # entries of a row's list
+FLAGGED = 16384  # scores of a chunk in the second launch, and entries of the lists that are merged at once
+BY_HAND = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def seen_by(len_ptr, t, N, S):
+    """How many positions row t sees: query t % N of sequence t // N, whose length counts the N new tokens."""
+    length = tl.minimum(tl.load(len_ptr + t // N), S)
+    return tl.maximum(length - N + 1 + (t % N).to(tl.int32), 0)
+
+
+@triton.jit
+def _read(row_ptr, s, n):
+    """Scores at s, in whole groups of four, so that a thread can load four at once; behind n comes what is there."""
+    return tl.load(row_ptr + s, s // 4 < (n + 3) // 4, 0.0)
+
+
+@triton.jit
+def keys_of(x, s, n):
+    """Scores as integers of their order, from 1 on; 0 from the end n of the row on."""
+    return tl.where(s < n, tl.maximum(ordered(x), 1), 0)
+
+
+@triton.jit
+def _sum(x):
+    return tl.sum(tl.sum(x, 1), 0)
+
+
+@triton.jit
+def _threshold(keys, reached, wanted, enough, floor):
+    """A key that at least `wanted` of the keys reach, not more than `enough` unless equal ones force it; and how many.
+
+    keys: unsigned, 0 is nobody's. floor: a key above 0, which `reached` of them reach, and reached >= wanted. Bit by
+    bit, from the first one in which the largest key and floor differ.
+    """
+    BITS: tl.constexpr = keys.dtype.primitive_bitwidth
+    top = tl.max(tl.max(keys, 1), 0)
+    below = top ^ floor  # becomes a mask: its highest bit and all below
+    for i in tl.static_range(6 if BITS == 64 else 5):
+        below |= below >> (1 << i)
+    threshold = top ^ (top & below)
+    bit = below ^ (below >> 1)
+    while (bit != 0) & (reached > enough):
+        more = _sum((keys >= (threshold | bit)).to(tl.int32))
+        good = more >= wanted
+        threshold = tl.where(good, threshold | bit, threshold)
+        reached = tl.where(good, more, reached)
+        bit >>= 1
+    return tl.maximum(threshold, floor), reached
+
+
+@triton.jit
+def _places(kept):
+    """The number, from 0 on, of each kept element of a table in its order, and how many there are."""
+    kept = kept.to(tl.int32)
+    of_row = tl.sum(kept, 1)
+    upto = tl.cumsum(of_row, 0)
+    return (upto - of_row)[:, None] + tl.cumsum(kept, 1) - kept, tl.sum(of_row, 0)
+
+
+@triton.jit
+def _largest(keys, s, count, wanted, floor):
+    """Which `wanted` of the keys of positions s are largest; of equal ones those of the smallest positions.
+
+    count >= wanted of the keys reach floor > 0.
+    """
+    threshold, reached = _threshold(keys, count, wanted, wanted, floor)
+    kept = keys >= threshold
+    if reached > wanted:
+        tied = keys == threshold
+        ties = _sum(tied.to(tl.int32))
+        room = wanted - (reached - ties)
+        early = tl.where(tied, (0x7FFFFFFF - s).to(tl.uint32), tl.zeros_like(keys))  # the smallest position is largest
+        latest, _ = _threshold(early, ties, room, room, tl.full([], 1, tl.uint32))
+        kept = (keys > threshold) | (tied & (early >= latest))
+    return kept & (wanted > 0)
+
+
+@triton.jit
+def _store(position, place, mask, positions_ptr, slots_ptr, table_ptr, PAGE: tl.constexpr):
+    """Write positions and their slots at the places where mask holds."""
+    page = tl.load(table_ptr + position // PAGE, mask, 0)
+    tl.store(positions_ptr + place, position, mask)
+    tl.store(slots_ptr + place, page * PAGE + position % PAGE, mask)
+
+
+@triton.jit
+def _store_nothing(wanted, width, positions_ptr, slots_ptr):
+    """-1 in the places from `wanted` to `width`."""
+    for place0 in range(wanted, width, 1024):
+        place = place0 + tl.arange(0, 1024)
+        nothing = tl.full([1024], -1, tl.int32)
+        tl.store(positions_ptr + place, nothing, place < width)
+        tl.store(slots_ptr + place, nothing, place < width)
+
+
+@triton.jit
+def _store_ascending(positions_ptr, slots_ptr, table_ptr, wanted, KP: tl.constexpr, PAGE: tl.constexpr):
+    """Put the `wanted` positions that stand there into ascending order, and write their slots."""
+    i = tl.arange(0, KP)
+    position = tl.load(positions_ptr + i, i < wanted, 0x7FFFFFFF)
+    place = i
+    if BY_HAND:  # the interpreter's tl.sort takes minutes: there, each counts those before it
+        place = tl.zeros([KP], tl.int32)
+        for j0 in range(0, KP, 16):
+            j = j0 + tl.arange(0, 16)
+            other = tl.load(positions_ptr + j, j < wanted, 0x7FFFFFFF)
+            place += tl.sum((other[None, :] < position[:, None]).to(tl.int32), 1)
+    else:
+        position = tl.sort(position)
+    tl.debug_barrier()  # all have read what is overwritten now
+    _store(position, place, i < wanted, positions_ptr, slots_ptr, table_ptr, PAGE)
+
+
+@triton.jit
+def _select(
+    scores_ptr, len_ptr, table_ptr, positions_ptr, slots_ptr, list_ptr, count_ptr, flag_ptr, N, S, stride, P, k, width,
+    ROWS: tl.constexpr, EACH: tl.constexpr, SAMPLE: tl.constexpr, CAP: tl.constexpr, KP: tl.constexpr,
+    PAGE: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    n = seen_by(len_ptr, t, N, S)
+    CHUNK: tl.constexpr = ROWS * EACH
+    chunks = tl.maximum(tl.cdiv(n, CHUNK), 1)
+    parts = tl.minimum(chunks, tl.num_programs(1))
+    if part < parts:
+        wanted = tl.minimum(k, n)
+        row = scores_ptr + t * stride
+        positions, slots = positions_ptr + t * width, slots_ptr + t * width
+        table = table_ptr + t // N * P
+        offset = tl.arange(0, ROWS)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+        x = _read(row, part * CHUNK + offset, n)
+        one = tl.full([], 1, tl.uint32)
+        if chunks == 1:
+            kept = _largest(keys_of(x, offset, n), offset, n, wanted, one)
+            place, _ = _places(kept)
+            _store(offset, place, kept, positions, slots, table, PAGE)
+            _store_nothing(wanted, width, positions, slots)
+            tl.store(flag_ptr + t, 0)
+        else:
+            bound = one
+            if n > CAP:
+                j = tl.arange(0, SAMPLE // EACH)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+                at = sampled_place(j // 4 * 4, n, SAMPLE, 4) // 4 * 4 + j % 4
+                sample = keys_of(_read(row, at, n), at, n)
+                rank = safe_rank(1.0 * k * SAMPLE / n)
+                real = _sum((sample != 0).to(tl.int32))
+                bound, _ = _threshold(sample, real, rank, rank + rank // 8, one)
+            for chunk in range(part, chunks, parts):
+                s = chunk * CHUNK + offset
+                ahead = _read(row, s + parts * CHUNK, n)
+                keys = keys_of(x, s, n)
+                kept = keys >= bound
+                place, number = _places(kept)
+                place += tl.atomic_add(count_ptr + 2 * t, number, sem="relaxed")
+                entry = (keys.to(tl.uint64) << 32) | s.to(tl.uint64)
+                tl.store(list_ptr + t * CAP + place, entry.to(tl.int64, bitcast=True), kept & (place < CAP))
+                x = ahead
+            tl.debug_barrier()  # all threads' entries are on their way before the program says that it is done
+            if tl.atomic_add(count_ptr + 2 * t + 1, 1, sem="acq_rel") == parts - 1:
+                count = tl.atomic_add(count_ptr + 2 * t, 0, sem="acquire")
+                tl.debug_barrier()
+                tl.store(count_ptr + 2 * t, 0)  # for the next call
+                tl.store(count_ptr + 2 * t + 1, 0)
+                flag = (count < wanted) | (count > CAP)
+                tl.store(flag_ptr + t, flag.to(tl.int32))
+                if flag == 0:
+                    if count <= CAP // 2:
+                        _choose(list_ptr + t * CAP, count, wanted, bound, positions, CAP // 2 // EACH, EACH)
+                    else:
+                        _choose(list_ptr + t * CAP, count, wanted, bound, positions, CAP // EACH, EACH)
+                    tl.debug_barrier()  # a thread reads what others have written
+                    _store_ascending(positions, slots, table, wanted, KP, PAGE)
+                    _store_nothing(wanted, width, positions, slots)
+
+
+@triton.jit
+def _choose(list_ptr, count, wanted, bound, positions_ptr, ROWS: tl.constexpr, EACH: tl.constexpr):
+    """Write the positions of a list's `wanted` largest entries, in the list's order."""
+    i = tl.arange(0, ROWS)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    entry = tl.load(list_ptr + i, i < count, 0, cache_modifier=".cg").to(tl.uint64, bitcast=True)
+    s = entry.to(tl.int32)
+    kept = _largest((entry >> 32).to(tl.uint32), s, count, wanted, bound)
+    place, _ = _places(kept)
+    tl.store(positions_ptr + place, s, kept)
+
+
+@triton.jit
+def _tournament(
+    scores_ptr, pair_ptr, len_ptr, table_ptr, positions_ptr, slots_ptr, arrived_ptr, flag_ptr,
+    T, N, S, stride, P, k, width,
+    ALL: tl.constexpr, TP: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr, KP: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Select in the flagged rows, or in all. pair_ptr: the scores' memory, as numbers of 8 bytes.
+
+    arrived_ptr: int32 [T, 2 · chunks + 2], zeros before and after.
+    """
+    some = ALL
+    if not ALL:
+        every = tl.arange(0, TP)
+        some = tl.max(tl.load(flag_ptr + every, every < T, 0), 0) != 0
+    if some:
+        SIZE: tl.constexpr = ROWS * EACH
+        FAN: tl.constexpr = SIZE // KP
+        offset = tl.arange(0, ROWS)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+        one = tl.full([], 1, tl.uint64)
+        programs = tl.num_programs(0)
+        turn = tl.program_id(0)  # how many chunks go to other programs before the next one of this
+        for row_number in range(0, T):
+            t = row_number + tl.zeros([], tl.int64)  # the interpreter's row is a plain int
+            flag = 1 if ALL else tl.load(flag_ptr + t)
+            n = seen_by(len_ptr, t, N, S)
+            chunks = tl.maximum(tl.cdiv(n, SIZE), 1) * flag
+            row, pairs = scores_ptr + t * stride, pair_ptr + t * (stride // 2)
+            positions, slots = positions_ptr + t * width, slots_ptr + t * width
+            table = table_ptr + t // N * P
+            chunk = turn
+            while chunk < chunks:
+                # The chunk's k largest. Each list is made of `span` scores; the row has `lists`.
+                s = chunk * SIZE + offset
+                keys = keys_of(_read(row, s, n), s, n).to(tl.uint64)
+                entry = tl.where(keys != 0, (keys << 32) | (0x7FFFFFFF - s).to(tl.uint64), 0)
+                node, lists = chunk, chunks
+                arrived = arrived_ptr + t * (2 * (stride // SIZE) + 2)
+                made = tl.minimum(n - chunk * SIZE, SIZE)
+                span = tl.full([], SIZE, tl.int32)
+                going = tl.full([], 1, tl.int32)
+                while going != 0:
+                    wanted = tl.minimum(k, made)
+                    threshold, _ = _threshold(entry, made, wanted, wanted, one)
+                    kept = (entry >= threshold) & (wanted > 0)
+                    place, _ = _places(kept)
+                    tl.debug_barrier()  # all have read what is overwritten now
+                    going = (lists > 1).to(tl.int32)
+                    if lists == 1:
+                        _store(
+                            0x7FFFFFFF - (entry & 0x7FFFFFFF).to(tl.int32), place, kept, positions, slots, table, PAGE
+                        )
+                        _store_nothing(wanted, width, positions, slots)
+                    else:
+                        first = node.to(tl.int64) * (span // 2)
+                        tl.store(pairs + first + place, entry.to(tl.int64, bitcast=True), kept)
+                        tl.debug_barrier()
+                        group = node // FAN
+                        members = tl.minimum(lists - group * FAN, FAN)
+                        if tl.atomic_add(arrived + group, 1, sem="acq_rel") == members - 1:
+                            tl.store(arrived + group, 0)
+                            member, i = offset // KP, offset % KP
+                            begin = (group * FAN + member) * span
+                            size = tl.minimum(tl.minimum(n - begin, span), k)
+                            there = (member < members) & (i < size)
+                            at = begin.to(tl.int64) // 2 + i
+                            loaded = tl.load(pairs + at, there, 0, cache_modifier=".cg")
+                            entry = loaded.to(tl.uint64, bitcast=True)
+                            made = _sum(there.to(tl.int32))
+                            lists = tl.cdiv(lists, FAN)
+                            arrived += lists
+                            node, span = group, span * FAN
+                        else:
+                            going = going * 0
+                chunk += programs
+            turn = chunk - chunks
+
+
+@triton.jit
+def _translate(
+    chosen_ptr, table_ptr, positions_ptr, slots_ptr, N, P, k, width, PAGE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Positions [T, k] with -1 at the end as positions and slots [T, width]."""
+    t = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    position = tl.load(chosen_ptr + t * k + i, i < k, -1)
+    page = tl.load(table_ptr + t // N * P + position // PAGE, position >= 0, 0)
+    tl.store(positions_ptr + t * width + i, position, i < width)
+    tl.store(slots_ptr + t * width + i, tl.where(position >= 0, page * PAGE + position % PAGE, -1), i < width)
+
+
+def row_stride(S):
+    """How far apart rows of S scores must lie: whole chunks of the second launch, which keeps lists in them."""
+    return triton.cdiv(S, 16) * 16 if S <= FLAGGED else triton.cdiv(S, FLAGGED) * FLAGGED
+
+
+def counters(T, S):
+    """How many int32 zeros `launch` needs for T rows of S scores."""
+    return T * (2 * triton.cdiv(S, FLAGGED) + 4)
+
+
+def shape_of(T, S, multiprocessors):
+    """(scores of a chunk, warps, programs that share a row) for `_select`."""
+    if S <= 4096:
+        chunk, warps = 4096, 8
+    elif S <= 8192 or S > 500_000 or T > 16:
+        chunk, warps = 8192, 8
+    else:
+        chunk, warps = (2048, 4) if T == 1 else (4096, 8)
+    return chunk, warps, min(triton.cdiv(S, chunk), max(1, multiprocessors // T))
+
+
+def launch(scores, page_table, lengths, N, S, page, k, positions, slots, zeros):
+    """Write the selection of T rows to positions and slots, int32 [T, width], both contiguous. scores are lost.
+
+    scores: fp32 [T, `row_stride(S)`], of which row t sees the first lengths[t // N] - N + 1 + t % N; page_table: int32
+    [T / N, P], lengths: int32 [T / N], both contiguous; k: at most S and width; zeros: int32 [`counters(T, S)`], zeros
+    before and after. T > 0.
+    """
+    T, stride = scores.shape
+    P, width = page_table.shape[1], positions.shape[1]
+    if k > LARGEST_K:
+        launch_radix(scores, page_table, lengths, N, S, page, k, positions, slots)
+        return
+    device, many = scores.device, multiprocessors(scores)
+    flags = torch.empty(T, dtype=torch.int32, device=device)
+    KP = max(16, triton.next_power_of_2(k))
+    listed = k <= LARGEST_LISTED_K
+    if listed:
+        chunk, warps, programs = shape_of(T, S, many)
+        entries = torch.empty(T, LIST, dtype=torch.int64, device=device)
+        _select[(T, programs)](
+            scores, lengths, page_table, positions, slots, entries, zeros, flags, N, S, stride, P, k, width,
+            ROWS=chunk // 4, EACH=4, SAMPLE=8192 if S > 2 * LONG else 4096, CAP=LIST, KP=KP, PAGE=page, num_warps=warps,
+        )  # fmt: skip
+        if S <= chunk:
+            return  # every row stayed in registers
+    _tournament[(min(T * triton.cdiv(S, FLAGGED), many),)](
+        scores, scores.view(torch.int64), lengths, page_table, positions, slots, zeros[2 * T :], flags,
+        T, N, S, stride, P, k, width,
+        ALL=not listed, TP=max(2, triton.next_power_of_2(T)), ROWS=FLAGGED // 4, EACH=4, KP=KP, PAGE=page, num_warps=16,
+    )  # fmt: skip
+
+
+def launch_radix(scores, page_table, lengths, N, S, page, k, positions, slots):
+    """The same for any k."""
+    T, width = positions.shape
+    new = torch.arange(1 - N, 1, dtype=torch.int32, device=scores.device)
+    ends = (lengths.clamp(max=S)[:, None] + new).clamp(min=0).flatten()
+    chosen, nan = torch.empty(T, k, dtype=torch.int32, device=scores.device), torch.empty_like(ends)
+    radix.launch(scores, k, torch.zeros_like(ends), ends, chosen, nan)
+    _translate[(T, triton.cdiv(width, 1024))](
+        chosen, page_table, positions, slots, N, page_table.shape[1], k, width, PAGE=page, BLOCK=1024, num_warps=4
+    )
