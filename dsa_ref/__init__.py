@@ -5,6 +5,7 @@ Docstrings cite `dsa_ref/SPEC.md` as SPEC, by section.
 """
 
 from .config import TINY, V32, DSAConfig
+from .contracts import unchecked_values
 from .dense_attention import dense_attention, dense_attention_loops, mha_attention
 from .hadamard import hadamard, hadamard_loops
 from .index_scores import index_scores, index_scores_loops
@@ -25,5 +26,5 @@ __all__ = [
     "hadamard", "hadamard_loops", "index_scores", "index_scores_loops", "indexer_loss", "indexer_loss_loops",
     "lightning_select", "lightning_select_loops", "load_layer", "mha_attention", "quantize", "quantize_loops",
     "rope", "rope_frequencies", "rope_loops", "rotate_quantize", "rotate_quantize_loops", "select_topk",
-    "select_topk_loops", "sparse_attention", "sparse_attention_loops",
+    "select_topk_loops", "sparse_attention", "sparse_attention_loops", "unchecked_values",
 ]  # fmt: skip
