@@ -5,8 +5,13 @@ reference takes fp64 too. Every check raises TypeError for a wrong type or dtype
 device or value; the message names the argument, what was wanted and what was got.
 
 Checks that need a tensor's *values* (ranges, indices, NaN) make the host wait for the GPU. While a CUDA graph is being
-captured that is impossible, and those checks alone are left out: validate once before capturing.
+captured that is impossible, and inside `unchecked_values` it is not wanted: those checks alone are left out there.
+Validate once before.
 """
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -19,6 +24,7 @@ E4M3 = torch.float8_e4m3fn
 LAYOUTS = ("interleaved", "half")
 MAX_QUERIES = 4  # N, query tokens a sequence in a decode step
 FP8_TILE = 128  # latent dims that share a scale in an FP8 row
+_unchecked = contextvars.ContextVar("unchecked values", default=False)  # of this thread, or asynchronous task, alone
 
 
 def check_rope(x, positions, freqs, layout="half", floats=FLOATS) -> None:
@@ -377,9 +383,24 @@ def in_use(indices: Tensor) -> Tensor:
     return indices[:, : int(columns[-1]) + 1 if len(columns) else 1]
 
 
+@contextlib.contextmanager
+def unchecked_values() -> Iterator[None]:
+    """Inside, this thread's steps leave out the checks that need a tensor's values, which make the host wait for a GPU.
+
+    For values known to be good, as a selection that `lightning_select` has just made: there bad ranges, an index that
+    names no key or a key twice, NaN and infinity give undefined results, or read outside a tensor, where they would
+    raise. Shapes, dtypes and devices are checked as ever. (The reference's own selection always looks for NaN.)
+    """
+    token = _unchecked.set(True)
+    try:
+        yield
+    finally:
+        _unchecked.reset(token)
+
+
 def values_readable(tensor: Tensor) -> bool:
-    """False only while a CUDA graph is being captured, when the host may not wait for a value."""
-    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether the host may wait for a value: not while a CUDA graph is being captured, nor in `unchecked_values`."""
+    return not (_unchecked.get() or tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _kind(value) -> str:

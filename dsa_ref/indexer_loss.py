@@ -16,11 +16,11 @@ Source: DeepSeek-V3.2-Exp report, equations 3 and 4; SPEC section 5.
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .blocks import list_blocks, masked_blocks
 from .contracts import Array, Bound, check_indexer_loss, row_ranges
 from .index_scores import index_scores_loops, score_block
+from .products import masked_einsum
 from .sparse_attention import attention_weights, gather_rows, masked_softmax
 
 
@@ -93,21 +93,42 @@ def _blocks(indices, start, end, S, per_pair, per_index):
 
 
 class _RecomputedKL(torch.autograd.Function):
-    """`_kl`, whose backward pass computes the block again: otherwise all blocks would be kept until then."""
+    """`_kl`, whose derivatives compute the block again: otherwise all blocks would be kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx, *block):
-        ctx.save_for_backward(*block)
+    def forward(*block):
         return _kl(*block)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
     def backward(ctx, gradient):
-        *indexer, p, lists, mask = ctx.saved_tensors
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in indexer]
-            loss = _kl(*leaves, p, lists, mask)
-        return *torch.autograd.grad(loss, leaves, gradient), None, None, None
+        return *_kl_gradients(gradient, *ctx.saved_tensors), None, None, None
+
+    @staticmethod
+    def jvp(ctx, *changes):
+        gradients = _kl_gradients(1.0, *ctx.saved_tensors)  # p is a constant, whatever its change
+        return sum((a * b).sum() for a, b in zip(gradients, changes[:3], strict=True) if b is not None)
+
+
+def _kl_gradients(gradient, q_idx, k_idx, w, p, lists, mask) -> tuple[Tensor, Tensor, Tensor]:
+    """`gradient` times those of `_kl` with respect to q_idx, k_idx and w, written out to be differentiable again."""
+    keys, dims = (k_idx, "sd") if lists is None else (gather_rows(k_idx, lists, mask), "tsd")
+    q, keys, weights = q_idx.float(), keys.float(), w.float()
+    active = masked_einsum(f"thd,{dims}->ths", q, keys, mask).relu()
+    guess, _ = masked_softmax(masked_einsum("ths,th->ts", active, weights, mask), mask)
+    of_scores = gradient * (guess * p.sum(dim=1, keepdim=True) - p).masked_fill(~mask, 0.0)
+    of_dots = masked_einsum("ts,th->ths", of_scores, weights, mask).masked_fill(active <= 0, 0.0)
+    of_keys = masked_einsum(f"ths,thd->{dims}", of_dots, q, mask)
+    if lists is not None:  # a key gets a share from every row that has it in its list
+        shares, of_keys = of_keys, torch.zeros_like(k_idx, dtype=torch.float32)
+        of_keys = of_keys.index_put((lists.clamp(min=0),), shares, accumulate=True)
+    of_q = masked_einsum(f"ths,{dims}->thd", of_dots, keys, mask)
+    of_w = masked_einsum("ts,ths->th", of_scores, active, mask)
+    return of_q.to(q_idx.dtype), of_keys.to(k_idx.dtype), of_w.to(w.dtype)
 
 
 def _kl(q_idx, k_idx, w, p, lists, mask) -> Tensor:

@@ -11,7 +11,8 @@ from .precision import exact_arithmetic
 
 
 def masked_einsum(equation: str, a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """torch.einsum of two tensors over the pairs where mask [T, S] holds, all without one. Differentiable.
+    """torch.einsum of two tensors over the pairs where mask [T, S] holds, all without one. Differentiable twice, and in
+    forward mode.
 
     A result that has both t and s is 0 for hidden pairs. Where t or s is summed over, the operands that have both must
     hold 0 for hidden pairs, and the other may hold anything there.
@@ -41,6 +42,7 @@ class _MaskedEinsum(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         ctx.equation, a, b, mask = inputs
         ctx.save_for_backward(a, b, mask)
+        ctx.save_for_forward(a, b, mask)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -53,6 +55,12 @@ class _MaskedEinsum(torch.autograd.Function):
         grad_a = masked_einsum(f"{result},{of_b}->{of_a}", gradient, b, mask) if for_a else None
         grad_b = masked_einsum(f"{result},{of_a}->{of_b}", gradient, a, mask) if for_b else None
         return None, grad_a, grad_b, None
+
+    @staticmethod
+    def jvp(ctx, _equation, change_of_a, change_of_b, _mask):
+        a, b, mask = ctx.saved_tensors
+        pairs = ((change_of_a, b), (a, change_of_b))
+        return sum(masked_einsum(ctx.equation, *pair, mask) for pair in pairs if None not in pair)
 
 
 def _has_pairs(dims: str) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..config import DSAConfig
-from ..contracts import E4M3, FLOATS, check_count, check_dtype, check_shapes
+from ..contracts import E4M3, FLOATS, check_count, check_dtype, check_shapes, values_readable
 from ..precision import autocast_on
 
 
@@ -52,8 +52,9 @@ class LayerCache:
         where k_idx is FP8, else None. Autocast gives rows in a narrower dtype than the weights': inside it they are
         widened to the cache's, which changes no value.
 
-        Raises: ValueError for other shapes or devices and where the tokens would pass the capacity or bring gradients,
-        TypeError for another dtype. Then nothing is stored.
+        Raises: ValueError for other shapes or devices, NaN or infinity (not in a CUDA graph or `unchecked_values`) and
+        where the tokens would pass the capacity or bring gradients, TypeError for another dtype. Then nothing is
+        stored.
         """
         check_shapes(kv=(kv, "T D"), k_idx=(k_idx, "T Di | None"), k_scale=(k_scale, "T | None"))
         if (k_idx is None) != (self.k_idx is None):
@@ -76,6 +77,8 @@ class LayerCache:
         if scaled != (k_scale is not None):
             raise ValueError(f"k_scale must be {'given for' if scaled else 'None without'} FP8 keys in k_idx")
         self.check_room(kv.shape[0])
+        if len(kv) and values_readable(kv):
+            _check_finite(kv=kv, k_idx=k_idx, k_scale=k_scale)
         end = self.length + kv.shape[0]
         new = slice(self.length, end)
         stored = []
@@ -138,6 +141,15 @@ def _widened(new: Tensor | None, held: Tensor) -> Tensor | None:
     if new is None or not autocast_on(new.device) or not {new.dtype, held.dtype} <= floats:
         return new
     return new.to(held.dtype) if torch.promote_types(new.dtype, held.dtype) == held.dtype else new
+
+
+def _check_finite(**rows) -> None:
+    """No NaN or infinity: every later token that saw such a row would be NaN. On a GPU the host waits once for all."""
+    widened = {name: new.float() if new.dtype == E4M3 else new for name, new in rows.items() if new is not None}
+    finite = torch.stack([new.isfinite().all() for new in widened.values()])
+    if not finite.all():
+        name = list(widened)[finite.tolist().index(False)]
+        raise ValueError(f"{name} must be finite, got NaN or infinity in the rows of new tokens")
 
 
 def _check_length(length: int, held: int) -> None:

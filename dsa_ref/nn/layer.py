@@ -6,6 +6,7 @@ package passed as `ops`: `DSALayer(config)` runs the reference, `DSALayer(config
 Source: DeepSeek-V3.2-Exp report, section 2 and appendix A; SPEC sections 2, 3 and 7.
 """
 
+import contextlib
 import importlib
 import sys
 import types
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import CheckpointFunction
 import dsa_ref  # the default of `ops`: its steps are loaded before this module
 
 from ..config import DSAConfig
-from ..contracts import E4M3, check_dtype, check_shapes, values_readable
+from ..contracts import E4M3, check_dtype, check_shapes, unchecked_values, values_readable
 from ..dense_attention import dense_attention, mha_attention
 from ..hadamard import hadamard
 from ..precision import autocast_on
@@ -123,20 +124,23 @@ class DSALayer(nn.Module):
         x: [T, dim] in the weights' dtype, inside autocast in any that it takes. positions: int [T], each token's place
         in its own sequence; packed sequences are runs that start at 0, and a token sees its own run up to itself.
         cache: a LayerCache of one sequence, whose next tokens x holds; where the call fails, cache and record are what
-        they were. attention: "sparse" (selected keys, MQA mode), "mha" (the same selection as a mask over decompressed
-        heads) or "dense" (every visible key, no selection).
+        they were. It takes no token whose rows are NaN or infinite. attention: "sparse" (selected keys, MQA mode),
+        "mha" (the same selection as a mask over decompressed heads) or "dense" (every visible key, no selection).
 
         record: a list that receives one dict of the steps' inputs and outputs: "q_idx", "k_idx", "w" (with the query's
         scale), "k_scale" (or None), "kv" and "start" as `lightning_select` and `sparse_attention` take them; "indices"
-        but for "dense"; "q", the absorbed query [T, H, D], or for "mha" in its place "q_heads" [T, H, nope + rope];
-        "lse" [T, H]. A layer without an indexer leaves out the first four. Under activation checkpointing, which runs
-        the layer again for the gradients, a step is recorded once; it needs use_reentrant=False.
+        [T, min(index_topk, keys so far)] but for "dense"; "q", the absorbed query [T, H, D], or for "mha" in its place
+        "q_heads" [T, H, nope + rope]; "lse" [T, H]. A layer without an indexer leaves out the first four. Under
+        activation checkpointing, which runs the layer again for the gradients, a step is recorded once; it needs
+        use_reentrant=False. Tensors of FP8 cannot be unpickled, which is torch's own limit: pickle their
+        `.view(torch.uint8)`, or use torch.save.
 
         indices: int32 [T, k], for a layer without an indexer and for no other: the selection of the nearest layer
         before it that has one, for the same tokens, out of that layer's record.
 
         Raises: ValueError for wrong shapes, positions, indices, a cache that is full or of another layer's sizes, an
-        unknown attention or a record under reentrant checkpointing, TypeError for dtypes.
+        unknown attention, NaN or infinity that the indexer or the cache meets, or a record under reentrant
+        checkpointing, TypeError for dtypes.
         """
         self._check(x, positions, cache, attention, record)
         self._check_shared(indices, positions, cache, attention)
@@ -163,21 +167,27 @@ class DSALayer(nn.Module):
             step |= {"q_idx": q_idx, "k_idx": k_idx, "w": weights, "k_scale": k_scale}
         if attention != "dense" and self.indexer is not None:
             scored = (tensor.detach() for tensor in (q_idx, k_idx, weights))
-            step["indices"] = self.ops.lightning_select(*scored, c.index_topk, k_scale=k_scale, start=start)
+            k = min(c.index_topk, len(k_idx))  # a list has no more places than there are keys
+            step["indices"] = self.ops.lightning_select(*scored, k, k_scale=k_scale, start=start)
         elif attention != "dense":
             step["indices"] = indices
+        # What was made here needs no check; of shared indices nobody has looked yet whether one stands twice in a row.
+        known = unchecked_values() if indices is None else contextlib.nullcontext()
         if attention == "mha":
             step["q_heads"] = q_heads
-            out, step["lse"] = self._decompressed(q_heads, kv, step["indices"], start)
+            q, k, v = self._decompressed(q_heads, kv)
+            with known:
+                out, step["lse"] = mha_attention(q, k, v, c.softmax_scale, step["indices"], start)
         else:
             W_UK, W_UV = self._up_projections(kv)
             scale, v_dim = c.softmax_scale, c.kv_lora_rank
             nope, turned = q_heads.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
             step["q"] = torch.cat((torch.einsum("thn,hnc->thc", nope, W_UK), turned), dim=-1).to(kv.dtype)
-            if attention == "dense":
-                u, step["lse"] = dense_attention(step["q"], kv, scale, v_dim, start)
-            else:
-                u, step["lse"] = self.ops.sparse_attention(step["q"], kv, step["indices"], scale, v_dim)
+            with known:
+                if attention == "dense":
+                    u, step["lse"] = dense_attention(step["q"], kv, scale, v_dim, start)
+                else:
+                    u, step["lse"] = self.ops.sparse_attention(step["q"], kv, step["indices"], scale, v_dim)
             out = torch.einsum("thc,hvc->thv", u, W_UV)
         return self.o_proj(out.flatten(1)), step
 
@@ -244,15 +254,14 @@ class DSALayer(nn.Module):
         both = matrix("kv_b_proj", self.kv_b_proj, c.kv_lora_rank, kv.dtype, kv.device).unflatten(0, (c.n_heads, -1))
         return both.split((c.qk_nope_head_dim, c.v_head_dim), dim=1)
 
-    def _decompressed(self, q, kv, indices, start):
-        """MHA mode: a key and a value for every head from each latent row, and the selection as a mask."""
+    def _decompressed(self, q, kv) -> tuple[Tensor, Tensor, Tensor]:
+        """MHA mode: queries, and a key and a value for every head from each latent row, in one dtype."""
         c = self.config
         latent, turned = kv.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
         both = self.kv_b_proj(latent).unflatten(-1, (c.n_heads, -1))
         k_nope, v = both.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
         k = torch.cat((k_nope, turned[:, None].expand(-1, c.n_heads, -1)), dim=-1)
-        q, v = q.to(k.dtype), v.to(k.dtype)  # inside autocast, what a wider cache keeps is wider
-        return mha_attention(q, k, v, c.softmax_scale, indices, start)
+        return q.to(k.dtype), k, v.to(k.dtype)  # inside autocast, what a wider cache keeps is wider
 
     @staticmethod
     def _row_starts(positions: Tensor, cache: LayerCache | None) -> Tensor:

@@ -9,7 +9,9 @@ import functools
 import os
 import sys
 import threading
+import types
 
+import numpy as np
 import torch
 
 SWITCH = "TRITON_INTERPRET"  # the environment variable with which a user chooses
@@ -37,6 +39,7 @@ def turn_on() -> None:
         if said is None and (knobs or not sys.modules.get("triton")):  # a triton without knobs goes on reading it
             del os.environ[SWITCH]  # a process that this one starts may have a GPU
     _interpret_the_language(interpreter.InterpretedFunction)
+    _let_scalars_be_counts(interpreter)
     _interpret_one_at_a_time(interpreter.InterpretedFunction)
 
 
@@ -56,14 +59,36 @@ def _interpret_the_language(interpreted):
             setattr(tl.tensor, name, functools.partialmethod(made[id(value)]))
 
 
+def _let_scalars_be_counts(interpreter):
+    """A scalar is an array of shape [1]. As the bound of a loop, triton before 3.7 calls int() on it, an error since
+    NumPy 2.4."""
+    patch = interpreter._patch_lang_tensor
+    scalar = types.SimpleNamespace(handle=types.SimpleNamespace(data=np.zeros(1, np.int32)))
+
+    @functools.wraps(patch)
+    def patched(tensor, *scope):  # for the time of a kernel: what its scope takes away again, it takes away from us too
+        patch(tensor, *scope)
+        try:
+            tensor.__index__(scalar)
+        except TypeError:
+            tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    interpreter._patch_lang_tensor = patched
+
+
 def _interpret_one_at_a_time(interpreted):
     """The interpreter keeps the program's id, and its changes to `triton.language`, for the whole process."""
     run = interpreted.run
 
-    @functools.wraps(run)
-    def alone(*args, **kwargs):
+    def locked(*args, **kwargs):
         with LOCK:
             return run(*args, **kwargs)
+
+    @functools.wraps(run)
+    def alone(*args, **kwargs):
+        if "torch._dynamo" in sys.modules:  # looked for here, since importing it takes seconds
+            return torch.compiler.disable(locked)(*args, **kwargs)  # torch.compile would trace the interpreter itself
+        return locked(*args, **kwargs)
 
     interpreted.run = alone
     if hasattr(os, "register_at_fork"):  # a child must not start in the middle of another thread's kernel

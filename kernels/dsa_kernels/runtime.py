@@ -5,7 +5,7 @@ this process alone: the package's one import-time side effect. It makes no diffe
 """
 
 import functools
-import importlib
+import importlib.util
 import os
 import types
 
@@ -34,6 +34,12 @@ GLUON = {  # what `dsa_kernels.hopper` imports of it; a test keeps the two in ag
     "triton.language.core": ("_aggregate",),
 }
 
+if importlib.util.find_spec("triton") is None:
+    raise ModuleNotFoundError(
+        "dsa_kernels needs Triton, which cannot be imported here (it has wheels for Linux only): dsa_ref has the same "
+        "steps and runs without it",
+        name="triton",
+    )
 INTERPRETED = interpreter.chosen()
 if INTERPRETED:
     interpreter.turn_on()

@@ -104,22 +104,106 @@ def test_a_kernel_of_ones_own_is_interpreted_too_with_all_of_tritons_language(tm
     assert float(run("", path=tmp_path / "own.py")) == 10 + 10 + 3
 
 
+COUNTS = """
+import triton
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+if {older}:  # as triton before 3.7 has it; int() of an array [1] is an error since NumPy 2.4, here with every NumPy
+    patch = interpreter._patch_lang_tensor
+    def patch_as_before(tensor, *scope):
+        def index(self):
+            if self.handle.data.ndim:
+                raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
+            return int(self.handle.data)
+        patch(tensor, *scope)
+        tensor.__index__ = index
+    interpreter._patch_lang_tensor = patch_as_before
+import dsa_kernels
+import torch
+
+@triton.jit
+def count(out_ptr, given, N: tl.constexpr):
+    total = 0
+    for i in range(given):
+        total += i
+    for i in tl.range(0, tl.load(out_ptr + 1).to(tl.int32), 2):
+        total += i
+    tl.store(out_ptr, total)
+
+out = torch.tensor([0.0, 5.0])
+count[(1,)](out, 4, N=1)
+assert out.tolist() == [6 + 6, 5]
+assert not hasattr(tl.tensor, "__index__")  # triton has its language back
+"""
+
+
+@pytest.mark.parametrize("older", (True, False))
+def test_a_scalar_of_a_kernel_may_be_a_loops_bound(tmp_path, older):
+    (tmp_path / "count.py").write_text(COUNTS.format(older=older))
+    run("", path=tmp_path / "count.py")
+
+
+COMPILED = """
+import warnings; warnings.simplefilter("ignore")  # torch.compile says that it looks through a cache
+
+q, k, w = inputs(3)
+indices = dsa_ref.lightning_select(q, k, w, 4)
+x, positions, freqs = torch.randn(5, 2, 16), torch.arange(5), torch.ones(4)
+CALLS = {
+    "index_scores": lambda ops: ops.index_scores(q, k, w).relu(),
+    "select_topk": lambda ops: ops.select_topk(q[:, 0], 3, *(torch.full([len(q)], n).int() for n in (0, 9))) + 1,
+    "lightning_select": lambda ops: ops.lightning_select(q, k, w, 4).sort().values,
+    "sparse_attention": lambda ops: ops.sparse_attention(q, k, indices, 0.3, 12)[0] * 2,
+    "rope": lambda ops: ops.rope(x, positions, freqs, "half") + 1,
+    "hadamard": lambda ops: ops.hadamard(x) + 1,
+    "quantize": lambda ops: ops.quantize(x)[0].float(),
+    "rotate_quantize": lambda ops: ops.rotate_quantize(x, positions, freqs)[1] * 2,
+}
+assert CALLS.keys() == {*dsa_kernels.__all__} - {"mode"}
+for name, call in CALLS.items():
+    compiled = torch.compile(call, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(dsa_kernels), call(dsa_ref), msg=name)
+    torch.compiler.reset()
+check(steps(dsa_kernels, 2), steps(dsa_ref, 2))
+"""
+
+
+@pytest.mark.parametrize("first", ("", "import torch._dynamo"))
+def test_kernels_inside_torch_compile(first):
+    run(f"{first}\n{STEPS}{COMPILED}")
+
+
+def test_importing_the_kernels_does_not_import_torch_compile():
+    assert run("import sys, dsa_kernels; print('torch._dynamo' in sys.modules)").strip() == "False"
+
+
 def test_a_process_started_later_chooses_for_itself():
     code = "import dsa_kernels, os, subprocess, sys; print(os.environ.get('TRITON_INTERPRET'))"
     assert run(code).strip() == "None"
     assert run(code, TRITON_INTERPRET="1").strip() == "1"  # the user's own word stays
 
 
-def test_a_process_without_triton_is_left_as_it_was():
-    code = """
+WITHOUT = """
 import os, sys
-sys.modules["triton"] = None
+sys.modules["{module}"] = None
 try:
     import dsa_kernels
-except ModuleNotFoundError:
-    print(os.environ.get("TRITON_INTERPRET"))
+except ModuleNotFoundError as error:
+    print(os.environ.get("TRITON_INTERPRET"), error.name, error, sep="|")
 """
-    assert run(code).strip() == "None"
+
+
+@pytest.mark.parametrize("interpret", ({}, {"TRITON_INTERPRET": "0"}))
+def test_a_process_without_triton_is_told_so_and_left_as_it_was(interpret):
+    environment, name, said = run(WITHOUT.format(module="triton"), **interpret).strip().split("|")
+    assert (environment, name) == (interpret.get("TRITON_INTERPRET", "None"), "triton")
+    assert "dsa_kernels needs Triton" in said and "Linux only" in said and "dsa_ref" in said
+
+
+def test_another_module_that_is_missing_is_not_taken_for_triton():
+    _, name, said = run(WITHOUT.format(module="dsa_ref.contracts")).strip().split("|")
+    assert name == "dsa_ref.contracts" and "Triton" not in said
 
 
 def test_a_user_who_switched_the_interpreter_off_is_told_the_cause_and_the_cure():

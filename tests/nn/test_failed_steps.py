@@ -7,7 +7,7 @@ import torch
 from inputs import assert_close, normal
 
 import dsa_ref
-from dsa_ref import TINY, DSALayer, LayerCache
+from dsa_ref import TINY, DSALayer, LayerCache, unchecked_values
 from dsa_ref.nn import ModelConfig, SmallModel, truncate_caches
 
 T = 24
@@ -57,6 +57,62 @@ def test_a_token_of_nan(ops, device, fp8):
         assert contents(cache) == before and len(record) == 1
     assert_close(layer(x[10:], positions[10:], cache, record=record), wanted[10:], 1e-4)
     assert (cache.length, len(record)) == (T, 2)
+
+
+@MODES
+@FP8
+@pytest.mark.parametrize("indexer", (True, False))
+@pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
+def test_no_cache_keeps_a_token_that_is_not_finite(attention, fp8, indexer, value):
+    """In every mode alike, with an indexer and without: later tokens would see its row, and be NaN for ever."""
+    config = dataclasses.replace(TINY, index_fp8=fp8)
+    layer, (x, positions) = DSALayer(config, indexer=indexer).requires_grad_(False), tokens()
+    shared = torch.arange(T, dtype=torch.int32)[:, None] if not indexer and attention != "dense" else None
+
+    def run(x, rows, **options):
+        chosen = None if shared is None else shared[rows]
+        return layer(x, positions[rows], attention=attention, indices=chosen, **options)
+
+    wanted, cache, record = run(x, slice(T)), LayerCache(config, T, indexer=indexer), []
+    run(x[:10], slice(10), cache=cache, record=record)
+    bad = x[10:13].clone()
+    bad[1, 0] = value
+    kept = cache.kv.clone()
+    with pytest.raises(ValueError, match="NaN"):
+        run(bad, slice(10, 13), cache=cache, record=record)
+    assert cache.length == 10 and len(record) == 1 and torch.equal(cache.kv, kept)
+    assert_close(run(x[10:], slice(10, T), cache=cache), wanted[10:], 1e-4)
+
+
+@MODES
+def test_an_overflow_is_kept_by_no_cache(attention):
+    """Weights that are too large for fp16 make rows of infinity out of finite tokens."""
+    layer, (x, positions) = make_layer(fp8=False).half(), tokens()
+    layer.kv_a_proj_with_mqa.weight.fill_(6e4)
+    cache = LayerCache(layer.config, T, torch.float16)
+    with pytest.raises(ValueError, match="kv must be finite, got NaN or infinity"):
+        layer(x.half(), positions, cache, attention)
+    assert cache.length == 0 and not cache.kv.any()
+
+
+@pytest.mark.parametrize("name", ("kv", "k_idx", "k_scale"))
+@FP8
+def test_rows_that_are_not_finite_are_refused_by_the_cache_itself(fp8, name):
+    config = dataclasses.replace(TINY, index_fp8=fp8)
+    cache = LayerCache(config, T, torch.float64)  # finite in fp64 is finite, also beyond fp32
+    rows = {"kv": torch.full((3, 40), 1e300, dtype=torch.float64), "k_idx": torch.ones(3, 16), "k_scale": torch.ones(3)}
+    rows["k_idx"] = rows["k_idx"].to(torch.float8_e4m3fn if fp8 else torch.float64)
+    if not fp8:
+        rows["k_scale"] = None
+    cache.append(**rows)
+    if rows[name] is not None:
+        bad = rows[name].double().clone()
+        bad.view(-1)[-1] = torch.nan
+        with pytest.raises(ValueError, match=f"{name} must be finite"):
+            cache.append(**rows | {name: bad.to(rows[name].dtype)})
+        assert cache.length == 3
+        with unchecked_values():  # on request, as in a CUDA graph
+            cache.append(**rows | {name: bad.to(rows[name].dtype)})
 
 
 @MODES

@@ -5,13 +5,16 @@ near tie may flip in a rare row, which is then left out of the comparison of out
 """
 
 import dataclasses
+import types
 
 import pytest
 import torch
 from inputs import assert_close, best, normal, packed, selected
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsa_ref
 from dsa_ref import TINY, DSALayer, LayerCache, index_scores, indexer_loss
+from dsa_ref.nn.layer import STEPS
 
 T = 20  # the interpreter needs some 20 ms a token and step
 RUNGS = pytest.mark.rungs("reference", "kernels")
@@ -159,6 +162,60 @@ def test_recorded_step(ops, device, fp8):
     assert (weakest >= strongest - 1e-5).all()
     _, lse = dsa_ref.sparse_attention(step["q"], step["kv"], step["indices"], c.softmax_scale, c.kv_lora_rank)
     assert_close(step["lse"], lse, 1e-5)
+
+
+@RUNGS
+@pytest.mark.parametrize("attention", ("sparse", "mha"))
+def test_lists_are_no_wider_than_there_are_keys(ops, device, attention):
+    """Of a large k, places are asked for as far as there are keys, with a cache and without."""
+    asked, steps = [], {name: getattr(ops, name) for name in STEPS}
+
+    def lightning_select(q_idx, k_idx, w, k, **options):
+        asked.append(k)
+        return ops.lightning_select(q_idx, k_idx, w, k, **options)
+
+    layer = make_layer(ops, device, index_topk=2048)
+    x, positions = tokens(layer)
+    wanted = run(layer, x, positions, attention=attention)
+    layer.ops = types.SimpleNamespace(**steps | {"lightning_select": lightning_select})
+    cache, record = LayerCache(layer.config, T, x.dtype, device), []
+    parts = [layer(x[i : i + 5], positions[i : i + 5], cache, attention, record) for i in range(0, T, 5)]
+    assert asked == [5, 10, 15, 20] == [step["indices"].shape[1] for step in record]
+    assert wanted[2]["indices"].shape == (T, T)
+    assert_close(torch.cat(parts), wanted[0], 1e-4)
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations by which a check looks at index lists."""
+
+    def __init__(self):
+        super().__init__()
+        self.looks = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.aminmax.default, torch.ops.aten.sort.default):
+            self.looks.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attention", ("sparse", "mha"))
+def test_a_layer_does_not_look_at_what_it_has_just_selected(attention):
+    """Those checks make the host wait for a GPU. Lists that a user shares are looked at, also for an index twice."""
+    backwards = types.SimpleNamespace(**{name: getattr(dsa_ref, name) for name in STEPS})
+    backwards.lightning_select = lambda *a, **k: dsa_ref.lightning_select(*a, **k).flip(1)  # sorted where it is checked
+    layer = make_layer(backwards, "cpu").double()
+    x, positions = tokens(layer)
+    with Counted() as counted:
+        layer(x, positions, attention=attention)
+    assert counted.looks == []
+    sharing = DSALayer(layer.config, indexer=False).requires_grad_(False).double()
+    twice = torch.zeros(T, 2, dtype=torch.int32)
+    with Counted() as counted, pytest.raises(ValueError, match="indices must be distinct"):
+        sharing(x, positions, attention=attention, indices=twice)
+    assert counted.looks != []
+    with dsa_ref.unchecked_values(), Counted() as counted:
+        sharing(x, positions, attention=attention, indices=twice[:, :1])
+    assert counted.looks == []
 
 
 @RUNGS

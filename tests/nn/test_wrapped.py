@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 import dsa_ref
 from dsa_ref import TINY, DSALayer, indexer_loss
-from dsa_ref.nn import ModelConfig, SmallModel, save_checkpoint
+from dsa_ref.nn import ModelConfig, SmallModel, save_checkpoint, wrapped
 from dsa_ref.nn.model import save_small_model
 
 T = 20
@@ -199,6 +199,75 @@ def test_a_bias_is_not_dropped():
     _, before = run(layer)
     layer.indexer.weights_proj.bias = nn.Parameter(torch.ones(16, dtype=torch.float64), requires_grad=False)
     assert_close(run(layer)[1]["w"], before["w"] + 1 / 16, 1e-6)  # the constant that w is scaled by, 16^-0.5 twice
+
+
+NON_LINEAR = {
+    "relu": torch.relu,
+    "gelu": nn.functional.gelu,
+    "a square": lambda y: y + 0.05 * y * y,
+    "a soft cap": lambda y: 5 * torch.tanh(y / 5),
+    "clamped": lambda y: y.clamp(-0.5, 0.5),
+    "normalised": lambda y: nn.functional.normalize(y, dim=-1),
+    "in some outputs": lambda y: torch.cat((y[..., :4].abs(), y[..., 4:]), dim=-1),
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("change", NON_LINEAR)
+def test_what_is_not_linear_cannot_be_absorbed(change, dtype):
+    """All of these keep 0 at 0. In mha mode, where nothing is absorbed, they take effect."""
+    layer = make_layer(dtype)
+    layer.kv_b_proj.register_forward_hook(lambda module, args, output: NON_LINEAR[change](output))
+    for attention in ("sparse", "dense"):
+        with pytest.raises(ValueError, match="kv_b_proj must be linear.* to be absorbed, got Linear"):
+            run(layer, attention)
+    assert (run(layer, "mha")[0] - run(make_layer(dtype), "mha")[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("strength", (0.02, 1.0, 10.0))
+def test_an_adapter_that_rounds_is_linear(dtype, strength):
+    """In the width of V3.2's latent, beside weights of its size; and where autocast rounds inside a wider layer."""
+    base = nn.Linear(512, 4096, bias=False, dtype=dtype).requires_grad_(False)
+    nn.init.normal_(base.weight, std=0.02)
+    adapter = LoRA(base, rank=16).requires_grad_(False)
+    adapter.up.mul_(strength)
+    got = wrapped.matrix("kv_b_proj", adapter, 512, dtype, torch.device("cpu"))
+    assert_close(got.float(), adapter.merged().float(), 0.02)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float16):  # which a CPU's autocast does not take
+        wrapped.matrix("kv_b_proj", adapter, 512, dtype, torch.device("cpu"))
+
+
+def test_an_adapter_that_cancels_its_base_is_linear():
+    base = nn.Linear(512, 64, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    adapter = LoRA(base, rank=2).requires_grad_(False)
+    base.weight[:32] = -(adapter.up @ adapter.down)[:32]
+    wrapped.matrix("kv_b_proj", adapter, 512, torch.bfloat16, torch.device("cpu"))
+
+
+class LoRAWithDropout(LoRA):
+    def __init__(self, base):
+        super().__init__(base)
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.dropout(x) @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("attention", ("sparse", "dense"))
+def test_an_adapters_dropout_drops_channels_in_training_and_nothing_else(attention):
+    """What is drawn at random is no sign of a function that is not linear; in evaluation there is nothing to draw."""
+    plain, layer = make_layer(), make_layer()
+    layer.kv_b_proj = adapter = LoRAWithDropout(layer.kv_b_proj)
+    plain.kv_b_proj.weight.copy_(adapter.merged().detach())
+    for seed in range(20):
+        torch.manual_seed(seed)
+        made = wrapped.matrix("kv_b_proj", adapter, TINY.kv_lora_rank, torch.float64, torch.device("cpu"))
+        kept = ((made - adapter.base_layer.weight).abs().amax(dim=0) > 0).detach()
+        assert_close((made - adapter.base_layer.weight)[:, kept] * 0.7, (adapter.up @ adapter.down)[:, kept], 1e-6)
+        run(layer, attention)[0].sum().backward()
+    assert not kept.all() and adapter.down.grad.any()
+    assert_close(run(layer.eval(), attention)[0], run(plain, attention)[0], 1e-5)
 
 
 def test_moving_a_layer_whose_modules_have_no_weight_of_that_name():

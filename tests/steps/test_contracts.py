@@ -1,6 +1,8 @@
 """Ground rules of the reference: a check returns nothing, ranges have one default, public functions have hints."""
 
 import ast
+import concurrent.futures
+import contextvars
 import inspect
 import pathlib
 
@@ -9,7 +11,7 @@ import torch
 from inputs import causal, index_inputs, normal
 
 import dsa_ref
-from dsa_ref import cost, nn, testing
+from dsa_ref import contracts, cost, nn, testing
 from dsa_ref.contracts import row_ranges
 from dsa_ref.training import corpus, evaluate, train
 
@@ -39,6 +41,45 @@ def test_checks_return_nothing():
 def test_default_range_is_causal(T, S):
     for got, wanted in zip(row_ranges(T, S, "cpu"), causal(T, S), strict=True):
         assert got.dtype == torch.int32 and torch.equal(got, wanted)
+
+
+BAD_LISTS = ([[0, 6]], [[-2, 1]], [[2, 2]], [[3, 1, 3]])  # for 6 keys
+
+
+@pytest.mark.parametrize("lists", BAD_LISTS)
+def test_values_are_looked_at_unless_one_asks_not_to(lists):
+    """In this thread alone, and in an asynchronous task alone; also after an error inside."""
+    indices, q, kv = torch.tensor(lists, dtype=torch.int32), normal(1, 2, 8), normal(6, 8)
+
+    def check():
+        contracts.check_sparse_attention(q, kv, indices, 1.0, 8)
+
+    def refused():
+        with pytest.raises(ValueError, match="indices must"):
+            check()
+        return True
+
+    with dsa_ref.unchecked_values():
+        check()
+        with dsa_ref.unchecked_values():
+            check()
+        check()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            assert pool.submit(contextvars.Context().run, refused).result()
+        with pytest.raises(TypeError, match="indices must have dtype int32"):
+            contracts.check_sparse_attention(q, kv, indices.long(), 1.0, 8)
+    refused()
+    with pytest.raises(KeyError), dsa_ref.unchecked_values():
+        raise KeyError
+    refused()
+
+
+def test_ranges_are_not_looked_at_on_request():
+    start, end = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([9, 1], dtype=torch.int32)
+    with dsa_ref.unchecked_values():
+        contracts.check_ranges(2, 5, "cpu", start, end)
+    with pytest.raises(ValueError, match="end must keep"):
+        contracts.check_ranges(2, 5, "cpu", start, end)
 
 
 def without_hints(function):
