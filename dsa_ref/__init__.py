@@ -55,5 +55,6 @@ __all__ = [
     "paged_select", "paged_select_loops", "paged_sparse_attention", "paged_sparse_attention_loops", "place_tokens",
     "quantize", "quantize_loops", "rms_norm", "rope", "rope_frequencies", "rope_loops", "rotate_quantize",
     "rotate_quantize_loops", "select_topk", "select_topk_loops", "sparse_attention", "sparse_attention_loops",
-    "turn_into", "unchecked_values", "unpack_index", "unpack_index_loops", "unpack_kv", "unpack_kv_loops", "write_index", "write_kv",
+    "turn_into", "unchecked_values", "unpack_index", "unpack_index_loops", "unpack_kv", "unpack_kv_loops",
+    "write_index", "write_kv",
 ]  # fmt: skip
