@@ -65,38 +65,63 @@ def topk_case(T, S, device="cuda", config=V32):
     scores = inputs.decode_scores(T, S, device=device)
     k, start = config.index_topk, torch.zeros_like(lengths)
     expected = dsa_ref.select_topk(scores, k, start, lengths)
-    mine = scores.clone()  # rows whose bound was unlucky are redone in the memory of their scores
+    mine = DecodeTopk(scores, k, table, lengths)
 
     def check(result, own):
         if not own:
             return checks.check_selection(result, scores, expected, ties=False)
-        spoilt = int((mine != scores).any(dim=1).sum())
-        mine.copy_(scores)
-        positions, slots = (x.unflatten(0, (T, 1)) if x.dim() == 2 else x for x in result)
+        redone = mine.redone()
+        mine.restore()
+        positions, slots = result
         found = checks.positions_at(slots, table, table.numel() + inputs.SPARE, inputs.PAGE)
         if not torch.equal(found, positions.long()):
             raise checks.Wrong("slots are not those of the positions")
         checks.check_selection(positions.flatten(0, 1), scores, expected)
-        return f"{spoilt} rows redone" if spoilt else ""
+        return f"{redone} rows redone" if redone else ""
 
     return DecodeCase(
         work=4 * T * S,  # one read of the scores
         unit="TB/s",
         ceiling="copy",
-        ours={"ours": lambda: decode_topk(mine, k, table, lengths)},
+        ours={"ours": mine},
         check=check,
         peers={
             "SGLang": lambda: peers.sglang_topk(scores, lengths, k),
             "torch": lambda: peers.torch_topk(scores, k),
         },
-        restore=lambda: mine.copy_(scores),
+        restore=mine.restore,
     )
 
 
-def decode_topk(scores, k, table, lengths):
-    """The launch inside `dsa_kernels.paged_select`: scores fp32 [T, S] -> (positions, slots), int32 [T, k]."""
-    decode = importlib.import_module("dsa_kernels.topk.decode")
-    return decode.launch(scores, k, table, lengths)
+class DecodeTopk:
+    """The launches inside `dsa_kernels.paged_select`: given scores fp32 [T, S] to (positions, slots), int32 [T, 1, k].
+
+    Rows whose bound was unlucky are redone in the memory of their scores: `restore` gives them back.
+    """
+
+    def __init__(self, scores, k, page_table, lengths):
+        self.module = importlib.import_module("dsa_kernels.topk.decode")
+        T, S = scores.shape
+        self.given, self.k, self.page_table, self.lengths = scores, k, page_table, lengths
+        self.scores = torch.full((T, self.module.row_stride(S)), torch.nan, device=scores.device)  # read nowhere behind
+        self.zeros = torch.zeros(self.module.counters(T, S), dtype=torch.int32, device=scores.device)
+        self.restore()
+
+    def __call__(self):
+        (T, S), device = self.given.shape, self.given.device
+        positions, slots = (torch.empty(T, self.k, dtype=torch.int32, device=device) for _ in range(2))
+        self.module.launch(
+            self.scores, self.page_table, self.lengths, 1, S, inputs.PAGE, self.k, positions, slots, self.zeros
+        )
+        return positions.unflatten(0, (T, 1)), slots.unflatten(0, (T, 1))
+
+    def restore(self):
+        """Give the scores back."""
+        self.scores[:, : self.given.shape[1]] = self.given
+
+    def redone(self):
+        """How many rows lost their scores."""
+        return int((self.scores[:, : self.given.shape[1]] != self.given).any(dim=1).sum())
 
 
 def attention_case(B, N, H, rows="FP8", device="cuda", config=V32, pool=POOL):

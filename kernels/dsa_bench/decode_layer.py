@@ -19,9 +19,10 @@ from .decode_case import DecodeCase
 
 LAYER_ERROR = 2e-2  # ||out - reference|| / ||reference|| of a token: bf16 throughout, and other keys at the threshold
 PROFILED = 20
+PLACES = ("page_table", "lengths", "positions", "slots")  # what a batch says of its tokens
 GROUPS = {  # the parts of a step, by the names of their kernels; the first that matches
     "scores": r"index_scores",
-    "selection": r"topk|select|radix|_choose|_bound|_scan",
+    "selection": r"topk|select|tournament|translate|radix",
     "attention": r"sparse_attention|_merge",
     "norms, RoPE, FP8, cache": r"_append|_rms_norm|_head_weights|_index_queries|_turn_into|_place_tokens|_fused",
     "products": r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitK|dot_kernel",
@@ -61,8 +62,13 @@ def layer_case(B, S, device="cuda", config=V32):
     generator = torch.Generator(device).manual_seed(1)
     x = torch.randn(B, 1, config.dim, generator=generator, device=device).to(torch.bfloat16)
 
+    rows = torch.arange(B, device=device)
+
     def step():
-        return layer.decode(x, cache, batch)
+        """As `CapturedStep` captures it: where the tokens stand is computed inside."""
+        table = cache.table
+        where = layer.ops.place_tokens(table.table, table.lengths, rows, 1, table.page_size)
+        return layer.decode(x, cache, dataclasses.replace(batch, **dict(zip(PLACES, where, strict=True))))
 
     def check(out, own):
         layer.ops = dsa_ref

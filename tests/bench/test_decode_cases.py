@@ -38,12 +38,15 @@ def reference(bench, monkeypatch):
     for name in ("decode_cases", "decode_bytes", "checks", "inputs"):
         monkeypatch.setattr(bench(name), "dsa_kernels", steps)
 
-    def topk(scores, k, table, lengths):
-        positions = dsa_ref.select_topk(scores, k, torch.zeros_like(lengths), lengths)
-        pages = table.gather(1, positions.clamp(min=0).long() // 64)
-        return positions, (pages * 64 + positions % 64).masked_fill(positions < 0, -1)
+    class Topk(bench("decode_cases").DecodeTopk):
+        def __call__(self):
+            start = torch.zeros_like(self.lengths)
+            positions = dsa_ref.select_topk(self.given, self.k, start, self.lengths)
+            pages = self.page_table.gather(1, positions.clamp(min=0).long() // 64)
+            slots = (pages * 64 + positions % 64).masked_fill(positions < 0, -1)
+            return positions[:, None], slots[:, None]
 
-    monkeypatch.setattr(bench("decode_cases"), "decode_topk", topk)
+    monkeypatch.setattr(bench("decode_cases"), "DecodeTopk", Topk)
 
 
 def small_cases(bench):
@@ -82,11 +85,20 @@ def test_what_is_wrong_is_found(bench, reference, name):
                 case.check(broken[0] if len(broken) == 1 else broken, True)
 
 
-@pytest.mark.parametrize("name", ["scores", "FP8", "bf16"])
+@pytest.mark.parametrize("name", ["scores", "topk", "FP8", "bf16", "chain", "bytes"])
 def test_the_kernels_are_right_in_small_cases(bench, name):
     case = small_cases(bench)[name]()
     for who, call in case.ours.items():
         assert case.check(call(), True) == "", who
+
+
+def test_rows_that_lose_their_scores_get_them_back(bench):
+    case = small_cases(bench)["topk"]()
+    mine = case.ours["ours"]
+    right = mine()
+    mine.scores[1, 5:9] = 0.0
+    assert mine.redone() == 1 and case.check(right, True) == "1 rows redone"
+    assert mine.redone() == 0 and case.check(right, True) == ""
 
 
 def test_an_unclean_score_is_wrong_for_ours_alone(bench, reference):
