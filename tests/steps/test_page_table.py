@@ -146,6 +146,16 @@ def test_a_shared_page_is_copied_by_the_first_who_writes():
     check(table, caches, model | {fourth: [0, 1, 40]})
 
 
+def test_tokens_in_a_page_that_others_hold_must_be_reserved_too():
+    table, caches = new_table()
+    first = table.new()
+    append(table, caches, first, [1, 2], "hand")
+    second = table.fork(first)
+    with pytest.raises(ValueError, match="tokens must be reserved before, got 1 for sequence 1"):
+        table.advance([second], 1)
+    assert table.lengths.tolist() == [2, 2, 0, 0]
+
+
 def test_a_batch_of_forks_takes_no_more_pages_than_it_needs():
     """Two who share a page, both in the batch: one copies, the other keeps it. With one free page that must do."""
     table, caches = new_table(pages=2)

@@ -116,6 +116,23 @@ def test_one_layer_may_be_taken_back_and_run_again():
         assert_same_bits(layer.append(*rows(0))[0], wanted)
 
 
+def test_a_layer_may_run_ahead():
+    """Two chunks, over a page's end, before the next layer sees the first; and pages reserved in advance stay."""
+    table, _, layers = make(layers=2)
+    table.reserve(1, 21)
+    free = table.free_pages
+    for n, layer in enumerate(layers):
+        layer.append(*rows(3, n))
+        assert table.free_pages == free
+        assert_same_bits(layer.append(*rows(18, 5 + n))[0], torch.cat((rows(3, n)[0], rows(18, 5 + n)[0])))
+        assert table.length(1) == (21 if n else 0) and table.free_pages == free
+    for layer in layers:
+        layer.append(*rows(4))
+        layer.append(*rows(5))  # into pages that nobody reserved
+        assert layer.length == 30
+    assert table.length(1) == 30 and table.free_pages == free - 2
+
+
 def test_layers_with_forks():
     """A fork shares what all layers have; copies on write take every layer's pools along."""
     table, caches, layers = make(layers=2, fp8=True)
