@@ -89,7 +89,9 @@ def time_decode(calls, rounds=ROUNDS, lead_ms=ROUND_MS, round_ms=ROUND_MS, as_th
 
     cold, warm = prepared(1), prepared(WARM_CALLS)
     colds = _in_turns(cold, lambda run, count: _call_ms(run, scratch, count), rounds, lead_ms, round_ms)
-    warms = _in_turns(warm, lambda run, count: _call_ms(run, None, count) / WARM_CALLS, rounds, lead_ms, round_ms)
+    warms = _in_turns(warm, lambda run, count: _call_ms(run, None, count), rounds, lead_ms, round_ms)
+    for timing in warms.values():
+        timing.rounds = [ms / WARM_CALLS for ms in timing.rounds]
     return {name: {"warm": warms[name], "cold": colds[name]} for name in calls}
 
 
@@ -108,7 +110,7 @@ def _scratch():
 def _in_turns(prepared, time, rounds, lead_ms, round_ms):
     """{name: Timing} of {name: (run, how)}: in every round each of them runs for lead_ms, then is timed.
 
-    time(run, count): median ms of `count` runs, divided by the calls in a run where that is more than one.
+    time(run, count): median ms of `count` runs.
     """
     estimates = {name: time(run, 3) for name, (run, _) in prepared.items()}
     found = {name: [] for name in prepared}

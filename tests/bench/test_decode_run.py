@@ -236,3 +236,43 @@ def test_arguments_of_decode(bench, capsys):
         with pytest.raises(SystemExit) as stopped:
             parse(arguments)
         assert stopped.value.code == 2 and reason in capsys.readouterr().err
+
+
+def test_a_layers_step_is_judged_by_the_references(bench, monkeypatch):
+    """Its place is computed in the step; the reference's steps run once, and then the kernels' again."""
+    layers, off = bench("decode_layer"), {"kernels": 0.0}
+
+    def decode(layer, x, cache, batch):
+        assert batch.lengths.tolist() == [70, 70] and batch.positions.tolist() == [[69], [69]]
+        assert batch.slots.tolist() == [int(row[1]) * 64 + 5 for row in batch.page_table]
+        return x * 2 + off["kernels"] * (layer.ops is rungs.dsa_kernels)
+
+    monkeypatch.setattr(layers.dsa_ref.DSALayer, "decode", decode, raising=False)
+    case = layers.layer_case(2, 70, "cpu", SMALL)
+    assert list(case.ours) == ["ours", "ours, eager"] and case.as_they_are == {"ours, eager": "eager"}
+    assert case.check(case.ours["ours"](), True).startswith("relative error 0.0e+00")
+    off["kernels"] = 0.5
+    with pytest.raises(bench("checks").Wrong, match="of the reference's step"):
+        case.check(case.profiled(), True)
+    assert case.work > 2 * cost.decode_bytes(SMALL, 70).dsa
+
+
+def test_a_warm_call_is_a_part_of_its_graph(bench, monkeypatch):
+    """20 calls a graph: lead and measured runs are counted by the graph's time, the figure is a call's."""
+    measure, ran = bench("measure"), []
+    monkeypatch.setattr(measure, "_scratch", lambda: "scratch")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(measure, "_prepare", lambda call, pool, count=1: (measure._repeated(call, count), "graph"))
+
+    def call_ms(run, scratch, count):
+        before = len(ran)
+        for _ in range(count):
+            run()
+        return (len(ran) - before) / count * (0.5 if scratch else 0.25)
+
+    monkeypatch.setattr(measure, "_call_ms", call_ms)
+    found = measure.time_decode({"a": lambda: ran.append("a")}, 3, lead_ms=10.0, round_ms=10.0)
+    assert found["a"]["cold"].rounds == [0.5] * 3 and found["a"]["warm"].rounds == [0.25] * 3
+    assert len(ran) == 3 + 3 * 40 + 20 * (3 + 3 * 4)
+    eager = measure.time_decode({"a": lambda: None}, 1, 1.0, 1.0, as_they_are={"a": "eager"})
+    assert eager["a"]["warm"].how == "eager"
