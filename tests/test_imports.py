@@ -59,7 +59,7 @@ TABLE = [
         "numpy torch",
     ),
     Row("dsa_ref.records", "", "torch"),
-    Row("dsa_ref", "dsa_ref.version dsa_ref.config dsa_ref/step dsa_ref.nn", ""),
+    Row("dsa_ref", "dsa_ref.version dsa_ref.config dsa_ref.contracts dsa_ref/step dsa_ref.nn", ""),
     Row(
         "dsa_ref.nn.*",
         "dsa_ref dsa_ref.config dsa_ref.hf_config dsa_ref.precision dsa_ref.contracts dsa_ref.blocks dsa_ref/step "
