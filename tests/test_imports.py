@@ -72,8 +72,8 @@ TABLE = [
     Row("dsa_ref.records", "", "torch"),
     Row(
         "dsa_ref",
-        "dsa_ref.version dsa_ref.config dsa_ref/step dsa_ref.paged dsa_ref.page_table dsa_ref.paged_cache "
-        "dsa_ref.append dsa_ref.decode dsa_ref.nn",
+        "dsa_ref.version dsa_ref.config dsa_ref.contracts dsa_ref/step dsa_ref.paged dsa_ref.page_table "
+        "dsa_ref.paged_cache dsa_ref.append dsa_ref.decode dsa_ref.nn",
         "",
     ),
     Row(

@@ -39,7 +39,7 @@ def kinds(nb):
 
 def test_both_editions_have_the_same_notebooks():
     assert NAMES == sorted(path.name for path in LEARNER.glob("*.ipynb"))
-    assert len(NAMES) >= 12
+    assert len(NAMES) >= 13
 
 
 @every_notebook

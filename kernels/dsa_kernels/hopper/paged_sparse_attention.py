@@ -150,75 +150,52 @@ def tile_at(number, work, TILES: gl.constexpr, SPLITS: gl.constexpr):
 # From bytes to bf16 --------------------------------------------------------------------------------------------------
 
 
-def _to_bf16(n):
-    """PTX for n words of four e4m3 values to 2 · n words of two bf16 values times their scale, and its constraints.
+def _to_bf16(check_nan):
+    """PTX for four words of a row, what a thread has of it in a piece, to eight pairs of bf16: their values times the
+    row's scale. And its constraints: first and second pairs of the words, words, scales (four times the same).
 
-    e4m3 is s eeee mmm. Moved to bf16's places, s 0000eeee mmm0000, it reads as the value times 2^-120, and that is true
-    of its subnormals, too. `prmt` puts a byte into the low half of 16 bits and copies of its sign into the high half; a
-    shift by four and a mask do the rest. 1111 111, which is NaN, would read as 480: a maximum over all magnitudes finds
-    whether a thread holds any, and hardly ever it must walk through its words and fill up their exponents.
+    e4m3 is s eeee mmm. Moved to bf16's places, s 0000eeee mmm0000, it reads as the value times 2^-120, subnormals too.
+    `prmt` puts a byte into the low half of 16 bits and copies of its sign into the high half; a shift by four and a mask
+    do the rest, and a product with 2^120 · scale. That is exact for a power of two below 2^7. Rarely it is not enough:
 
-    The scale comes as hi + lo, two bf16 numbers that hold 16 of its bits, and 2^120 with it. lo · x is rounded to bf16,
-    2^-17 of the result, and hi · x is added to it exactly and rounded once. A power of two has lo = 0 and is exact.
-    Scales of 2^7 and more would overflow with 2^120, and get that factor, `power`, in a product of its own.
+    Other scales come as hi + lo, two bf16 numbers that hold 16 of its bits. lo · x is rounded to bf16, 2^-17 of the
+    result, then hi · x is added to it exactly and the sum rounded once. From 2^7 on 2^120 is a product of its own.
+    And 1111 111, which is NaN, would read as 480: it gets its exponent filled up. Adding 1 to the seven bits shows it.
     """
-    pairs, words, hi, lo, power = (range(i, j) for i, j in ((0, 2 * n), (2 * n, 3 * n), (3 * n, 4 * n), (4 * n, 5 * n), (5 * n, 6 * n)))  # fmt: skip
-    first, second = pairs[:n], pairs[n:]
-    lines = [".reg .pred p; .reg .b32 t, largest<4>;"]
-    lines += [f"mov.b32 largest{i}, 0;" for i in range(4)]
-    for i in range(n):
-        for x, bytes_and_signs in ((first[i], "0x9180"), (second[i], "0xB3A2")):
-            lines += [
-                f"prmt.b32 ${x}, ${words[i]}, 0, {bytes_and_signs};",
-                f"shl.b32 ${x}, ${x}, 4;",
-                f"and.b32 ${x}, ${x}, 0x87F087F0;",
-                f"max.xorsign.abs.bf16x2 largest{x % 4}, largest{x % 4}, ${x};",
-            ]
-    lines += [f"max.xorsign.abs.bf16x2 largest{i}, largest{i}, largest{j};" for i, j in ((0, 1), (2, 3), (0, 2))]
-    lines += ["add.u32 t, largest0, 0x00100010; and.b32 t, t, 0x08000800; setp.eq.b32 p, t, 0; @p bra NUMBERS;"]
-    for x in pairs:  # 07F0 + 10 has the bit 0800, and 15 times that bit fills the exponent
-        lines += [f"add.u32 t, ${x}, 0x00100010; and.b32 t, t, 0x08000800; mad.lo.u32 ${x}, t, 15, ${x};"]
-    lines += ["NUMBERS:"]
-    for i in range(n):
-        for x in (first[i], second[i]):
-            lines += [f"mul.rn.bf16x2 t, ${x}, ${lo[i]}; fma.rn.bf16x2 ${x}, ${x}, ${hi[i]}, t;"]
-    lines += [f"xor.b32 t, ${power[0]}, 0x3F803F80;"]  # two ones; a thread's words are of two rows
-    lines += [f".reg .b32 u; xor.b32 u, ${power[-1]}, 0x3F803F80; or.b32 t, t, u; setp.eq.b32 p, t, 0; @p bra DONE;"]
-    for i in range(n):
-        lines += [f"mul.rn.bf16x2 ${x}, ${x}, ${power[i]};" for x in (first[i], second[i])]
-    lines += ["DONE:"]
-    types = ["=&r"] * (2 * n) + ["r"] * (4 * n)
+    pairs = {(i, j): f"${4 * j + i}" for i in range(4) for j in range(2)}
+    word, scale = (lambda i: f"${8 + i}"), "$12"
+    lines = [".reg .pred rare; .reg .b32 t, any, hi; .reg .f32 f, g;"]
+    lines += [f"mul.rn.f32 f, {scale}, 0f7B800000; mov.b32 hi, f; and.b32 any, hi, 0xFFFF;"]  # 2^120
+    lines += ["abs.f32 g, f; setp.geu.f32 rare, g, 0f7F800000; prmt.b32 hi, hi, 0, 0x3232;"]  # infinite, or NaN
+    if check_nan:  # 0x80 in a byte of t; the low half of any is of the scale, so its bits go above
+        lines += ["setp.ne.or.u32 rare, any, 0, rare; mov.b32 any, 0;"]
+        for i in range(4):
+            lines += [f"and.b32 t, {word(i)}, 0x7F7F7F7F; add.u32 t, t, 0x01010101; or.b32 any, any, t;"]
+        lines += ["and.b32 any, any, 0x80808080;"]
+    lines += ["setp.ne.or.u32 rare, any, 0, rare;"]
+
+    def place(i, j):
+        x, signs_and_bytes = pairs[i, j], ("0x9180", "0xB3A2")[j]
+        return f"prmt.b32 {x}, {word(i)}, 0, {signs_and_bytes}; shl.b32 {x}, {x}, 4; and.b32 {x}, {x}, 0x87F087F0;"
+
+    lines += ["@rare bra RARE;"]
+    lines += [f"{place(i, j)} mul.rn.bf16x2 {pairs[i, j]}, {pairs[i, j]}, hi;" for i in range(4) for j in range(2)]
+    lines += ["bra DONE; RARE: { .reg .pred large; .reg .b16 h, l; .reg .b32 lo, power; .reg .f32 r;"]
+    lines += [f"abs.f32 g, {scale}; setp.ge.f32 large, g, 0f43000000; selp.b32 power, 0x7B807B80, 0x3F803F80, large;"]
+    lines += [f"selp.f32 g, {scale}, f, large; cvt.rn.bf16.f32 h, g; mov.b32 hi, {{h, h}}; shl.b32 t, hi, 16;"]
+    lines += ["mov.b32 r, t; sub.rn.f32 g, g, r; cvt.rn.bf16.f32 l, g; mov.b32 lo, {l, l};"]
+    for i in range(4):
+        for j in range(2):
+            x = pairs[i, j]
+            lines += [f"{place(i, j)} add.u32 t, {x}, 0x00100010; and.b32 t, t, 0x08000800; mad.lo.u32 {x}, t, 15, {x};"]
+            lines += [f"mul.rn.bf16x2 t, {x}, lo; fma.rn.bf16x2 {x}, {x}, hi, t; mul.rn.bf16x2 {x}, {x}, power;"]
+    lines += ["} DONE:"]
+    types = ["=&r"] * 8 + ["r"] * 4 + ["f"] * 4
     return gl.constexpr("{ " + " ".join(lines) + " }"), gl.constexpr(",".join(types))
 
 
-PACK = 4
-TO_BF16, TO_BF16_TYPES = _to_bf16(PACK)
-
-
-@aggregate
-class Factor:
-    """64 scales as the products of `_to_bf16` take them: each a pair of equal bf16 numbers in an int32."""
-
-    hi: gl.tensor
-    lo: gl.tensor
-    power: gl.tensor
-
-
-@gluon.jit
-def twice(x):
-    """bf16 x in both halves of an int32."""
-    bits = x.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
-    return bits | (bits << 16)
-
-
-@gluon.jit
-def factor_of(scale):
-    """The factor of fp32 scales."""
-    large = gl.abs(scale) >= 128.0
-    scale = gl.where(large, scale, scale * 1.329227995784916e36)  # 2^120
-    hi = scale.to(gl.bfloat16)
-    lo = (scale - hi.to(gl.float32)).to(gl.bfloat16)
-    return Factor(hi=twice(hi), lo=twice(lo), power=gl.where(large, 0x7B807B80, 0x3F803F80))  # 2^120 or 1, twice
+TO_BF16, TO_BF16_TYPES = _to_bf16(True)
+TO_BF16_FAST, _ = _to_bf16(False)
 
 
 @gluon.jit
@@ -235,13 +212,12 @@ def load_scale(row_ptr, there, COLUMN: gl.constexpr):
 
 
 @gluon.jit
-def store_piece(columns, COLUMN: gl.constexpr, words, factor):
+def store_piece(columns, COLUMN: gl.constexpr, words, scale, NAN: gl.constexpr):
     """Store a piece as bf16 at columns COLUMN to COLUMN + 63 of a quarter."""
-    hi, words = gl.broadcast(factor.hi[:, None], words)
-    lo, words = gl.broadcast(factor.lo[:, None], words)
-    power, words = gl.broadcast(factor.power[:, None], words)
+    scale, words = gl.broadcast(scale[:, None], words)
+    CODE: gl.constexpr = TO_BF16 if NAN else TO_BF16_FAST
     first, second = gl.inline_asm_elementwise(
-        TO_BF16, TO_BF16_TYPES, [words, hi, lo, power], dtype=(gl.int32, gl.int32), is_pure=True, pack=4
+        CODE, TO_BF16_TYPES, [words, scale], dtype=(gl.int32, gl.int32), is_pure=True, pack=4
     )
     pairs = gl.reshape(gl.join(first, second), [64, 32])
     columns._reinterpret(gl.int32, [64, 128], WORDS).slice(COLUMN // 2, 32, 1).store(pairs)
@@ -273,7 +249,7 @@ def selected(slots_ptr, number, step, work, TILES: gl.constexpr, SPLITS: gl.cons
 @gluon.jit
 def convert(
     BLOCK: gl.constexpr, shared, q256, q64, kv_ptr, slots_ptr, work,
-    TILES: gl.constexpr, SPLITS: gl.constexpr, AHEAD: gl.constexpr, ASK: gl.constexpr,
+    TILES: gl.constexpr, SPLITS: gl.constexpr, AHEAD: gl.constexpr, ASK: gl.constexpr, NAN: gl.constexpr,
 ):  # fmt: skip
     """Fills one block's quarters in the order in which they are used and come free: block 0's left one first, block 1's
     right one. AHEAD: pieces between a load and its use."""
@@ -321,9 +297,9 @@ def convert(
                         copy_rope(block.rope.index(0), kv_ptr, s)
                         arrive_when_copied(quarter.full)
                 if p % 2 == 0:
-                    factor = factor_of(scales[0])
+                    scale = scales[0]
                     scales = scales[1:]
-                store_piece(quarter.columns.index(0), p % 4 * 64, pieces[0], factor)
+                store_piece(quarter.columns.index(0), p % 4 * 64, pieces[0], scale, NAN)
                 pieces = pieces[1:] + (following,)
                 if p % 4 == 1:
                     mbarrier.arrive(quarter.first_full, count=1)
@@ -545,7 +521,7 @@ def allocate():
 @gluon.jit
 def _paged_sparse_attention(
     q256, q64, kv_ptr, slots_ptr, out_ptr, lse_ptr, scale, heads, k, places, steps, tiles,
-    TILES: gl.constexpr, SPLITS: gl.constexpr, AHEAD: gl.constexpr, ASK: gl.constexpr, CR: gl.constexpr, PR: gl.constexpr,
+    TILES: gl.constexpr, SPLITS: gl.constexpr, AHEAD: gl.constexpr, ASK: gl.constexpr, NAN: gl.constexpr, CR: gl.constexpr, PR: gl.constexpr,
 ):  # fmt: skip
     """TILES: of 64 rows in a query's heads. SPLITS: if not 1, out_ptr and lse_ptr are those of the parts."""
     shared = allocate()
@@ -560,8 +536,8 @@ def _paged_sparse_attention(
         [
             (left, (shared, out_ptr, lse_ptr, work, scale, TILES, SPLITS)),
             (right, (shared, out_ptr, work, scale, TILES, SPLITS)),
-            (convert, (0, shared, q256, q64, kv_ptr, slots_ptr, work, TILES, SPLITS, AHEAD, ASK)),
-            (convert, (1, shared, q256, q64, kv_ptr, slots_ptr, work, TILES, SPLITS, AHEAD, ASK)),
+            (convert, (0, shared, q256, q64, kv_ptr, slots_ptr, work, TILES, SPLITS, AHEAD, ASK, NAN)),
+            (convert, (1, shared, q256, q64, kv_ptr, slots_ptr, work, TILES, SPLITS, AHEAD, ASK, NAN)),
         ],
         [4, 4, 4],  # warps of right and of the two that convert; left is what the launch's num_warps are for
         [CR, PR, PR],  # and their registers a thread; left gets what is left of 4 · maxnreg
@@ -604,6 +580,6 @@ def launch(q, kv_pages, slots, scale, v_dim, splits, out, lse, parts, part_lse, 
     _paged_sparse_attention[(min(tiles, multiprocessors(q)),)](
         q256, q64, kv_pages.view(torch.int32), slots, parts if splits > 1 else out, part_lse if splits > 1 else lse,
         scale * LOG2_E.value, H, k, places, triton.cdiv(places, 2 * BK.value), tiles,
-        TILES=tiles_of_query, SPLITS=splits, **(dict(AHEAD=2, ASK=True, CR=192, PR=64) | opt),
+        TILES=tiles_of_query, SPLITS=splits, **(dict(AHEAD=2, ASK=True, NAN=True, CR=192, PR=64) | opt),
         num_warps=4, maxnreg=128,
     )  # fmt: skip

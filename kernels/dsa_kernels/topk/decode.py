@@ -271,9 +271,8 @@ def _tournament(
                     tl.debug_barrier()  # all have read what is overwritten now
                     going = (lists > 1).to(tl.int32)
                     if lists == 1:
-                        _store(
-                            0x7FFFFFFF - (entry & 0x7FFFFFFF).to(tl.int32), place, kept, positions, slots, table, PAGE
-                        )
+                        position = 0x7FFFFFFF - (entry & 0x7FFFFFFF).to(tl.int32)
+                        _store(position, place, kept, positions, slots, table, PAGE)
                         _store_nothing(wanted, width, positions, slots)
                     else:
                         first = node.to(tl.int64) * (span // 2)
@@ -362,7 +361,8 @@ def launch(scores, page_table, lengths, N, S, page, k, positions, slots, zeros):
     _tournament[(min(T * triton.cdiv(S, FLAGGED), many),)](
         scores, scores.view(torch.int64), lengths, page_table, positions, slots, zeros[2 * T :], flags,
         T, N, S, stride, P, k, width,
-        ALL=not listed, TP=max(2, triton.next_power_of_2(T)), ROWS=FLAGGED // 4, EACH=4, KP=KP, PAGE=page, num_warps=16,
+        ALL=not listed, TP=max(2, triton.next_power_of_2(T)), ROWS=FLAGGED // 4, EACH=4, KP=KP, PAGE=page,
+        num_warps=16, maxnreg=128,  # left to itself, ptxas takes 32 and spills the rest
     )  # fmt: skip
 
 

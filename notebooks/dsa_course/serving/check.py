@@ -15,7 +15,7 @@ from ..checking import Check, expect, expect_close, expect_shape, normal, whole
 step_bytes = Check("step_bytes")  # (lengths [B] ints, k, index_bytes, kv_bytes) -> (dsa, dense)
 pack_page = Check("pack_page")  # (k_idx e4m3 [n, Di], k_scale fp32 [n], page_size) -> uint8 [page_size · (Di + 4)]
 slots_of = Check("slots_of")  # (positions int32 [B, k], page_table int32 [B, P], page_size) -> int [B, k]
-paged_scores = Check("paged_scores")  # (q_idx [Hi, Di], w [Hi], index_pages, table [P], length, page_size) -> [P · page]
+paged_scores = Check("paged_scores")  # (q_idx [Hi, Di], w [Hi], index_pages, table [P], length, page_size) -> fp32
 merge_splits = Check("merge_splits")  # (outs [n, H, V], lses [n, H]) -> (out [H, V], lse [H])
 
 
@@ -64,9 +64,7 @@ def step_bytes_dense(solution):
             "that is DSA's number: the order is (dsa, dense)": _dsa(lengths, k, index_bytes, kv_bytes),
         }
         cause = "dense attention reads each row of each sequence once: kv_bytes times all tokens"
-        _expect_bytes(
-            solution, 1, lengths, k, index_bytes, kv_bytes, kv_bytes * sum(lengths), suspects, cause
-        )
+        _expect_bytes(solution, 1, lengths, k, index_bytes, kv_bytes, kv_bytes * sum(lengths), suspects, cause)
 
 
 @step_bytes.property("long context")
@@ -79,9 +77,7 @@ def step_bytes_long_context(solution):
             "every row was read, not k of them": (index_bytes + kv_bytes) * L,
         }
         cause = "index_bytes for every token, and kv_bytes for each of the k selected"
-        _expect_bytes(
-            solution, 0, [L], k, index_bytes, kv_bytes, index_bytes * L + kv_bytes * k, suspects, cause
-        )
+        _expect_bytes(solution, 0, [L], k, index_bytes, kv_bytes, index_bytes * L + kv_bytes * k, suspects, cause)
 
 
 @step_bytes.property("short context")
@@ -276,10 +272,10 @@ def slots_of_own_table(solution):
     for seed, B, P, page_size in ((4, 3, 4, 64), (5, 2, 3, 64)):
         table = _tables(seed, B, P, 20)
         positions = _positions(seed, B, 6, [P * page_size] * B)
-        suspects = {
-            "every sequence was looked up in the first one's table": _slots(positions, table[:1].repeat(B, 1), page_size)
-        }
-        _expect_slots(solution, positions, table, page_size, "row b of positions belongs to row b of the table", suspects)
+        first = table[:1].repeat(B, 1)
+        suspects = {"every sequence was looked up in the first one's table": _slots(positions, first, page_size)}
+        cause = "row b of positions belongs to row b of the table"
+        _expect_slots(solution, positions, table, page_size, cause, suspects)
 
 
 @slots_of.property("any page size")
@@ -464,7 +460,8 @@ def paged_scores_decode_equals_prefill(solution):
 
 EXACT = 1e-9
 BASE_2 = "this is right but for the base: exp2 and log2 where exp and log are asked for"
-MERGES = ((1, 3, 4, (5, 9, 2)), (2, 1, 3, (1, 30)), (3, 2, 5, (4, 4, 4, 4, 4)), (4, 2, 3, (7,)))  # seed, H, V, keys a part
+# seed, H, V, keys in each part
+MERGES = ((1, 3, 4, (5, 9, 2)), (2, 1, 3, (1, 30)), (3, 2, 5, (4, 4, 4, 4, 4)), (4, 2, 3, (7,)))
 
 
 def _parts(seed, H, V, sizes, shift=0.0, empty=()):
