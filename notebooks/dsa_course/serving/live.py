@@ -279,7 +279,7 @@ def live_bill(tokens=17, kept=11) -> LiveFigure:
         left.text(data["break_even"] / 1.12, 5e8, f"equal at\n{data['break_even']:,.0f}", fontsize=8, ha="right")
         left.set_xscale("log", base=2)
         left.set_yscale("log")
-        left.legend(loc="lower right", fontsize=8, frameon=False)
+        left.legend(loc="lower right", fontsize=8, framealpha=1.0, edgecolor="none")
         left.grid(color="#dddddd", linewidth=0.6)
         here = data["here"]
         right.bar(["dense", "DSA"], [here.dense, here.index], color=[green, "#9dbbd9"], edgecolor="black", width=0.6)
