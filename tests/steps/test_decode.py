@@ -25,7 +25,6 @@ from inputs import (
 import dsa_ref
 from dsa_ref.contracts import default_splits, part_length
 
-pytestmark = pytest.mark.rungs("loops", "reference")
 HI, DI = 4, 16
 # page, N: lengths around N, around a page, and around two
 CASES = [(page, N) for page in (1, 3, 8, 64) for N in (1, 2, 3, 4)]
@@ -113,8 +112,7 @@ def test_selection_is_prefills(ops, device, poisoned, small_blocks, page, N, k):
         assert torch.equal(slots[b].long(), slots_in(batch.table, b, positions[b], page))
 
 
-@pytest.mark.rungs("loops", "reference")
-def test_the_references_positions_ascend(ops, device):
+def test_positions_ascend(ops, device):
     positions, _ = Batch([40, 3], 2, 8, device=device).select(ops, 9)
     for row in positions.flatten(0, 1).tolist():
         kept = [s for s in row if s >= 0]
@@ -176,13 +174,13 @@ def test_what_nobody_owns_is_never_read(ops, device):
         values[~owned] = byte
         scales.unflatten(1, (8, 4))[~owned] = byte
         batch.kv_pages[~owned] = number
-        batch.table[batch.table < 0] = 1 << 28
+        batch.table[batch.table < 0] = 1 << 24
         assert_same_bits(batch.scores(ops), scores)
         for got, wanted in zip(batch.select(ops, k), (positions, slots), strict=True):
             assert torch.equal(got.sort().values, wanted.sort().values)
         for got, wanted in zip(ops.paged_sparse_attention(q, batch.kv_pages, slots, 0.2, 16), (out, lse), strict=True):
             assert_same_bits(got, wanted)
-        batch.table[batch.table == 1 << 28] = -1
+        batch.table[batch.table == 1 << 24] = -1
 
 
 def test_the_rest_of_the_batch_changes_no_bit(ops, device, small_blocks):
@@ -283,7 +281,7 @@ def test_the_split_is_a_function_of_k_alone():
         assert part_length(k, default_splits(k)) * default_splits(k) >= k
 
 
-@pytest.mark.rungs("reference")
+@pytest.mark.rungs("reference", "kernels")
 def test_splits_and_only_splits_choose_the_bits(ops, device):
     """None is the default's number; -1 at a list's end may be cut off or added within the same number of parts."""
     q, pages = normal(2, 1, 3, 24, device=device), normal(40, 8, 24, seed=1, device=device)
@@ -381,7 +379,7 @@ BAD = [  # argument, value, error, what it says
 ]
 
 
-@pytest.mark.rungs("reference")
+@pytest.mark.rungs("reference", "kernels")
 @pytest.mark.parametrize("step", STEPS)
 def test_bad_arguments(ops, device, step):
     def call(**other):
@@ -397,7 +395,7 @@ def test_bad_arguments(ops, device, step):
             assert re.search(rf"\b{name}\b", str(caught.value)) and re.search(message, str(caught.value)), caught.value
 
 
-@pytest.mark.rungs("reference")
+@pytest.mark.rungs("reference", "kernels")
 def test_no_more_than_four_queries_a_sequence(ops, device):
     batch = Batch([9, 3], 5, 8, device=device)
     q, slots = normal(2, 5, 1, 24, device=device), torch.full((2, 5, 1), -1, dtype=torch.int32, device=device)
@@ -407,7 +405,7 @@ def test_no_more_than_four_queries_a_sequence(ops, device):
         ops.paged_sparse_attention(q, batch.kv_pages, slots, 0.2, 16)
 
 
-@pytest.mark.rungs("reference")
+@pytest.mark.rungs("reference", "kernels")
 def test_fp8_rows_have_whole_tiles(ops):
     q, rows = normal(1, 1, 1, 300), torch.zeros(1, 8, 700, dtype=torch.uint8)
     with pytest.raises(ValueError, match="v_dim must be below 128 or a multiple of it in FP8 rows, got 200"):
