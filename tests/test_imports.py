@@ -79,7 +79,7 @@ TABLE = [
     Row(
         "dsa_ref.nn.*",
         "dsa_ref dsa_ref.config dsa_ref.hf_config dsa_ref.precision dsa_ref.contracts dsa_ref.blocks dsa_ref/step "
-        "dsa_ref.page_table dsa_ref.paged_cache dsa_ref.nn.*",  # the root: default ops
+        "dsa_ref.paged dsa_ref.page_table dsa_ref.paged_cache dsa_ref.decode dsa_ref.nn.*",  # the root: default ops
         "torch safetensors ?",  # a copied or unpickled layer imports its ops by name
     ),
     Row(

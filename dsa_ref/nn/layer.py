@@ -15,7 +15,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointFunction
 
 import dsa_ref  # the default of `ops`: its steps are loaded before this module
@@ -24,53 +23,19 @@ from ..config import DSAConfig
 from ..contracts import E4M3, check_dtype, check_shapes, unchecked_values, values_readable
 from ..dense_attention import dense_attention, mha_attention
 from ..hadamard import hadamard
+from ..page_table import Batch
+from ..paged_cache import PagedCache, SequenceCache
 from ..precision import autocast_on
 from ..quantize import quantize
 from ..rope import rope_frequencies
 from .cache import LayerCache, all_or_nothing
-from .wrapped import in_fp32, matrix
+from .decode import check_decode, decode_step, recorded
+from .parts import Indexer, RMSNorm
+from .wrapped import matrix
 
 STEPS = ("rope", "rotate_quantize", "lightning_select", "sparse_attention")  # of `ops`
 ATTENTION = ("sparse", "mha", "dense")
 RECORDED = ("q_idx", "k_idx", "w", "k_scale", "q", "q_heads", "kv", "start", "indices", "lse")  # in this order
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dim, in fp32, rounded to x.dtype once."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., dim], any float dtype -> the same shape and dtype."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
-
-
-class Indexer(nn.Module):
-    """The lightning indexer's own weights: queries from the shared latent, one key, one weight for each head."""
-
-    def __init__(self, config: DSAConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.wq_b = nn.Linear(config.q_lora_rank, config.index_n_heads * config.index_head_dim, bias=False)
-        self.wk = nn.Linear(config.dim, config.index_head_dim, bias=False)
-        self.k_norm = nn.LayerNorm(config.index_head_dim, eps=1e-6)
-        self.weights_proj = nn.Linear(config.dim, config.index_n_heads, bias=False)
-
-    def forward(self, x: Tensor, q_latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, dim], q_latent [T, q_lora_rank] (normed) -> q [T, Hi, Di], k [T, Di], both before RoPE, w fp32 [T, Hi].
-
-        The inputs are detached: no gradient of the indexer ever reaches the main model.
-        """
-        x, q_latent = x.detach(), q_latent.detach()
-        c = self.config
-        q = self.wq_b(q_latent).unflatten(-1, (c.index_n_heads, c.index_head_dim))
-        k = self.wk(x)
-        k = in_fp32(self.k_norm, k).to(k.dtype)
-        w = in_fp32(self.weights_proj, x)
-        return q, k, w * c.index_n_heads**-0.5 * c.index_head_dim**-0.5
 
 
 class Ops(Protocol):
@@ -114,7 +79,7 @@ class DSALayer(nn.Module):
         self,
         x: Tensor,
         positions: Tensor,
-        cache: LayerCache | None = None,
+        cache: LayerCache | SequenceCache | None = None,
         attention: str = "sparse",
         record: list[dict] | None = None,
         indices: Tensor | None = None,
@@ -148,6 +113,37 @@ class DSALayer(nn.Module):
             y, step = self._attend(x, positions, cache, attention, indices)
             if record is not None and not _recorded_before(record, step):
                 record.append({name: step[name] for name in RECORDED if name in step})
+        return y
+
+    def decode(
+        self,
+        x: Tensor,
+        cache: PagedCache,
+        batch: Batch,
+        record: list[dict] | None = None,
+        indices: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from the N newest tokens of each of B sequences, and return [B, N, dim] as `forward` does.
+
+        x: [B, N, dim], N at most 4; cache: the layer's PagedCache; batch: `cache.table.batch(sequences, N)`, made once
+        and shared by all layers. The tokens' rows are written to the pages and attended to, but the sequences are as
+        long as before until `table.advance(sequences, N)`, after the last layer; where the call fails, nothing that
+        anyone reads has changed. Needs a config with index_fp8, and `ops` with `paged_select` and
+        `paged_sparse_attention`.
+
+        record: a list that receives one dict: "q_idx" [B, N, Hi, Di] and "w" [B, N, Hi] as `paged_select` takes them,
+        "q" [B, N, H, D], "indices" and "slots" int32 [B, N, k], "lse" [B, N, H]; a layer without an indexer leaves out
+        the first two. indices: int32 [B, N, k], for a layer without an indexer and for no other: the positions that the
+        nearest layer before it that has one selected for the same tokens, out of that layer's record.
+
+        Raises: ValueError for other shapes, N above 4, a batch of another table or from before the table changed, a
+        cache of another layer's sizes or without all tokens before these, indices, gradients; TypeError for dtypes.
+        """
+        check_decode(self, x, cache, batch, record, indices)
+        with torch.no_grad(), all_or_nothing([], record):
+            y, step = decode_step(self, x, cache, batch, indices)
+            if record is not None:
+                record.append(recorded(step))
         return y
 
     def _attend(self, x, positions, cache, attention, indices) -> tuple[Tensor, dict]:
@@ -264,7 +260,7 @@ class DSALayer(nn.Module):
         return q.to(k.dtype), k, v.to(k.dtype)  # inside autocast, what a wider cache keeps is wider
 
     @staticmethod
-    def _row_starts(positions: Tensor, cache: LayerCache | None) -> Tensor:
+    def _row_starts(positions: Tensor, cache: LayerCache | SequenceCache | None) -> Tensor:
         """Each row's first visible key, int64 [T]: where its sequence begins among the cached and the new tokens."""
         before = 0 if cache is None else cache.length
         return torch.arange(before, before + len(positions), device=positions.device) - positions
@@ -290,14 +286,8 @@ class DSALayer(nn.Module):
 
     def _check(self, x, positions, cache, attention, record) -> None:
         check_shapes(x=(x, "T dim"), positions=(positions, "T"))
-        weight = self._weight()
-        casts = autocast_on(weight.device) and weight.dtype != torch.float64
-        check_dtype("x", x, (torch.float32, torch.bfloat16, torch.float16) if casts else (weight.dtype,))
         check_dtype("positions", positions, (torch.int32, torch.int64))
-        if x.device != weight.device:
-            raise ValueError(f"x must be on {weight.device} like the layer's weights, got {x.device}")
-        if x.shape[1] != self.config.dim:
-            raise ValueError(f"x must have shape [T, dim] with dim = {self.config.dim}, got {list(x.shape)}")
+        self._check_input(x)
         if attention not in ATTENTION:
             raise ValueError(f"attention must be one of {ATTENTION}, got {attention!r}")
         if record is not None:
@@ -319,9 +309,20 @@ class DSALayer(nn.Module):
         if cache is not None:
             cache.check_room(T)
 
+    def _check_input(self, x) -> None:
+        """x [..., dim] in a dtype that the weights take, beside them."""
+        weight = self._weight()
+        casts = autocast_on(weight.device) and weight.dtype != torch.float64
+        check_dtype("x", x, (torch.float32, torch.bfloat16, torch.float16) if casts else (weight.dtype,))
+        if x.device != weight.device:
+            raise ValueError(f"x must be on {weight.device} like the layer's weights, got {x.device}")
+        if x.shape[-1] != self.config.dim:
+            wanted = "[T, dim]" if x.dim() == 2 else "[B, N, dim]"
+            raise ValueError(f"x must have shape {wanted} with dim = {self.config.dim}, got {list(x.shape)}")
+
     def _check_cache(self, cache, x) -> None:
         """A cache of these sizes, on this device, with room for the tokens of x."""
-        if not isinstance(cache, LayerCache):
+        if not isinstance(cache, (LayerCache, SequenceCache)):
             raise TypeError(f"cache must be a LayerCache, got {type(cache).__name__}")
         c = self.config
         if (cache.k_idx is None) != (self.indexer is None):

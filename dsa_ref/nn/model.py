@@ -6,6 +6,7 @@ Pre-norm blocks of DSA and a SwiGLU feed-forward, tied embeddings, no special to
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,15 @@ from torch.nn import functional as F
 import dsa_ref
 
 from ..config import DSAConfig
-from ..contracts import check_dtype, check_shapes
+from ..contracts import check_dtype, check_queries, check_shapes
+from ..page_table import Batch, PageTable
+from ..paged_cache import PagedCache, SequenceCache
 from .cache import LayerCache, all_or_nothing
-from .layer import DSALayer, Ops, RMSNorm
+from .layer import DSALayer, Ops
+from .parts import RMSNorm
 from .wrapped import is_plain
 
+Cache = LayerCache | SequenceCache
 SMALL_MODEL = pathlib.Path(__file__).parent / "small_model.safetensors"
 
 
@@ -58,10 +63,16 @@ class Block(nn.Module):
         self.down_proj = nn.Linear(config.hidden_dim, dim, bias=False)
 
     def forward(
-        self, x: Tensor, positions: Tensor, cache: LayerCache | None, attention: str, record: list[dict] | None
+        self, x: Tensor, positions: Tensor, cache: Cache | None, attention: str, record: list[dict] | None
     ) -> Tensor:
         """x [T, dim] -> [T, dim]; arguments as for `DSALayer`."""
-        x = x + self.self_attn(self.attention_norm(x), positions, cache, attention, record)
+        return self._feed_forward(x + self.self_attn(self.attention_norm(x), positions, cache, attention, record))
+
+    def decode(self, x: Tensor, cache: PagedCache, batch: Batch, record: list[dict] | None) -> Tensor:
+        """x [B, N, dim] -> [B, N, dim]; arguments as for `DSALayer.decode`."""
+        return self._feed_forward(x + self.self_attn.decode(self.attention_norm(x), cache, batch, record))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
         y = self.mlp_norm(x)
         return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
 
@@ -85,13 +96,14 @@ class SmallModel(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        caches: list[LayerCache] | None = None,
+        caches: list[Cache] | None = None,
         attention: str = "sparse",
         record: list[dict] | None = None,
     ) -> Tensor:
         """tokens: int64 [T]; positions: int [T] as for `DSALayer`, default one sequence (after the cache, if any).
 
-        caches: what `new_caches` returned, or None; attention, record: as for `DSALayer`, record gets one dict a layer.
+        caches: what `new_caches` returned, or one `PagedCache.sequence` a layer, or None; attention, record: as for
+        `DSALayer`, record gets one dict a layer.
         Where the call fails or is interrupted, all caches and the record are what they were.
         Returns logits fp32 [T, vocab_size]. Raises as `DSALayer` does, and ValueError or TypeError for other caches.
         """
@@ -112,6 +124,54 @@ class SmallModel(nn.Module):
         weight = next(self.parameters())
         return [LayerCache(self.config.attention, capacity, weight.dtype, weight.device) for _ in self.layers]
 
+    def decode(
+        self,
+        tokens: Tensor,
+        table: PageTable,
+        caches: list[PagedCache],
+        sequences: Sequence[int],
+        record: list[dict] | None = None,
+    ) -> Tensor:
+        """The next N tokens of each of B sequences: logits fp32 [B, N, vocab_size] of what follows each.
+
+        tokens: int64 [B, N], N at most 4; table, caches: what `new_paged_caches` returned; sequences: B numbers of the
+        table's; record: as for `DSALayer.decode`, one dict a layer. The tokens are part of the sequences afterwards;
+        where the call fails or is interrupted, they are not, and the record is what it was.
+
+        Raises: as `PageTable.batch` and `DSALayer.decode` do, ValueError or TypeError for other tokens and caches.
+        """
+        check_shapes(tokens=(tokens, "B N"))
+        check_dtype("tokens", tokens, (torch.int64,))
+        self._check_paged(table, caches)
+        if len(tokens) != len(sequences):
+            raise ValueError(f"tokens must be those of {len(sequences)} sequences, got shape {list(tokens.shape)}")
+        check_queries("tokens", tokens)
+        logits = self.decode_batch(tokens, caches, table.batch(sequences, tokens.shape[1]), record)
+        table.advance(sequences, tokens.shape[1])
+        return logits
+
+    def decode_batch(
+        self, tokens: Tensor, caches: list[PagedCache], batch: Batch, record: list[dict] | None = None
+    ) -> Tensor:
+        """`decode` of a batch that the table made, without committing it, as a `CapturedStep` repeats it."""
+        with all_or_nothing([], record):
+            x = self.embed(tokens)
+            for block, cache in zip(self.layers, caches, strict=True):
+                x = block.decode(x, cache, batch, record)
+            return F.linear(self.norm(x), self._embedding()).float()
+
+    def new_paged_caches(
+        self, pages: int, sequences: int, max_length: int | None = None, page_size: int = 64, fp8: bool = False
+    ) -> tuple[PageTable, list[PagedCache]]:
+        """An empty PageTable, and one PagedCache a layer in its pages. max_length: None for the model's max_seq_len.
+
+        fp8: keep latents as FP8 rows, else in the weights' dtype. Raises as `PageTable` and `PagedCache` do.
+        """
+        weight, attention = next(self.parameters()), self.config.attention
+        longest = attention.max_seq_len if max_length is None else max_length
+        table = PageTable(pages, sequences, longest, page_size, weight.device)
+        return table, [PagedCache(table, attention, weight.dtype, fp8) for _ in self.layers]
+
     def _embedding(self) -> Tensor:
         """The rows of all tokens, [vocab_size, dim], with whatever an adapter or hook adds to them."""
         if is_plain(self.embed):
@@ -122,13 +182,26 @@ class SmallModel(nn.Module):
         """One cache a layer, each another one, all of the same length."""
         if caches is None:
             return
-        if not isinstance(caches, (list, tuple)) or not all(isinstance(cache, LayerCache) for cache in caches):
+        if not isinstance(caches, (list, tuple)) or not all(isinstance(cache, Cache) for cache in caches):
             raise TypeError("caches must be a list of LayerCache, as new_caches returns it, or None")
+        self._check_one_a_layer([cache.cache if isinstance(cache, SequenceCache) else cache for cache in caches])
+        if len({cache.length for cache in caches}) > 1:
+            raise ValueError(f"caches must hold the same tokens, got lengths {[cache.length for cache in caches]}")
+
+    def _check_one_a_layer(self, caches) -> None:
         if len(caches) != len(self.layers) or len({id(cache) for cache in caches}) != len(caches):
             distinct = len({id(cache) for cache in caches})
             raise ValueError(f"caches must be {len(self.layers)} distinct ones, one a layer, got {distinct}")
-        if len({cache.length for cache in caches}) > 1:
-            raise ValueError(f"caches must hold the same tokens, got lengths {[cache.length for cache in caches]}")
+
+    def _check_paged(self, table, caches) -> None:
+        """A table and one paged cache a layer in its pages, each another one."""
+        if not isinstance(table, PageTable):
+            raise TypeError(f"table must be a PageTable, got {type(table).__name__}")
+        if not isinstance(caches, (list, tuple)) or not all(isinstance(cache, PagedCache) for cache in caches):
+            raise TypeError("caches must be a list of PagedCache, as new_paged_caches returns it")
+        self._check_one_a_layer(caches)
+        if any(cache.table is not table for cache in caches):
+            raise ValueError("caches must be in the pages of table, got another table's")
 
 
 def save_small_model(model: SmallModel, path: str | pathlib.Path) -> None:

@@ -20,10 +20,11 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 _swapping = threading.RLock()  # functional_call exchanges a module's weights for the time of a call
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether calling the module does no more than its weights say: torch's own class, no hook, no sharded weight."""
+def is_plain(module: nn.Module, *kinds: type) -> bool:
+    """Whether calling the module does no more than its weights say: torch's own class or one of `kinds`, no hook, no
+    sharded weight."""
     return (
-        type(module) in (nn.Linear, nn.LayerNorm, nn.Embedding)
+        type(module) in (nn.Linear, nn.LayerNorm, nn.Embedding, *kinds)
         and all(type(weight) in (nn.Parameter, Tensor) for weight in module._parameters.values() if weight is not None)
         and not any(getattr(module, hooks) for hooks in HOOKS)
         and "forward" not in vars(module)
