@@ -35,6 +35,16 @@ def test_a_public_name_must_be_defined_and_have_a_docstring(tmp_path, monkeypatc
         api.entry("h", path)
 
 
+def test_a_property_that_can_be_set_stands_there_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "ROOT", tmp_path)
+    path = tmp_path / "package.py"
+    path.write_text(
+        'class C:\n    """See."""\n    @property\n    def x(self) -> int:\n        """It."""\n'
+        "    @x.setter\n    def x(self, x: int) -> None: pass\n"
+    )
+    assert api.entry("C", path)[1:] == ["  - `.x`: It."]
+
+
 def test_the_kernels_public_functions_have_hints():
     path = api.ROOT / api.PACKAGES["dsa_kernels"]
     for name in api.public_names(ast.parse(path.read_text(encoding="utf-8"))):

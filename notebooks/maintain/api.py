@@ -55,7 +55,10 @@ def entry(name, path):
     if isinstance(node, ast.FunctionDef):
         return [f"- [`{name}{signature(node)}`]({where}): {summary(node)}"]
     if isinstance(node, ast.ClassDef):
-        methods = {part.name: part for part in node.body if isinstance(part, ast.FunctionDef)}
+        methods = {}
+        for part in node.body:
+            if isinstance(part, ast.FunctionDef):
+                methods.setdefault(part.name, part)  # the first of a name: not a property's setter
         init = signature(methods["__init__"], method=True) if "__init__" in methods else fields(node)
         lines = [f"- [`{name}{init}`]({where}): {summary(node)}"]
         for public, method in methods.items():

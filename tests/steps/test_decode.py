@@ -160,6 +160,7 @@ def test_page_size_and_page_order_change_nothing(ops, device, page):
             assert_same_bits(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # of the interpreter, which multiplies what it masks
 def test_what_nobody_owns_is_never_read(ops, device):
     """NaN, infinity, zeros, noise: behind each sequence's end, in pages of no sequence, in unused table entries."""
     batch, k = Batch([13, 0, 8, 3], 2, 8, device=device), 5
