@@ -22,9 +22,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import dsa_ref
+
 from ..contracts import check_count, check_int
-from ..page_table import PageTable
+from ..page_table import Batch, PageTable
 from ..paged_cache import PagedCache
+from .captured import CapturedStep
 from .model import SMALL_MODEL, SmallModel, load_small_model
 
 __all__ = ["Generation", "Piece", "choose", "complete", "generate"]
@@ -73,6 +76,19 @@ class _Sequence:
         return Piece(self.prompt, self.sample, data, reason)
 
 
+class _Options(NamedTuple):
+    """What `generate` was asked for, checked. sampling: what `choose` takes after the generator."""
+
+    tokens: int
+    sampling: tuple[float, int | None, float]
+    stop: list[bytes]
+    chunk: int
+    page_size: int
+    fp8: bool
+    captured: bool
+    progress: Progress | None
+
+
 class Generation(Iterator[Piece]):
     """What `generate` returns: an iterator over pieces, which says on the way what it holds.
 
@@ -86,21 +102,20 @@ class Generation(Iterator[Piece]):
     read: int
     written: int
 
-    def __init__(self, model, prompts, tokens, sampling, stop, chunk, page_size, fp8, progress, sequences) -> None:
-        self._model, self._tokens, self._sampling, self._stop = model, tokens, sampling, stop
-        self._chunk, self._progress, self._sequences = chunk, progress, sequences
-        self._prompts = prompts
+    def __init__(self, model: SmallModel, prompts: list[bytes], sequences: list[_Sequence], options: _Options) -> None:
+        self._model, self._prompts, self._sequences, self._options = model, prompts, sequences, options
+        self._graph, page_size = None, options.page_size
         self._plan = _shared_prefixes(prompts, page_size)
         self.read = self.written = 0
         self.to_read = sum(len(text) - shared for text, (_, shared) in self._plan.items())
-        attention, weight = model.config.attention, next(model.parameters())
-        ends = {text: min(len(text) + tokens - 1, attention.max_seq_len) for text in self._plan}
+        longest = model.config.attention.max_seq_len
+        ends = {text: min(len(text) + options.tokens - 1, longest) for text in self._plan}  # the last byte is not read
         samples, pages = collections.Counter(prompts[one.prompt] for one in sequences), 0
         for text, (_, shared) in self._plan.items():
             last = -(-ends[text] // page_size)
             pages += last - shared // page_size + (samples[text] - 1) * (last - len(text) // page_size)
-        self.table = PageTable(pages, len(sequences), max(ends.values()), page_size, weight.device)
-        self.caches = [PagedCache(self.table, attention, weight.dtype, fp8) for _ in model.layers]
+        sizes = pages, len(sequences), max(ends.values()), page_size, options.fp8
+        self.table, self.caches = model.new_paged_caches(*sizes)
         self._pieces = self._run()
 
     def __next__(self) -> Piece:
@@ -108,14 +123,14 @@ class Generation(Iterator[Piece]):
 
     def _run(self) -> Iterator[Piece]:
         """No context of torch's may be open at a yield: it would hold for the caller, too."""
-        alive, logits = self._sequences, self._read_prompts()
+        options, alive, logits = self._options, self._sequences, self._read_prompts()
         longest = self._model.config.attention.max_seq_len
         while alive:
             pieces, going = [], []
             for sequence, row in zip(alive, logits, strict=True):
-                byte = choose(row, sequence.generator, *self._sampling)
+                byte = choose(row, sequence.generator, *options.sampling)
                 room = longest - len(self._prompts[sequence.prompt])
-                pieces.append(sequence.add(byte, self._tokens, room, self._stop))
+                pieces.append(sequence.add(byte, options.tokens, room, options.stop))
                 if pieces[-1].finish_reason:
                     self.table.free(sequence.row)
                 else:
@@ -129,17 +144,16 @@ class Generation(Iterator[Piece]):
     @torch.no_grad()
     def _read_prompts(self) -> list[Tensor]:
         """Fill the caches with all prompts, and return for each sequence the logits of its first byte, on the CPU."""
-        rows, logits = {}, {}
+        rows, logits, chunk, progress = {}, {}, self._options.chunk, self._options.progress
         for text, (source, shared) in self._plan.items():
             rows[text] = row = self.table.new() if source is None else self.table.fork(rows[source])
             self.table.truncate(row, shared)
-            for first in range(shared, len(text), self._chunk):
-                part = torch.tensor(list(text[first : first + self._chunk]), device=self.table.table.device)
-                logits[text] = self._model(part, caches=[cache.sequence(row) for cache in self.caches])[-1]
+            for first in range(shared, len(text), chunk):
+                part = torch.tensor(list(text[first : first + chunk]), device=self.table.table.device)
+                logits[text] = self._model(part, caches=[cache.sequence(row) for cache in self.caches])[-1].cpu()
                 self.read += len(part)
-                if self._progress is not None:
-                    self._progress(self.read, self.to_read)
-            logits[text] = logits[text].cpu()
+                if progress is not None:
+                    progress(self.read, self.to_read)
         owned = set()
         for sequence in self._sequences:  # the first continuation of a text takes its row, the others fork it
             text = self._prompts[sequence.prompt]
@@ -150,11 +164,18 @@ class Generation(Iterator[Piece]):
     @torch.no_grad()
     def _step(self, alive: list[_Sequence]) -> Tensor:
         """Run the newest byte of each sequence: the logits of the next, fp32 [B, vocab_size], on the CPU."""
-        rows = []
-        for sequence in alive:
-            newest = torch.tensor([sequence.written[-1]], device=self.table.table.device)
-            rows.append(self._model(newest, caches=[cache.sequence(sequence.row) for cache in self.caches])[-1])
-        return torch.stack(rows).cpu()
+        newest = torch.tensor([[sequence.written[-1]] for sequence in alive], device=self.table.table.device)
+        rows = [sequence.row for sequence in alive]
+        if not self._options.captured:
+            return self._model.decode(newest, self.table, self.caches, rows)[:, -1].cpu()
+        if self._graph is None or self._graph.sequences != tuple(rows):
+            self._graph = None  # its memory is free before another takes some
+            ops = self._model.layers[0].self_attn.ops
+            self._graph = CapturedStep(self._decode, self.table, rows, newest, ops)
+        return self._graph(newest)[:, -1].cpu()
+
+    def _decode(self, tokens: Tensor, batch: Batch) -> Tensor:
+        return self._model.decode_batch(tokens, self.caches, batch)
 
 
 def generate(
@@ -171,6 +192,7 @@ def generate(
     chunk: int = 256,
     page_size: int = 64,
     fp8: bool = False,
+    captured: bool = False,
     progress: Progress | None = None,
 ) -> Generation:
     """Continue every prompt by up to `tokens` bytes, and return an iterator over the pieces as they come.
@@ -180,6 +202,7 @@ def generate(
     sample i of a prompt draws what (seed, i) says, whatever other prompts there are; None: anew in every call. stop:
     texts, str as UTF-8, that end a sequence where they come; they are left out. samples: continuations of each prompt.
     chunk: prompt tokens a pass; page_size: tokens a page; fp8: keep latents as FP8 rows, else in the weights' dtype.
+    captured: replay each step from a CUDA graph, captured anew when a sequence ends: the same bits in less time.
     progress: called as progress(tokens read, tokens to read) after each chunk.
 
     Raises, before any work: ValueError or TypeError for what it cannot do, such as an empty prompt or one longer than
@@ -198,16 +221,23 @@ def generate(
         check_count("top_k", top_k)
     if seed is not None:
         check_int("seed", seed, 0, 2**63 - 1)
+    if not isinstance(captured, bool):
+        raise TypeError(f"captured must be a bool, got {captured!r}")
+    device, ops = next(model.parameters()).device, model.layers[0].self_attn.ops
+    if captured and (device.type != "cuda" or ops is dsa_ref):
+        name = getattr(ops, "__name__", type(ops).__name__)
+        raise ValueError(f"captured must be False but for dsa_kernels on a CUDA device, got {name} on {device}")
     if progress is not None and not callable(progress):
         raise TypeError(f"progress must be a function of two ints or None, got {type(progress).__name__}")
-    stop, sampling = _stop_texts(stop), (temperature, top_k, top_p)
+    sampling = float(temperature), top_k, float(top_p)
+    options = _Options(tokens, sampling, _stop_texts(stop), chunk, page_size, fp8, captured, progress)
     seeds = _seeds(seed, len(prompts), samples)
     sequences = [
         _Sequence(prompt, sample, torch.Generator().manual_seed(seeds[prompt][sample]))
         for prompt in range(len(prompts))
         for sample in range(samples)
     ]
-    return Generation(model, list(prompts), tokens, sampling, stop, chunk, page_size, fp8, progress, sequences)
+    return Generation(model, list(prompts), sequences, options)
 
 
 def complete(model: SmallModel, prompts: Sequence[bytes], tokens: int, **options) -> list[bytes]:
@@ -314,6 +344,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kernels", action="store_const", dest="ops", const="dsa_kernels", default="dsa_ref",
                         help="run the steps of dsa_kernels, not of dsa_ref")  # fmt: skip
     parser.add_argument("--fp8", action="store_true", help="keep latents in the caches as FP8 rows")
+    parser.add_argument("--captured", action="store_true", help="with --kernels on a GPU: replay CUDA graphs")
     parser.add_argument("--chunk", type=int, default=256, help="prompt bytes a pass (default %(default)s)")
     parser.add_argument("--progress", action="store_true", help="show progress though stderr is no terminal")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -355,7 +386,8 @@ def _write(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         generation = generate(
             model, prompts, options.tokens, temperature=options.temperature, top_k=options.top_k_tokens,
             top_p=options.top_p, seed=options.seed, stop=[os.fsencode(text) for text in options.stop],
-            samples=options.samples, chunk=options.chunk, fp8=options.fp8, progress=progress,
+            samples=options.samples, chunk=options.chunk, fp8=options.fp8, captured=options.captured,
+            progress=progress,
         )  # fmt: skip
     except (ValueError, TypeError) as error:
         parser.error(str(error))

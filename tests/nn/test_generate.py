@@ -209,6 +209,55 @@ def test_a_finished_sequence_gives_its_pages_back(model):
     assert held == {None: held[None], "stop": -(-(len(PROMPTS[1]) + at) // 4), "length": 0}
 
 
+def speculate(model, prompt, tokens, draft, fp8=False):
+    """(the greedy text, the steps that it took): three guesses of draft(text so far) are verified by one step of four
+    tokens, and those behind the first wrong one are taken back."""
+    device = next(model.parameters()).device
+    table, caches = model.new_paged_caches(10, 1, page_size=8, fp8=fp8)
+    row, steps = table.new(), 0
+    logits = model(torch.tensor(list(prompt), device=device), caches=[cache.sequence(row) for cache in caches])
+    written = bytes([int(logits[-1].argmax())])
+    while len(written) < tokens:
+        guesses, before = draft(written), table.length(row)
+        newest = torch.tensor([list(written[-1:] + guesses)], device=device)
+        best = bytes(model.decode(newest, table, caches, [row])[0].argmax(dim=1).tolist())
+        assert table.length(row) == before + 4
+        right = len(os.path.commonprefix((best, guesses)))
+        written += best[: right + 1]  # the first wrong guess is replaced by what should have stood there
+        table.truncate(row, before + 1 + right)
+        assert table.length(row) == len(prompt) + len(written) - 1
+        steps += 1
+    return written[:tokens], steps
+
+
+@RUNGS
+def test_rejected_guesses_are_taken_back(ops, device):
+    """Speculative decoding gives the greedy text for any guesses, in fewer steps for good ones."""
+    model, prompt, compiled = model_of(ops, device), PROMPTS[1], ops is dsa_ref or device != "cpu"
+    tokens, places = (20, range(4)) if compiled else (4, (1,))
+    for fp8 in (False, True) if compiled else (True,):
+        greedy = complete(model, [prompt], tokens, fp8=fp8)[0]
+        for wrong in places:
+
+            def draft(written, greedy=greedy, wrong=wrong):
+                """The next three bytes of the greedy text, but for one."""
+                guesses = bytearray((greedy + bytes(4))[len(written) : len(written) + 3])
+                guesses[wrong : wrong + 1] = bytes(byte ^ 1 for byte in guesses[wrong : wrong + 1])
+                return bytes(guesses)
+
+            text, steps = speculate(model, prompt, tokens, draft, fp8)
+            assert (text, steps) == (greedy, -(-(tokens - 1) // (wrong + 1)))
+
+
+@pytest.mark.gpu
+@pytest.mark.rungs("kernels")
+def test_captured_steps_write_the_same(ops, device):
+    model, options = model_of(ops, device), {"temperature": 0.7, "seed": 1, "samples": 2}
+    stop = complete(model, PROMPTS, 20, **options)[2][5:7]
+    eager, captured = (complete(model, PROMPTS, 20, **options, stop=stop, captured=value) for value in (False, True))
+    assert eager == captured and len(set(map(len, eager))) > 1
+
+
 def test_max_seq_len():
     """The model reads max_seq_len bytes; the byte after them is the last."""
     model = model_of(max_seq_len=48)
@@ -249,6 +298,8 @@ BAD = [
     ("stop", {"stop": 10}, TypeError, "bytes, a str or a list of these, got int"),
     ("stop", {"stop": [b"a", 10]}, TypeError, "got list of bytes, int"),
     ("stop", {"stop": [b"a", ""]}, ValueError, "at least one byte, got an empty one"),
+    ("captured", {"captured": 1}, TypeError, "a bool, got 1"),
+    ("fp8", {"fp8": 1}, TypeError, "a bool, got 1"),
     ("progress", {"progress": 1}, TypeError, "a function of two ints or None, got int"),
 ]
 
@@ -260,7 +311,9 @@ def test_bad_input_is_refused_before_any_work(name, given, error, wanted, model,
         generate(**{"model": model, "prompts": [b"abc"], "tokens": 3, **given})
 
 
-def test_models_that_cannot_generate():
+def test_models_that_cannot_generate(model):
+    with pytest.raises(ValueError, match="captured must be False but for dsa_kernels on a CUDA device, got dsa_ref on"):
+        generate(model, [b"a"], 1, captured=True)
     with pytest.raises(ValueError, match="model must have a vocab_size of 256, .* got 300"):
         generate(SmallModel(ModelConfig(n_layers=1, vocab_size=300, attention=dsa_ref.TINY)), [b"a"], 1)
     with pytest.raises(ValueError, match="config must have index_fp8 = True"):
