@@ -217,7 +217,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     check_rms_norm(x, weight, eps, FLOATS)
     check_runnable(x=x, weight=weight)
     x, weight = x.contiguous(), weight.detach().contiguous()
-    out, (T, D) = torch.empty_like(x), x.shape
+    (T, D), out = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if T:
         _rms_norm[(T,)](out, x, weight, eps, D, DP=triton.next_power_of_2(D), **NO_FUSION)
     return out
@@ -339,10 +339,11 @@ def index_queries(
     check_runnable(q=q.detach())
     q, w = q.detach().contiguous(), w.detach().contiguous()
     T, heads, D = q.shape
-    q_idx, out = torch.empty(q.shape, dtype=torch.uint8, device=q.device), torch.empty_like(w)
+    q_idx = torch.empty(q.shape, dtype=torch.uint8, device=q.device)
+    out = torch.empty(w.shape, dtype=torch.float32, device=q.device)
     if T:
         rows = T * heads
-        block = 4 if rows <= 1024 else max(4, 2048 // D)
+        block = 2 if rows <= 1024 else max(2, 2048 // D)
         _index_queries[(triton.cdiv(rows, block),)](
             q_idx, out, q, w, positions.contiguous(), freqs.contiguous(), rows, heads**-0.5, D**-0.5,
             HEADS=heads, D=D, STEPS=D.bit_length() - 1, R=2 * len(freqs), INTERLEAVED=layout == "interleaved",
@@ -368,7 +369,7 @@ def turn_into(out: torch.Tensor, x: torch.Tensor, positions: torch.Tensor, freqs
     x = x.detach() if x.stride(2) == 1 else x.detach().contiguous()
     T, heads, R = x.shape
     RP = triton.next_power_of_2(R)
-    block = min(triton.next_power_of_2(heads), max(1, 1024 // RP))
+    block = min(triton.next_power_of_2(heads), max(1, 256 // RP))
     if T:
         _turn_into[(triton.cdiv(heads, block), T)](
             out, x, positions.contiguous(), freqs.contiguous(), heads, *out.stride()[:2], *x.stride()[:2],

@@ -85,6 +85,31 @@ def indexer_vectors(size, dtype):
     dsa_kernels.hadamard(x)
 
 
+def small_steps(size, dtype, fp8, T=3, page=64):
+    (heads, dim), (H, D, v_dim) = INDEXER[size], ATTENTION[size]
+    R, slots, positions = D - v_dim, torch.arange(T), torch.arange(T)
+    freqs, index_pages = torch.ones(R // 2), torch.zeros(2, page * (dim + 4), dtype=torch.uint8)
+    row = v_dim + 4 * -(-v_dim // 128) + 2 * R
+    kv_pages = torch.zeros(2, page, row if fp8 else D, dtype=torch.uint8 if fp8 else dtype)
+    k, rows, q = (
+        torch.zeros(T, dim, dtype=dtype),
+        torch.zeros(T, D, dtype=dtype),
+        torch.zeros(T, heads, dim, dtype=dtype),
+    )
+    weight, x = torch.ones(dim), torch.zeros(T, 14 * D, dtype=dtype)
+    for layout in ("half", "interleaved"):
+        dsa_kernels.append_index(index_pages, slots, k, weight, weight, 1e-6, positions, freqs, layout)
+        dsa_kernels.index_queries(q, torch.ones(T, heads), positions, freqs, layout)
+    dsa_kernels.append_latents(kv_pages, slots, rows, torch.ones(v_dim, dtype=dtype), 1e-6, positions, freqs)
+    dsa_kernels.rms_norm(x[:, : 3 * v_dim], torch.ones(3 * v_dim, dtype=dtype), 1e-6)
+    dsa_kernels.head_weights(x, torch.ones(heads, 14 * D, dtype=dtype))
+    out = torch.zeros(T, H, D, dtype=dtype)
+    dsa_kernels.turn_into(out[..., v_dim:], out[..., v_dim:], positions, freqs, "interleaved")
+    dsa_kernels.place_tokens(
+        torch.zeros(2, 5, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), slots[:2], 3, page
+    )
+
+
 MANY = 401  # rows: twice a card's multiprocessors and more
 LONG = (1 << 18) + 16  # keys
 CASES = [  # those with "hopper" are for cards of compute capability 9.0
@@ -100,6 +125,7 @@ CASES = [  # those with "hopper" are for cards of compute capability 9.0
     (sparse_attention, V32, BF16, "portable", 2, 16),
     (sparse_attention, SMALL, BF16, "portable", 2, 8, 100),  # fewer keys than places in a list
     *((indexer_vectors, size, dtype) for size in INDEXER for dtype in (BF16, FP32)),
+    *((small_steps, size, dtype, fp8) for size in INDEXER for dtype in (BF16, FP32) for fp8 in (True, False)),
     *(
         (paged_index_scores, size, variant, N)
         for size in INDEXER
