@@ -13,6 +13,7 @@ from torch import Tensor
 
 import dsa_ref
 
+from ..contracts import unchecked_values
 from ..page_table import Batch, PageTable
 
 
@@ -55,7 +56,8 @@ class CapturedStep:
             aside = torch.cuda.Stream(x.device)
             aside.wait_stream(torch.cuda.current_stream(x.device))
             with torch.cuda.stream(aside):
-                for _ in range(3):  # kernels are compiled and libraries set up before the capture
+                run()
+                with unchecked_values():  # once more as it will be captured: kernels compiled, libraries set up
                     run()
             torch.cuda.current_stream(x.device).wait_stream(aside)
             self._graph = torch.cuda.CUDAGraph()

@@ -6,11 +6,10 @@ import pytest
 import rungs
 import torch
 from inputs import assert_same_bits, normal
-from test_decode import make_model
 
 import dsa_ref
 from dsa_ref import TINY, DSALayer, PagedCache, PageTable
-from dsa_ref.nn import CapturedStep
+from dsa_ref.nn import CapturedStep, ModelConfig, SmallModel
 
 PAGE = 5
 
@@ -62,7 +61,7 @@ def test_replays_have_the_bits_of_the_step(N, fp8):
 
 @pytest.mark.gpu
 def test_a_model_s_replays():
-    model = make_model(rungs.load("kernels"), "cuda", n_layers=2)
+    model = SmallModel(ModelConfig(2, 96, attention=TINY), rungs.load("kernels")).requires_grad_(False).cuda()
     texts = [torch.randint(256, (9 + 4 * i,), device="cuda") for i in range(2)]
     made = []
     for _ in range(2):
