@@ -4,24 +4,33 @@ A row holds 512 e4m3 values, four fp32 scales (one for 128 values each) and 64 b
 bf16 for the keys, so each row passes through registers. A tile is up to 64 heads of one query and one part of its list,
 in steps of 128 places: key blocks 0 and 1. Program p of n serves tiles p, p + n, ... and four warpgroups work on one:
 
-- `convert` runs twice, once for each block. It loads pieces of 64 rows and 64 columns some pieces before it needs them,
-  as int32 words, makes bf16 of them and stores them where the block's quarter (half of its columns) has come free. Both
-  go on to the next tile's keys while the other warpgroups still finish this one. Two steps ahead they ask the L2 for
-  rows. Block 0's also fetches q by TMA.
-- `left` multiplies q by block 0 and owns output columns 0 to 255; `right` takes block 1 and columns 256 to 511. They are
-  `sparse_attention`'s, and so is their timeline:
+- `convert` runs twice, once for each block. It loads pieces of 64 rows and 64 columns as int32 words, each while the
+  one before it is stored, makes bf16 of them and stores them where the block's quarter (half of its columns) has come
+  free. Both go on to the next tile's keys while the other warpgroups still finish this one. Half a step before it loads
+  a step's first piece, it asks the L2 for its rows. Block 0's also fetches q by TMA.
+- `left` multiplies q by block 0 and owns output columns 0 to 255; `right` takes block 1 and columns 256 to 511. They
+  are `sparse_attention`'s, and so is their timeline:
 
-    convert 0 | k0.left, k0.right          | k0.left           | k0.right
-    convert 1 | k1.right, k1.left          |     k1.right      |     k1.left
-    left      |   q·k0 | softmax 0 | P0·V0 left | P1·V1 left | q·k0 of the next step
+    convert 0 | k0.left          | k0.right            | k0.left of the next step
+    convert 1 | k1.right         | k1.left             | k1.right of the next step
+    left      |  q·k0 | softmax 0 | P0·V0 left | P1·V1 left | q·k0 of the next step
     right     |         q·k1 | softmax 1 | P1·V1 right | P0·V0 right | q·k1 of the next step
 
-A quarter is refilled while its owner works on the other block's values: 16 KB of bytes become 32 KB of bf16 in that
-time, and this, more than the 4352 clocks of the tensor cores, sets the pace of a step.
+A quarter is refilled while its readers work on the other block's values: 16 KB become 32 KB of bf16 in that time. This,
+and not the 4352 clocks of the tensor cores, sets the pace of a step.
 
 -1 is no key, wherever it stands: nothing is read for it, and its columns are zeros of weight zero. With one part, `out`
 and `lse` are final; with more, each part's output is normalised by itself and `dsa_kernels.paged_sparse_attention`
 merges them. What a row of the result holds depends on its own q, list and `splits` alone.
+
+Measured 2026-11-26 on one H200, triton 3.6.0, microseconds a call in a CUDA graph, k = 2048, with the study's merge;
+beside it FlashMLA (few heads padded to 64) and shared/studies/decode.py, which reads NaN as 480, reads row 0 for -1 and
+takes powers of two alone: 256 queries of 128 heads, one part 408 / 339 / 389, 128 queries 209 / 173 / 200; one query of
+16 heads, 16 parts 14.8 / 17.1 / 12.4, 8 queries 15.7 / 19.5 / 14.1. So it passes FlashMLA where few heads meet few
+queries, and not elsewhere; the study's speed is not kept.
+Tried, 256 queries, and slower: two pieces ahead 440, without the test for NaN 422, without that and the L2 457; a
+branch for each row instead of one for two 435, without NaN 412, without the L2 470; `convert` as a loop over 128
+columns 528 to 636; hi and lo products for every scale with the maximum of all magnitudes for NaN 471.
 
 Read `sparse_shared` first: the buffers, and how warpgroups wait for each other. `sparse_tiles` has the softmax.
 """
@@ -42,10 +51,10 @@ from .sparse_shared import (
     SWIZZLED,
     KeyBlock,
     KeyQuarter,
+    Message,
     Probabilities,
     Queries,
     Shared,
-    Message,
     arrive_when_copied,
     barrier,
     copy_columns,
@@ -71,6 +80,7 @@ from .sparse_tiles import (
 )
 
 D, V = 576, 512
+AHEAD = gl.constexpr(1)  # pieces between a load and its use; two make 3.6.0 spill some 60 registers, and are 8 % slower
 # As `sparse_tiles.OUTPUT`, but products of 128 columns: with four warpgroups a program starts with 128 registers a
 # thread, and for 256 columns the compiler wants more than that, although `left` and `right` get more later.
 OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
@@ -150,52 +160,59 @@ def tile_at(number, work, TILES: gl.constexpr, SPLITS: gl.constexpr):
 # From bytes to bf16 --------------------------------------------------------------------------------------------------
 
 
-def _to_bf16(check_nan):
-    """PTX for four words of a row, what a thread has of it in a piece, to eight pairs of bf16: their values times the
-    row's scale. And its constraints: first and second pairs of the words, words, scales (four times the same).
+def _to_bf16():
+    """PTX for the eight words of a thread's piece, four of each of two rows, to sixteen pairs of bf16: their values
+    times the row's scale. And its constraints: first and second pair of each word, words, scales.
 
     e4m3 is s eeee mmm. Moved to bf16's places, s 0000eeee mmm0000, it reads as the value times 2^-120, subnormals too.
-    `prmt` puts a byte into the low half of 16 bits and copies of its sign into the high half; a shift by four and a mask
-    do the rest, and a product with 2^120 · scale. That is exact for a power of two below 2^7. Rarely it is not enough:
+    `prmt` puts a byte into the low half of 16 bits and copies of its sign into the high half; a shift by four, a mask
+    and a product with 2^120 · scale do the rest. For powers of two below 2^7 that is exact. A branch leads to the rest:
 
     Other scales come as hi + lo, two bf16 numbers that hold 16 of its bits. lo · x is rounded to bf16, 2^-17 of the
     result, then hi · x is added to it exactly and the sum rounded once. From 2^7 on 2^120 is a product of its own.
     And 1111 111, which is NaN, would read as 480: it gets its exponent filled up. Adding 1 to the seven bits shows it.
     """
-    pairs = {(i, j): f"${4 * j + i}" for i in range(4) for j in range(2)}
-    word, scale = (lambda i: f"${8 + i}"), "$12"
-    lines = [".reg .pred rare; .reg .b32 t, any, hi; .reg .f32 f, g;"]
-    lines += [f"mul.rn.f32 f, {scale}, 0f7B800000; mov.b32 hi, f; and.b32 any, hi, 0xFFFF;"]  # 2^120
-    lines += ["abs.f32 g, f; setp.geu.f32 rare, g, 0f7F800000; prmt.b32 hi, hi, 0, 0x3232;"]  # infinite, or NaN
-    if check_nan:  # 0x80 in a byte of t; the low half of any is of the scale, so its bits go above
-        lines += ["setp.ne.or.u32 rare, any, 0, rare; mov.b32 any, 0;"]
-        for i in range(4):
-            lines += [f"and.b32 t, {word(i)}, 0x7F7F7F7F; add.u32 t, t, 0x01010101; or.b32 any, any, t;"]
-        lines += ["and.b32 any, any, 0x80808080;"]
-    lines += ["setp.ne.or.u32 rare, any, 0, rare;"]
+    rows, pairs = (0, 1), {(i, j): f"${8 * j + i}" for i in range(8) for j in range(2)}
+    word, scale = (lambda i: f"${16 + i}"), (lambda row: f"${24 + 4 * row}")
+    lines = [".reg .pred rare, large; .reg .b32 t, any; .reg .f32 f<2>, g; .reg .b16 h, l; .reg .b32 hi<2>, lo, power;"]
+    for row in rows:
+        lines += [f"mul.rn.f32 f{row}, {scale(row)}, 0f7B800000;"]  # 2^120
+    lines += ["{ .reg .b32 b<2>; mov.b32 b0, f0; mov.b32 b1, f1; or.b32 t, b0, b1; and.b32 t, t, 0xFFFF;"]
+    lines += ["prmt.b32 hi0, b0, 0, 0x3232; prmt.b32 hi1, b1, 0, 0x3232; setp.ne.u32 rare, t, 0; }"]
+    lines += ["abs.f32 g, f0; abs.f32 f1, f1; max.NaN.f32 g, g, f1; setp.geu.or.f32 rare, g, 0f7F800000, rare;"]
+    lines += ["mov.b32 any, 0;"]
+    for i in range(8):
+        lines += [f"and.b32 t, {word(i)}, 0x7F7F7F7F; add.u32 t, t, 0x01010101; or.b32 any, any, t;"]
+    lines += ["and.b32 any, any, 0x80808080; setp.ne.or.u32 rare, any, 0, rare;"]
 
     def place(i, j):
         x, signs_and_bytes = pairs[i, j], ("0x9180", "0xB3A2")[j]
         return f"prmt.b32 {x}, {word(i)}, 0, {signs_and_bytes}; shl.b32 {x}, {x}, 4; and.b32 {x}, {x}, 0x87F087F0;"
 
     lines += ["@rare bra RARE;"]
-    lines += [f"{place(i, j)} mul.rn.bf16x2 {pairs[i, j]}, {pairs[i, j]}, hi;" for i in range(4) for j in range(2)]
-    lines += ["bra DONE; RARE: { .reg .pred large; .reg .b16 h, l; .reg .b32 lo, power; .reg .f32 r;"]
-    lines += [f"abs.f32 g, {scale}; setp.ge.f32 large, g, 0f43000000; selp.b32 power, 0x7B807B80, 0x3F803F80, large;"]
-    lines += [f"selp.f32 g, {scale}, f, large; cvt.rn.bf16.f32 h, g; mov.b32 hi, {{h, h}}; shl.b32 t, hi, 16;"]
-    lines += ["mov.b32 r, t; sub.rn.f32 g, g, r; cvt.rn.bf16.f32 l, g; mov.b32 lo, {l, l};"]
-    for i in range(4):
+    for i in range(8):
         for j in range(2):
-            x = pairs[i, j]
-            lines += [f"{place(i, j)} add.u32 t, {x}, 0x00100010; and.b32 t, t, 0x08000800; mad.lo.u32 {x}, t, 15, {x};"]
-            lines += [f"mul.rn.bf16x2 t, {x}, lo; fma.rn.bf16x2 {x}, {x}, hi, t; mul.rn.bf16x2 {x}, {x}, power;"]
-    lines += ["} DONE:"]
-    types = ["=&r"] * 8 + ["r"] * 4 + ["f"] * 4
+            lines += [f"{place(i, j)} mul.rn.bf16x2 {pairs[i, j]}, {pairs[i, j]}, hi{i // 4};"]
+    lines += ["bra DONE; RARE:"]
+    for row in rows:
+        s = scale(row)
+        lines += [f"abs.f32 g, {s}; setp.ge.f32 large, g, 0f43000000; selp.b32 power, 0x7B807B80, 0x3F803F80, large;"]
+        lines += [f"mul.rn.f32 g, {s}, 0f7B800000; selp.f32 g, {s}, g, large; cvt.rn.bf16.f32 h, g;"]
+        lines += ["mov.b32 hi0, {h, h}; shl.b32 t, hi0, 16; { .reg .f32 r; mov.b32 r, t; sub.rn.f32 g, g, r; }"]
+        lines += ["cvt.rn.bf16.f32 l, g; mov.b32 lo, {l, l};"]
+        for i in range(4 * row, 4 * row + 4):
+            for j in range(2):
+                x = pairs[i, j]
+                lines += [
+                    f"{place(i, j)} add.u32 t, {x}, 0x00100010; and.b32 t, t, 0x08000800; mad.lo.u32 {x}, t, 15, {x};"
+                ]
+                lines += [f"mul.rn.bf16x2 t, {x}, lo; fma.rn.bf16x2 {x}, {x}, hi0, t; mul.rn.bf16x2 {x}, {x}, power;"]
+    lines += ["DONE:"]
+    types = ["=&r"] * 16 + ["r"] * 8 + ["f"] * 8
     return gl.constexpr("{ " + " ".join(lines) + " }"), gl.constexpr(",".join(types))
 
 
-TO_BF16, TO_BF16_TYPES = _to_bf16(True)
-TO_BF16_FAST, _ = _to_bf16(False)
+TO_BF16, TO_BF16_TYPES = _to_bf16()
 
 
 @gluon.jit
@@ -212,12 +229,11 @@ def load_scale(row_ptr, there, COLUMN: gl.constexpr):
 
 
 @gluon.jit
-def store_piece(columns, COLUMN: gl.constexpr, words, scale, NAN: gl.constexpr):
+def store_piece(columns, COLUMN: gl.constexpr, words, scale):
     """Store a piece as bf16 at columns COLUMN to COLUMN + 63 of a quarter."""
     scale, words = gl.broadcast(scale[:, None], words)
-    CODE: gl.constexpr = TO_BF16 if NAN else TO_BF16_FAST
     first, second = gl.inline_asm_elementwise(
-        CODE, TO_BF16_TYPES, [words, scale], dtype=(gl.int32, gl.int32), is_pure=True, pack=4
+        TO_BF16, TO_BF16_TYPES, [words, scale], dtype=(gl.int32, gl.int32), is_pure=True, pack=8
     )
     pairs = gl.reshape(gl.join(first, second), [64, 32])
     columns._reinterpret(gl.int32, [64, 128], WORDS).slice(COLUMN // 2, 32, 1).store(pairs)
@@ -225,8 +241,8 @@ def store_piece(columns, COLUMN: gl.constexpr, words, scale, NAN: gl.constexpr):
 
 @gluon.jit
 def ask_for(kv_ptr, s):
-    """Ask the L2 for rows s, in stretches of 64 bytes; nobody waits for them. Registers hold too few pieces in flight to
-    hide the memory's latency."""
+    """Ask the L2 for rows s, in stretches of 64 bytes; nobody waits for them. Registers hold too few pieces in flight
+    to hide the memory's latency."""
     s = gl.convert_layout(s, gl.SliceLayout(1, LINES))[:, None]
     for i in gl.static_range(3):
         word = (i * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, LINES)))[None, :] * 16
@@ -249,10 +265,10 @@ def selected(slots_ptr, number, step, work, TILES: gl.constexpr, SPLITS: gl.cons
 @gluon.jit
 def convert(
     BLOCK: gl.constexpr, shared, q256, q64, kv_ptr, slots_ptr, work,
-    TILES: gl.constexpr, SPLITS: gl.constexpr, AHEAD: gl.constexpr, ASK: gl.constexpr, NAN: gl.constexpr,
+    TILES: gl.constexpr, SPLITS: gl.constexpr,
 ):  # fmt: skip
     """Fills one block's quarters in the order in which they are used and come free: block 0's left one first, block 1's
-    right one. AHEAD: pieces between a load and its use."""
+    right one. A piece is loaded while the one before it is stored."""
     FIRST: gl.constexpr = BLOCK * 256  # column of the first piece
     q = shared.q
     if BLOCK == 0:
@@ -263,8 +279,7 @@ def convert(
     if BLOCK == 0:
         q.fill(q256, q64, tile_at(number, work, TILES, SPLITS).row0, number)
     s = selected(slots_ptr, number, 0, work, TILES, SPLITS, BLOCK)
-    if ASK:
-        ask_for(kv_ptr, s)
+    ask_for(kv_ptr, s)
     row_ptr = kv_ptr + s.to(gl.int64) * 164
     pieces, scales = (), ()
     for p in gl.static_range(AHEAD):
@@ -299,13 +314,13 @@ def convert(
                 if p % 2 == 0:
                     scale = scales[0]
                     scales = scales[1:]
-                store_piece(quarter.columns.index(0), p % 4 * 64, pieces[0], scale, NAN)
+                store_piece(quarter.columns.index(0), p % 4 * 64, pieces[0], scale)
                 pieces = pieces[1:] + (following,)
                 if p % 4 == 1:
                     mbarrier.arrive(quarter.first_full, count=1)
                 if p % 4 == 3:
                     mbarrier.arrive(quarter.full, count=1)
-                if ASK and p == 3:
+                if p == 3:
                     ask_for(kv_ptr, s_next)
             s = s_next
             turn = next_turn(turn)
@@ -521,7 +536,7 @@ def allocate():
 @gluon.jit
 def _paged_sparse_attention(
     q256, q64, kv_ptr, slots_ptr, out_ptr, lse_ptr, scale, heads, k, places, steps, tiles,
-    TILES: gl.constexpr, SPLITS: gl.constexpr, AHEAD: gl.constexpr, ASK: gl.constexpr, NAN: gl.constexpr, CR: gl.constexpr, PR: gl.constexpr,
+    TILES: gl.constexpr, SPLITS: gl.constexpr,
 ):  # fmt: skip
     """TILES: of 64 rows in a query's heads. SPLITS: if not 1, out_ptr and lse_ptr are those of the parts."""
     shared = allocate()
@@ -536,11 +551,11 @@ def _paged_sparse_attention(
         [
             (left, (shared, out_ptr, lse_ptr, work, scale, TILES, SPLITS)),
             (right, (shared, out_ptr, work, scale, TILES, SPLITS)),
-            (convert, (0, shared, q256, q64, kv_ptr, slots_ptr, work, TILES, SPLITS, AHEAD, ASK, NAN)),
-            (convert, (1, shared, q256, q64, kv_ptr, slots_ptr, work, TILES, SPLITS, AHEAD, ASK, NAN)),
+            (convert, (0, shared, q256, q64, kv_ptr, slots_ptr, work, TILES, SPLITS)),
+            (convert, (1, shared, q256, q64, kv_ptr, slots_ptr, work, TILES, SPLITS)),
         ],
         [4, 4, 4],  # warps of right and of the two that convert; left is what the launch's num_warps are for
-        [CR, PR, PR],  # and their registers a thread; left gets what is left of 4 · maxnreg
+        [192, 64, 64],  # and their registers a thread; left gets what is left of 4 · maxnreg
     )
 
 
@@ -559,7 +574,7 @@ def cannot_serve(q, kv_pages, slots, v_dim, splits):
     return None
 
 
-def launch(q, kv_pages, slots, scale, v_dim, splits, out, lse, parts, part_lse, **opt):
+def launch(q, kv_pages, slots, scale, v_dim, splits, out, lse, parts, part_lse):
     """Write attention over the slots' rows: one launch, no host synchronisation. The caller has checked the arguments.
 
     q: bf16 [T, H, 576]; kv_pages: uint8, rows of 656 bytes; slots: int32 [T, k], -1 for none. splits = 1: writes out,
@@ -580,6 +595,6 @@ def launch(q, kv_pages, slots, scale, v_dim, splits, out, lse, parts, part_lse, 
     _paged_sparse_attention[(min(tiles, multiprocessors(q)),)](
         q256, q64, kv_pages.view(torch.int32), slots, parts if splits > 1 else out, part_lse if splits > 1 else lse,
         scale * LOG2_E.value, H, k, places, triton.cdiv(places, 2 * BK.value), tiles,
-        TILES=tiles_of_query, SPLITS=splits, **(dict(AHEAD=2, ASK=True, NAN=True, CR=192, PR=64) | opt),
+        TILES=tiles_of_query, SPLITS=splits,
         num_warps=4, maxnreg=128,
     )  # fmt: skip
