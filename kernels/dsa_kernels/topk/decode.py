@@ -8,8 +8,9 @@ ascending order, and as physical slots of a paged cache; -1 stands in the places
 2. Chunk by chunk it appends what reaches the bound, score and position, to the row's list: one atomic addition a chunk
    says where.
 3. The last program to finish takes the list into registers: a threshold bit by bit, among equals the smallest
-   positions, then the kept positions are put into ascending order, since where a chunk's entries stand in the list was
-   chance. So two calls give the same bits, in any batch.
+   positions. Where a chunk's entries stand in the list was chance, but they stand together and ascend: so the kept
+   ones of each chunk are counted, and go behind those of the chunks before it. Two calls give the same bits, in any
+   batch.
 A row of one chunk stays in registers and needs no list. A list that holds fewer than k, or was too small, sets the
 row's flag.
 
@@ -27,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..runtime import INTERPRETED, multiprocessors
+from ..runtime import multiprocessors
 from . import radix
 from .bound import LONG, safe_rank, sampled_place
 from .ordering import ordered
@@ -36,7 +37,6 @@ LARGEST_LISTED_K = 2048
 LARGEST_K = 8192
 LIST = 8192  # entries of a row's list
 FLAGGED = 16384  # scores of a chunk in the second launch, and entries of the lists that are merged at once
-BY_HAND = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
@@ -132,27 +132,10 @@ def _store_nothing(wanted, width, positions_ptr, slots_ptr):
 
 
 @triton.jit
-def _store_ascending(positions_ptr, slots_ptr, table_ptr, wanted, KP: tl.constexpr, PAGE: tl.constexpr):
-    """Put the `wanted` positions that stand there into ascending order, and write their slots."""
-    i = tl.arange(0, KP)
-    position = tl.load(positions_ptr + i, i < wanted, 0x7FFFFFFF)
-    place = i
-    if BY_HAND:  # the interpreter's tl.sort takes minutes: there, each counts those before it
-        place = tl.zeros([KP], tl.int32)
-        for j0 in range(0, KP, 16):
-            j = j0 + tl.arange(0, 16)
-            other = tl.load(positions_ptr + j, j < wanted, 0x7FFFFFFF)
-            place += tl.sum((other[None, :] < position[:, None]).to(tl.int32), 1)
-    else:
-        position = tl.sort(position)
-    tl.debug_barrier()  # all have read what is overwritten now
-    _store(position, place, i < wanted, positions_ptr, slots_ptr, table_ptr, PAGE)
-
-
-@triton.jit
 def _select(
-    scores_ptr, len_ptr, table_ptr, positions_ptr, slots_ptr, list_ptr, count_ptr, flag_ptr, N, S, stride, P, k, width,
-    ROWS: tl.constexpr, EACH: tl.constexpr, SAMPLE: tl.constexpr, CAP: tl.constexpr, KP: tl.constexpr,
+    scores_ptr, len_ptr, table_ptr, positions_ptr, slots_ptr, list_ptr, work_ptr, count_ptr, flag_ptr,
+    N, S, stride, P, k, width,
+    ROWS: tl.constexpr, EACH: tl.constexpr, SAMPLE: tl.constexpr, CAP: tl.constexpr, CHUNKS: tl.constexpr,
     PAGE: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
@@ -176,6 +159,7 @@ def _select(
             _store_nothing(wanted, width, positions, slots)
             tl.store(flag_ptr + t, 0)
         else:
+            work = work_ptr + t * (3 * CHUNKS + CAP + 1)  # of each chunk: its first entry in the list, and how many
             bound = one
             if n > CAP:
                 j = tl.arange(0, SAMPLE // EACH)[:, None] * EACH + tl.arange(0, EACH)[None, :]
@@ -190,7 +174,10 @@ def _select(
                 keys = keys_of(x, s, n)
                 kept = keys >= bound
                 place, number = _places(kept)
-                place += tl.atomic_add(count_ptr + 2 * t, number, sem="relaxed")
+                first = tl.atomic_add(count_ptr + 2 * t, number, sem="relaxed")
+                tl.store(work + chunk, first)
+                tl.store(work + CHUNKS + chunk, number)
+                place += first
                 entry = (keys.to(tl.uint64) << 32) | s.to(tl.uint64)
                 tl.store(list_ptr + t * CAP + place, entry.to(tl.int64, bitcast=True), kept & (place < CAP))
                 x = ahead
@@ -204,23 +191,46 @@ def _select(
                 tl.store(flag_ptr + t, flag.to(tl.int32))
                 if flag == 0:
                     if count <= CAP // 2:
-                        _choose(list_ptr + t * CAP, count, wanted, bound, positions, CAP // 2 // EACH, EACH)
+                        _choose(
+                            list_ptr + t * CAP, work, chunks, count, wanted, bound, positions, slots, table,
+                            CAP // 2 // EACH, EACH, CHUNK, CHUNKS, PAGE,
+                        )  # fmt: skip
                     else:
-                        _choose(list_ptr + t * CAP, count, wanted, bound, positions, CAP // EACH, EACH)
-                    tl.debug_barrier()  # a thread reads what others have written
-                    _store_ascending(positions, slots, table, wanted, KP, PAGE)
+                        _choose(
+                            list_ptr + t * CAP, work, chunks, count, wanted, bound, positions, slots, table,
+                            CAP // EACH, EACH, CHUNK, CHUNKS, PAGE,
+                        )  # fmt: skip
                     _store_nothing(wanted, width, positions, slots)
 
 
 @triton.jit
-def _choose(list_ptr, count, wanted, bound, positions_ptr, ROWS: tl.constexpr, EACH: tl.constexpr):
-    """Write the positions of a list's `wanted` largest entries, in the list's order."""
+def _choose(
+    list_ptr, work, chunks, count, wanted, bound, positions_ptr, slots_ptr, table_ptr,
+    ROWS: tl.constexpr, EACH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Write the positions of a list's `wanted` largest entries in ascending order, and their slots.
+
+    work: of each chunk its first entry in the list, then how many it has, then room for the places by which its kept
+    entries move, then room for a number for each entry and one more.
+    """
     i = tl.arange(0, ROWS)[:, None] * EACH + tl.arange(0, EACH)[None, :]
     entry = tl.load(list_ptr + i, i < count, 0, cache_modifier=".cg").to(tl.uint64, bitcast=True)
     s = entry.to(tl.int32)
     kept = _largest((entry >> 32).to(tl.uint32), s, count, wanted, bound)
-    place, _ = _places(kept)
-    tl.store(positions_ptr + place, s, kept)
+    place, _ = _places(kept)  # in the order of the list
+    moves, before = work + 2 * CHUNKS, work + 3 * CHUNKS
+    tl.store(before + i, place, i < count)  # how many are kept before each entry
+    tl.store(before + count, wanted)
+    tl.debug_barrier()  # a thread reads what others have written
+    c = tl.arange(0, CHUNKS)
+    first = tl.load(work + c, c < chunks, 0, cache_modifier=".cg")
+    size = tl.load(work + CHUNKS + c, c < chunks, 0, cache_modifier=".cg")
+    kept_before = tl.load(before + first, c < chunks, 0)
+    mine = tl.load(before + first + size, c < chunks, 0) - kept_before
+    tl.store(moves + c, tl.cumsum(mine, 0) - mine - kept_before, c < chunks)
+    tl.debug_barrier()
+    place += tl.load(moves + s // CHUNK, kept, 0)
+    _store(s, place, kept, positions_ptr, slots_ptr, table_ptr, PAGE)
 
 
 @triton.jit
@@ -351,10 +361,13 @@ def launch(scores, page_table, lengths, N, S, page, k, positions, slots, zeros):
     listed = k <= LARGEST_LISTED_K
     if listed:
         chunk, warps, programs = shape_of(T, S, many)
+        chunks = max(2, triton.next_power_of_2(triton.cdiv(S, chunk)))
         entries = torch.empty(T, LIST, dtype=torch.int64, device=device)
+        work = torch.empty(T, 3 * chunks + LIST + 1, dtype=torch.int32, device=device)
         _select[(T, programs)](
-            scores, lengths, page_table, positions, slots, entries, zeros, flags, N, S, stride, P, k, width,
-            ROWS=chunk // 4, EACH=4, SAMPLE=8192 if S > 2 * LONG else 4096, CAP=LIST, KP=KP, PAGE=page, num_warps=warps,
+            scores, lengths, page_table, positions, slots, entries, work, zeros, flags, N, S, stride, P, k, width,
+            ROWS=chunk // 4, EACH=4, SAMPLE=8192 if S > 2 * LONG else 4096, CAP=LIST, CHUNKS=chunks, PAGE=page,
+            num_warps=warps,
         )  # fmt: skip
         if S <= chunk:
             return  # every row stayed in registers
