@@ -7,7 +7,7 @@
 Each is a composition of steps that stand elsewhere, rounded where they round. They are steps of their own since one
 token is little work: what costs are launches, and `dsa_kernels` makes one of each composition.
 
-Source: SPEC section 2 steps 1 to 6, sections 6 and 9.
+Source: SPEC section 2 steps 1 to 6, sections 6 and 10.
 """
 
 from typing import NamedTuple

@@ -118,7 +118,7 @@ def paged_index_scores(
 
     The grid is a function of the shapes, and nothing waits for the GPU while a CUDA graph is captured.
     Raises: as the reference does; ValueError as `runtime.check_runnable` does, and for a variant that is unknown.
-    Source: SPEC sections 2 and 9.
+    Source: SPEC sections 2 and 10.
     """
     check_paged_index_scores(q_idx, index_pages, w, page_table, lengths)
     check_runnable(q_idx=q_idx, index_pages=index_pages, w=w)

@@ -40,7 +40,7 @@ def paged_select(
     beyond that `topk.radix` selects, a program a row.
 
     Raises: as the reference does, but for NaN; ValueError as `runtime.check_runnable` does, and for a variant that is
-    unknown. Source: SPEC sections 2, 4 and 9.
+    unknown. Source: SPEC sections 2, 4 and 10.
     """
     check_paged_select(q_idx, index_pages, w, k, page_table, lengths)
     check_runnable(q_idx=q_idx, index_pages=index_pages, w=w)

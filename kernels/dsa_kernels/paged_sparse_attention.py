@@ -209,7 +209,7 @@ def paged_sparse_attention(
     The grid is a function of the shapes, and nothing waits for the GPU while a CUDA graph is captured.
 
     Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does, and for a
-    variant that is unknown or cannot serve these inputs. Source: SPEC sections 3, 6 and 9.
+    variant that is unknown or cannot serve these inputs. Source: SPEC sections 3, 6 and 10.
     """
     check_paged_sparse_attention(q, kv_pages, slots, scale, v_dim, splits, FLOATS)
     check_runnable(q=q, kv_pages=kv_pages)
