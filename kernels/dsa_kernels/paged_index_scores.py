@@ -22,6 +22,8 @@ from .index_scores import TRITON_NAMES
 from .rounding import operand
 from .runtime import INTERPRETED, check_runnable, dot_dtype, multiprocessors
 
+SIDE_BY_SIDE = {1: 4, 2: 3}  # programs that a multiprocessor's registers hold, by their queries; 2 of more
+
 
 @triton.jit
 def scales_of(word_ptr, byte_ptr, page, row, STRIDE: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr):
@@ -44,7 +46,7 @@ def _paged_index_scores(
     q_ptr, w_ptr, value_ptr, word_ptr, byte_ptr, table_ptr, len_ptr, out_ptr, zero_ptr, B, P, stride, Hi, Di, zeros,
     N: tl.constexpr, NQ: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
     PAGE: tl.constexpr, STRIDE: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr, WHOLE: tl.constexpr,
-    DOT: tl.constexpr, STAGES: tl.constexpr,
+    FILL: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(1) == 0:  # counters of whoever comes next
         for i0 in range(tl.program_id(0) * 1024, zeros, tl.num_programs(0) * 1024):
@@ -94,9 +96,27 @@ def _paged_index_scores(
             dots = tl.dot(operand(k, DOT), q, input_precision="ieee")
             weighted = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None, :]
             scores = tl.sum(tl.reshape(weighted, [BK, NQ, HP]), axis=2) * scale[:, None]
-            seen = (s[:, None] < (length - N + 1 + n)[None, :]) & (n < N)[None, :]
-            tl.store(out[None, :] + s[:, None], scores, seen)
+            seen = s[:, None] < (length - N + 1 + n)[None, :]
+            if FILL:
+                scores = tl.where(seen, scores, float("-inf"))
+                seen = s[:, None] < S
+            tl.store(out[None, :] + s[:, None], scores, seen & (n < N)[None, :])
         tile = stop
+    if FILL:  # what lies behind the last tile of each sequence, shared evenly too
+        behind = tl.where(each < B, (S + (BK - 1)) // BK - tiles, 0)
+        ends = tl.cumsum(behind, 0)
+        total = tl.sum(behind, 0).to(tl.int64)
+        tile = (tl.program_id(0) * total // tl.num_programs(0)).to(tl.int32)
+        last = ((tl.program_id(0) + 1) * total // tl.num_programs(0)).to(tl.int32)
+        nothing = tl.full([BK, NQ], float("-inf"), tl.float32)
+        while tile < last:
+            b = tl.sum((ends <= tile).to(tl.int32), 0)
+            before = tl.max(tl.where(ends <= tile, ends, 0), 0)
+            first = tl.sum(tl.where(each == b, tiles, 0), 0)
+            s = (first + tile - before) * BK + key
+            out = out_ptr + (b.to(tl.int64) * N + n) * stride
+            tl.store(out[None, :] + s[:, None], nothing, (s < S)[:, None] & (n < N)[None, :])
+            tile += 1
 
 
 def paged_index_scores(
@@ -125,8 +145,8 @@ def paged_index_scores(
     check_variant(variant)
     (B, N), page = q_idx.shape[:2], index_pages.shape[1] // (q_idx.shape[3] + 4)
     shape = B, N, page_table.shape[1] * page
-    out = torch.full(shape, -torch.inf, dtype=torch.float32, device=q_idx.device)
-    launch(q_idx, index_pages, w, page_table, lengths, out, widened=variant == "widened")
+    out = torch.empty(shape, dtype=torch.float32, device=q_idx.device)
+    launch(q_idx, index_pages, w, page_table, lengths, out, fill=True, widened=variant == "widened")
     return out
 
 
@@ -160,8 +180,8 @@ def tiles(card, N, HP, DP, loaded, multiplied):
     return NQ, BK, 8 if NQ * HP > 128 and card.capability != cards.HOPPER else 4, stages
 
 
-def launch(q_idx, index_pages, w, page_table, lengths, out, zeros=None, widened=False):
-    """Write the scores that are seen, and no others, to out: fp32 [B, N, at least P · page], contiguous.
+def launch(q_idx, index_pages, w, page_table, lengths, out, zeros=None, fill=False, widened=False):
+    """Write the scores that are seen to out, and with `fill` -inf to the others: fp32 [B, N, at least P · page], contiguous.
 
     From checked arguments. zeros: int32, contiguous, becomes zeros. B · N > 0 unless zeros is None.
     """
@@ -181,13 +201,12 @@ def launch(q_idx, index_pages, w, page_table, lengths, out, zeros=None, widened=
         NQ, BK, warps, stages = tiles(card, N, HP, DP, 1, dot_dtype(q_idx).itemsize)
         HP = max(HP, triton.cdiv(16, NQ))
     words = page * Di % 4 == 0 and bytes_.data_ptr() % 4 == 0
-    side_by_side = {1: 4, 2: 3}.get(NQ, 2)  # programs that a multiprocessor's registers hold
-    programs = min(side_by_side * multiprocessors(q_idx), triton.cdiv(B * P * page, BK))
+    programs = min(SIDE_BY_SIDE.get(NQ, 2) * multiprocessors(q_idx), triton.cdiv(B * P * page, BK))
     _paged_index_scores[(programs, triton.cdiv(N, NQ))](
         q_idx, w.contiguous(), values, bytes_.view(torch.float32) if words else bytes_, bytes_, page_table.contiguous(),
         lengths.contiguous(), out, lengths if zeros is None else zeros, B, P, out.shape[2], Hi, Di,
         0 if zeros is None else zeros.numel(),
         N=N, NQ=NQ, HP=HP, DP=DP, BK=BK, BP=max(2, triton.next_power_of_2(B)),
         PAGE=page, STRIDE=page * (Di + 4), VALUES=page * Di, WORDS=words, WHOLE=DP == Di,
-        DOT=getattr(tl, TRITON_NAMES[dot_dtype(q_idx)]), STAGES=stages, num_warps=warps,
+        FILL=fill, DOT=getattr(tl, TRITON_NAMES[dot_dtype(q_idx)]), STAGES=stages, num_warps=warps,
     )  # fmt: skip

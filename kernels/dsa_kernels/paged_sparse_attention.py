@@ -31,6 +31,7 @@ from .rounding import from_e4m3, round_to
 from .runtime import FLOATS, INTERPRETED, check_runnable, dot_dtype, hopper_variant
 
 FP8_TILE = 128  # columns of an FP8 row that share a scale
+MERGED_AT_ONCE, MERGING_WARPS = 128, 1  # columns and warps of a program of `_merge`
 LISTED_AT_ONCE = 512  # places of a part; longer ones are first searched for their last slot
 
 
@@ -161,10 +162,10 @@ def _merge(
     part_ptr, part_lse_ptr, out_ptr, lse_ptr, splits, H, V,
     SP: tl.constexpr, VP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of one head of one query from its parts, in ascending order."""
+    """VP columns of out, and lse, of one head of one query from its parts, in ascending order."""
     t, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
     first = t * splits * H + h
-    v = tl.arange(0, VP)
+    v = tl.program_id(1) * VP + tl.arange(0, VP)
     z = tl.arange(0, SP)
     top = tl.max(tl.load(part_lse_ptr + first + z * H, z < splits, float("-inf")), axis=0)
     top = tl.where(top == float("-inf"), 0.0, top)  # no part has a row: keep NaN out
@@ -182,7 +183,8 @@ def _merge(
     at = t * H + h
     tl.store(out_ptr + at * V + v, round_to(out, out_ptr.dtype.element_ty), v < V)
     lse = tl.where(total == 0, float("-inf"), top + tl.log2(tl.where(total == 0, 1.0, total)) * 0.6931471805599453)
-    tl.store(lse_ptr + at, lse)
+    if tl.program_id(1) == 0:
+        tl.store(lse_ptr + at, lse)
 
 
 def paged_sparse_attention(
@@ -311,7 +313,8 @@ def merge(parts, part_lse, out, lse):
     queries, splits, H, V = parts.shape
     if queries * H == 0:
         return
-    _merge[(queries * H,)](
+    VP = triton.next_power_of_2(V) if INTERPRETED else MERGED_AT_ONCE
+    _merge[(queries * H, triton.cdiv(V, VP))](
         parts, part_lse, out, lse, splits, H, V,
-        SP=max(2, triton.next_power_of_2(splits)), VP=triton.next_power_of_2(V), AT_ONCE=min(16, splits), num_warps=4,
+        SP=max(2, triton.next_power_of_2(splits)), VP=VP, AT_ONCE=min(16, splits), num_warps=MERGING_WARPS,
     )  # fmt: skip
