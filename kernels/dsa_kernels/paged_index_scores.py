@@ -22,7 +22,8 @@ from .index_scores import TRITON_NAMES
 from .rounding import operand
 from .runtime import INTERPRETED, check_runnable, dot_dtype, multiprocessors
 
-SIDE_BY_SIDE = {1: 4, 2: 3}  # programs that a multiprocessor's registers hold, by their queries; 2 of more
+SIDE_BY_SIDE = {1: 4, 2: 3}  # programs on a multiprocessor at once, by their queries; 2 of more
+REGISTERS = 65536  # of a multiprocessor
 
 
 @triton.jit
@@ -162,7 +163,7 @@ def tiles(card, N, HP, DP, loaded, multiplied):
     HP, DP: heads and dims, powers of two; loaded, multiplied: bytes of a number in memory, and in the product.
     Raises ValueError if the card has too little shared memory even for few.
     """
-    NQ, BK, stages = triton.next_power_of_2(N), 64, 6
+    NQ, BK, stages = triton.next_power_of_2(N), 64, 10 if N == 2 else 6
 
     def shared_memory():
         columns = max(16, NQ * HP)
@@ -181,7 +182,7 @@ def tiles(card, N, HP, DP, loaded, multiplied):
 
 
 def launch(q_idx, index_pages, w, page_table, lengths, out, zeros=None, fill=False, widened=False):
-    """Write the scores that are seen to out, and with `fill` -inf to the others: fp32 [B, N, at least P · page], contiguous.
+    """Write the scores that are seen to out, fp32 [B, N, at least P · page], contiguous; with `fill`, -inf to the rest.
 
     From checked arguments. zeros: int32, contiguous, becomes zeros. B · N > 0 unless zeros is None.
     """
@@ -201,7 +202,8 @@ def launch(q_idx, index_pages, w, page_table, lengths, out, zeros=None, fill=Fal
         NQ, BK, warps, stages = tiles(card, N, HP, DP, 1, dot_dtype(q_idx).itemsize)
         HP = max(HP, triton.cdiv(16, NQ))
     words = page * Di % 4 == 0 and bytes_.data_ptr() % 4 == 0
-    programs = min(SIDE_BY_SIDE.get(NQ, 2) * multiprocessors(q_idx), triton.cdiv(B * P * page, BK))
+    side_by_side = SIDE_BY_SIDE.get(NQ, 2)
+    programs = min(side_by_side * multiprocessors(q_idx), triton.cdiv(B * P * page, BK))
     _paged_index_scores[(programs, triton.cdiv(N, NQ))](
         q_idx, w.contiguous(), values, bytes_.view(torch.float32) if words else bytes_, bytes_, page_table.contiguous(),
         lengths.contiguous(), out, lengths if zeros is None else zeros, B, P, out.shape[2], Hi, Di,
@@ -209,4 +211,5 @@ def launch(q_idx, index_pages, w, page_table, lengths, out, zeros=None, fill=Fal
         N=N, NQ=NQ, HP=HP, DP=DP, BK=BK, BP=max(2, triton.next_power_of_2(B)),
         PAGE=page, STRIDE=page * (Di + 4), VALUES=page * Di, WORDS=words, WHOLE=DP == Di,
         FILL=fill, DOT=getattr(tl, TRITON_NAMES[dot_dtype(q_idx)]), STAGES=stages, num_warps=warps,
+        maxnreg=min(255, REGISTERS // (32 * warps * side_by_side) // 8 * 8),
     )  # fmt: skip

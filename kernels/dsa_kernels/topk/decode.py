@@ -337,9 +337,9 @@ def shape_of(T, S, multiprocessors):
     if S <= 4096:
         chunk, warps = 4096, 8
     elif S <= 8192 or S > 500_000 or T > 16:
-        chunk, warps = 8192, 8
+        chunk, warps = 8192, 16 if T == 1 else 8
     else:
-        chunk, warps = (2048, 4) if T == 1 else (4096, 8)
+        chunk, warps = 4096, 8
     return chunk, warps, min(triton.cdiv(S, chunk), max(1, multiprocessors // T))
 
 
