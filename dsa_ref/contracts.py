@@ -1,36 +1,53 @@
-"""Argument checks, which return nothing, and the per-row ranges: both packages refuse the same inputs alike.
+"""Each step's argument checks, which return nothing: both packages refuse the same inputs alike.
 
-First the step functions' own checks, then the pieces they are made of. `floats` is what a package computes in: the
-reference takes fp64 too. Every check raises TypeError for a wrong type or dtype and ValueError for a wrong shape,
-device or value; the message names the argument, what was wanted and what was got.
-
-Checks that need a tensor's *values* (ranges, indices, NaN) make the host wait for the GPU. While a CUDA graph is being
-captured that is impossible, and inside `unchecked_values` it is not wanted: those checks alone are left out there.
-Validate once before.
+They are made of the pieces in `arguments`, which says what is raised, and when values are looked at; whoever uses a
+piece may import it from here. `floats` is what a package computes in: the reference takes fp64 too.
 """
 
-import contextlib
-import contextvars
-from collections.abc import Iterator
-
-import numpy as np
 import torch
 from torch import Tensor
 
-Array = np.ndarray
-Bound = Tensor | Array | None  # a `start` or `end`: int32 [T], or None for the causal default (see `row_ranges`)
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-E4M3 = torch.float8_e4m3fn
+from .arguments import (  # noqa: F401 - for others
+    E4M3,
+    FLOATS,
+    FP8_TILE,
+    MAX_QUERIES,
+    Array,
+    Bound,
+    check_count,
+    check_distinct,
+    check_dtype,
+    check_eps,
+    check_fp8_v_dim,
+    check_index_pages,
+    check_indices,
+    check_int,
+    check_page_table,
+    check_queries,
+    check_ranges,
+    check_row_width,
+    check_scale,
+    check_shapes,
+    check_slots,
+    check_slots_fit,
+    default_splits,
+    fp8_row_bytes,
+    in_use,
+    kind_of,
+    page_tokens,
+    part_length,
+    row_ranges,
+    unchecked_values,
+    values_readable,
+)
+
 LAYOUTS = ("interleaved", "half")
-MAX_QUERIES = 4  # N, query tokens a sequence in a decode step
-FP8_TILE = 128  # latent dims that share a scale in an FP8 row
-_unchecked = contextvars.ContextVar("unchecked values", default=False)  # of this thread, or asynchronous task, alone
 
 
 def check_rope(x, positions, freqs, layout="half", floats=FLOATS) -> None:
     """Arguments of `rope` and `rotate_quantize`."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor of shape [T, D] or [T, heads, D], got {_kind(x)}")
+        raise TypeError(f"x must be a torch.Tensor of shape [T, D] or [T, heads, D], got {kind_of(x)}")
     if x.dim() not in (2, 3):
         raise ValueError(f"x must have shape [T, D] or [T, heads, D], got {list(x.shape)}")
     check_shapes(x=(x, "T D" if x.dim() == 2 else "T heads D"), positions=(positions, "T"), freqs=(freqs, "R/2"))
@@ -110,6 +127,19 @@ def check_indexer_loss(q_idx, k_idx, w, q, kv, scale, indices, start, end) -> No
         check_distinct(indices)
 
 
+def check_attention(q, kv, scale, v_dim, floats=FLOATS) -> None:
+    """What the attention steps share."""
+    check_dtype("q", q, floats)
+    check_dtype("kv", kv, (q.dtype,))
+    check_scale(scale)
+    check_count("v_dim", v_dim)
+    if v_dim > kv.shape[-1]:
+        raise ValueError(f"v_dim must be at most D = {kv.shape[-1]}, got {v_dim}")
+
+
+# Decode ---------------------------------------------------------------------------------------------------------------
+
+
 def check_paged_index_scores(q_idx, index_pages, w, page_table, lengths) -> None:
     """Arguments of `paged_index_scores`."""
     check_shapes(
@@ -161,250 +191,7 @@ def check_merge_parts(outs, lses) -> None:
     check_dtype("lses", lses, (outs.dtype,))
 
 
-def check_queries(name: str, tensor: Tensor) -> None:
-    """``tensor`` [B, N, ...] must have at most MAX_QUERIES query tokens a sequence."""
-    if tensor.shape[1] > MAX_QUERIES:
-        raise ValueError(f"{name} must have at most N = {MAX_QUERIES} query tokens a sequence, got {tensor.shape[1]}")
-
-
-def check_index_pages(index_pages: Tensor, index_dim: int) -> None:
-    """``index_pages`` must be bytes, and its pages whole tokens of ``index_dim`` values and a scale."""
-    check_dtype("index_pages", index_pages, (torch.uint8,))
-    token, width = index_dim + 4, index_pages.shape[1]
-    if width % token:
-        raise ValueError(f"index_pages must have pages of a multiple of Di + 4 = {token} bytes, got {width}")
-    check_slots_fit("index_pages", len(index_pages), width // token)
-
-
-def check_row_width(name: str, kv_pages: Tensor, D: int, v_dim: int) -> None:
-    """The rows of ``kv_pages`` must be FP8 rows where its dtype is uint8, else D numbers; v_dim in [1, D]."""
-    check_count("v_dim", v_dim)
-    if v_dim > D:
-        raise ValueError(f"v_dim must be at most D = {D}, got {v_dim}")
-    wanted, kind = D, f"D = {D} numbers"
-    if kv_pages.dtype == torch.uint8:
-        check_fp8_v_dim(v_dim)
-        wanted = fp8_row_bytes(D, v_dim)
-        kind = f"{wanted} bytes (FP8, D = {D}, v_dim = {v_dim})"
-    if kv_pages.shape[-1] != wanted:
-        raise ValueError(f"{name} must have rows of {kind}, got {kv_pages.shape[-1]}")
-
-
-def check_fp8_v_dim(v_dim: int, name: str = "v_dim") -> None:
-    """The latent of an FP8 row: below one tile, or whole tiles."""
-    check_count(name, v_dim)
-    if v_dim > FP8_TILE and v_dim % FP8_TILE:
-        raise ValueError(f"{name} must be below {FP8_TILE} or a multiple of it in FP8 rows, got {v_dim}")
-
-
-def check_slots_fit(name: str, pages: int, page: int) -> None:
-    """Physical slots are int32."""
-    if pages * page >= 1 << 31:
-        raise ValueError(f"{name} must hold fewer than 2^31 tokens, got {pages} pages of {page}")
-
-
-def check_page_table(page_table: Tensor, lengths: Tensor, pages: int, page: int) -> None:
-    """page_table int32 [B, P], lengths int32 [B] in [0, P · page]; what a length uses of its row: distinct pages."""
-    check_dtype("page_table", page_table, (torch.int32,))
-    check_dtype("lengths", lengths, (torch.int32,))
-    if not values_readable(lengths):
-        return
-    B, P = page_table.shape
-    bad = (lengths < 0) | (lengths > P * page)
-    if bad.any():
-        b = int(bad.nonzero()[0])
-        raise ValueError(f"lengths must lie in [0, {P * page}], {P} pages of {page}, got {int(lengths[b])} in row {b}")
-    used = torch.arange(P, device=lengths.device) * page < lengths[:, None]
-    bad = used & ((page_table < 0) | (page_table >= pages))
-    if bad.any():
-        b, p = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"page_table must name pages in [0, {pages}), got {int(page_table[b, p])} in row {b}, page {p}"
-        )
-    ordered = page_table.masked_fill(~used, -1).sort(dim=1).values
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    if twice.any():
-        b, p = twice.nonzero()[0].tolist()
-        raise ValueError(f"page_table must name a page once in a sequence, got {int(ordered[b, p])} twice in row {b}")
-
-
-def page_tokens(index_pages: Tensor, index_dim: int) -> int:
-    """Tokens a page of an index cache."""
-    return index_pages.shape[1] // (index_dim + 4)
-
-
-def fp8_row_bytes(D: int, v_dim: int) -> int:
-    """Bytes of an FP8 row: v_dim e4m3 values, an fp32 scale for each tile of them, D - v_dim values of bf16."""
-    return v_dim + 4 * -(-v_dim // FP8_TILE) + 2 * (D - v_dim)
-
-
-def default_splits(k: int) -> int:
-    """Into how many parts a list of k places is cut, where the caller does not say: a function of k alone."""
-    return min(16, -(-k // 128))
-
-
-def part_length(k: int, splits: int) -> int:
-    """Places of a part: a multiple of 64. The last parts may be short, or empty."""
-    tiles = -(-k // 64)
-    return -(-tiles // splits) * 64
-
-
-def check_attention(q, kv, scale, v_dim, floats=FLOATS) -> None:
-    """What the attention steps share."""
-    check_dtype("q", q, floats)
-    check_dtype("kv", kv, (q.dtype,))
-    check_scale(scale)
-    check_count("v_dim", v_dim)
-    if v_dim > kv.shape[-1]:
-        raise ValueError(f"v_dim must be at most D = {kv.shape[-1]}, got {v_dim}")
-
-
-def check_shapes(**arguments) -> None:
-    """Check tensors against symbolic shapes: ``check_shapes(q=(q, "T H D"), kv=(kv, "S D"))``.
-
-    A symbol has one size wherever it occurs, and only T may be 0. A leading ``*`` stands for any dims; what ends in
-    ``| None`` may be None. All tensors must be on one device.
-    """
-    sizes, origin, first = {}, {}, None
-    for name, (tensor, spec) in arguments.items():
-        if tensor is None and spec.endswith(" | None"):
-            continue
-        symbols = spec.removesuffix(" | None").split()
-        wanted = f"shape [{', '.join(symbols)}]"
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor of {wanted}, got {_kind(tensor)}")
-        shape = list(tensor.shape)
-        if symbols[0].startswith("*"):
-            symbols, shape = symbols[1:], shape[1 - len(symbols) :]
-        if len(shape) != len(symbols):
-            raise ValueError(f"{name} must have {wanted}, got {list(tensor.shape)}")
-        for symbol, size in zip(symbols, shape, strict=True):
-            same, source = sizes.setdefault(symbol, size), origin.setdefault(symbol, name)
-            if size != same:
-                raise ValueError(f"{name} must have {wanted} with {symbol} = {same} (as in {source}), got {shape}")
-            if size == 0 and symbol != "T":
-                raise ValueError(f"{name} must have {wanted} with {symbol} > 0, got {shape}")
-        first = first or (name, tensor)
-        if tensor.device != first[1].device:
-            raise ValueError(f"{name} must be on {first[1].device} like {first[0]}, got {tensor.device}")
-
-
-def check_dtype(name: str, tensor: Tensor, allowed) -> None:
-    """``tensor.dtype`` must be one of ``allowed``."""
-    if tensor.dtype not in allowed:
-        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise TypeError(f"{name} must have dtype {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
-
-
-def check_count(name: str, value) -> None:
-    """``value`` must be an int of at least 1."""
-    check_int(name, value, 1)
-
-
-def check_int(name: str, value, low: int, high: int | None = None) -> None:
-    """``value`` must be an int in [low, high], of at least ``low`` where high is None."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {_kind(value)}")
-    if value < low or high is not None and value > high:
-        wanted = f"at least {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"{name} must be {wanted}, got {value}")
-
-
-def check_scale(value) -> None:
-    """The softmax scale must be a positive finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"scale must be a float, got {_kind(value)}")
-    if not 0.0 < value < float("inf"):
-        raise ValueError(f"scale must be positive and finite, got {value}")
-
-
-def check_ranges(T: int, S: int, device, start, end) -> None:
-    """start, end: int32 [T] with 0 <= start <= end <= S, or None for the causal default, which needs T <= S."""
-    if end is None and T > S:
-        raise ValueError(f"T = {T} queries cannot be the last of S = {S} positions: pass start and end")
-    given = {name: value for name, value in (("start", start), ("end", end)) if value is not None}
-    for name, value in given.items():
-        check_shapes(**{name: (value, "T")})
-        check_dtype(name, value, (torch.int32,))
-        if len(value) != T:
-            raise ValueError(f"{name} must have shape [T] with T = {T}, got {list(value.shape)}")
-        if value.device != torch.device(device):
-            raise ValueError(f"{name} must be on {device}, got {value.device}")
-    if given and T and values_readable(start if end is None else end):
-        start, end = row_ranges(T, S, device, start, end)
-        bad = (start < 0) | (end > S) | (start > end)
-        if bad.any():
-            t = int(bad.nonzero()[0])
-            raise ValueError(
-                f"{'end' if end[t] > S else 'start'} must keep 0 <= start <= end <= S = {S} in every row, "
-                f"got [{int(start[t])}, {int(end[t])}) in row {t}"
-            )
-
-
-def row_ranges(T: int, S: int, device, start: Bound = None, end: Bound = None) -> tuple[Tensor, Tensor]:
-    """The half-open key range [start[t], end[t]) of each query row, as two int32 tensors [T] on `device`.
-
-    None is the causal default with the queries being the last T of S positions: start = 0, end[t] = S - T + t + 1.
-    """
-    if start is None:
-        start = torch.zeros(T, dtype=torch.int32, device=device)
-    if end is None:
-        end = torch.arange(S - T + 1, S + 1, dtype=torch.int32, device=device)
-    return start, end
-
-
-def check_indices(indices: Tensor, S: int, name: str = "indices") -> None:
-    """``indices`` must be int32, and every entry -1 (nothing) or a row of a table of S rows."""
-    check_dtype(name, indices, (torch.int32,))
-    if indices.numel() and values_readable(indices):
-        low, high = (int(value) for value in torch.aminmax(indices))
-        if low < -1 or high >= S:
-            raise ValueError(f"{name} must lie in [-1, S) with S = {S}, got {low if low < -1 else high}")
-
-
-def check_distinct(indices: Tensor, name: str = "indices") -> None:
-    """No index may stand twice in a row of ``indices`` [T, k], but for -1: a row's selection is a set."""
-    if not indices.numel() or not values_readable(indices):
-        return
-    indices = in_use(indices)
-    earlier, later = indices[:, :-1], indices[:, 1:]
-    if ((later < 0) | (earlier >= 0) & (later > earlier)).all():
-        return  # they ascend, as the reference's do: no need to sort
-    ordered = indices.sort(dim=1).values
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    if twice.any():
-        t, place = twice.nonzero()[0].tolist()
-        raise ValueError(f"{name} must be distinct within a row, got {int(ordered[t, place])} twice in row {t}")
-
-
-def in_use(indices: Tensor) -> Tensor:
-    """Index lists [T, k] up to the last column, but at least one, that holds an index: k may be far above it."""
-    columns = (indices.amax(dim=0) >= 0).nonzero() if len(indices) else indices
-    return indices[:, : int(columns[-1]) + 1 if len(columns) else 1]
-
-
-@contextlib.contextmanager
-def unchecked_values() -> Iterator[None]:
-    """Inside, this thread's steps leave out the checks that need a tensor's values, which make the host wait for a GPU.
-
-    For values known to be good, as a selection that `lightning_select` has just made: there bad ranges, an index that
-    names no key or a key twice, NaN and infinity give undefined results, or read outside a tensor, where they would
-    raise. Shapes, dtypes and devices are checked as ever. (The reference's own selection always looks for NaN.)
-    """
-    token = _unchecked.set(True)
-    try:
-        yield
-    finally:
-        _unchecked.reset(token)
-
-
-def values_readable(tensor: Tensor) -> bool:
-    """Whether the host may wait for a value: not while a CUDA graph is being captured, nor in `unchecked_values`."""
-    return not (_unchecked.get() or tensor.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _kind(value) -> str:
-    return f"{type(value).__name__} {value!r}" if isinstance(value, (bool, int, float, str)) else type(value).__name__
+# Appending ------------------------------------------------------------------------------------------------------------
 
 
 def check_rms_norm(x, weight, eps, floats=FLOATS) -> None:
@@ -490,25 +277,3 @@ def check_place_tokens(table, lengths, sequences, N, page_size) -> None:
     first = lengths[sequences].long()[:, None] + torch.arange(N, device=table.device)
     if (table[sequences].gather(1, first // page_size) < 0).any():
         raise ValueError("table must have pages for the next N tokens, got -1")
-
-
-def check_eps(eps) -> None:
-    """A norm's eps must be a positive finite number."""
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a float, got {_kind(eps)}")
-    if not 0.0 < eps < float("inf"):
-        raise ValueError(f"eps must be positive and finite, got {eps}")
-
-
-def check_slots(slots: Tensor, places: int) -> None:
-    """slots int32 or int64 [T]: where to write, so each in [0, places) and none twice."""
-    check_dtype("slots", slots, (torch.int32, torch.int64))
-    if not len(slots) or not values_readable(slots):
-        return
-    low, high = (int(value) for value in torch.aminmax(slots))
-    if low < 0 or high >= places:
-        raise ValueError(f"slots must lie in [0, {places}) to be written to, got {low if low < 0 else high}")
-    ordered = slots.sort().values
-    twice = ordered[1:] == ordered[:-1]
-    if twice.any():
-        raise ValueError(f"slots must be distinct to be written to, got {int(ordered[1:][twice][0])} twice")

@@ -14,7 +14,7 @@ from .config import DSAConfig
 from .contracts import E4M3, FLOATS, check_dtype, check_fp8_v_dim, check_int, check_shapes, fp8_row_bytes
 from .page_table import PageTable
 from .paged import check_fp8_finite, check_write_index, check_write_kv, pack_kv, read_index, read_kv, store_index
-from .precision import autocast_on
+from .precision import widened
 
 
 class PagedCache:
@@ -185,11 +185,3 @@ class SequenceCache:
         Raises: TypeError for a length that is no int, ValueError for one below 0 or above what is held.
         """
         self.length = length
-
-
-def widened(new: Tensor, dtype: torch.dtype) -> Tensor:
-    """`new` in a cache's dtype where autocast (fp32 and below) is on and that dtype holds its every value."""
-    floats = {torch.float32, torch.bfloat16, torch.float16}
-    if not isinstance(new, Tensor) or not autocast_on(new.device) or not {new.dtype, dtype} <= floats:
-        return new
-    return new.to(dtype) if torch.promote_types(new.dtype, dtype) == dtype else new

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # device types whose autocast is looked at
 _matmul = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
@@ -62,3 +63,14 @@ def exact_arithmetic() -> Iterator[None]:
 def autocast_on(device: torch.device) -> bool:
     """Whether autocast is on for tensors of this device."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def widened(new: Tensor, dtype: torch.dtype) -> Tensor:
+    """`new` in a cache's dtype where autocast (fp32 and below) is on and that dtype holds its every value.
+
+    What is no tensor comes back as it is, for a check to refuse.
+    """
+    floats = {torch.float32, torch.bfloat16, torch.float16}
+    if not isinstance(new, Tensor) or not autocast_on(new.device) or not {new.dtype, dtype} <= floats:
+        return new
+    return new.to(dtype) if torch.promote_types(new.dtype, dtype) == dtype else new

@@ -48,7 +48,8 @@ TABLE = [
     Row("dsa_ref.config", "dsa_ref.hf_config", ""),
     Row("dsa_ref.precision", "", "torch"),
     Row("dsa_ref.products", "dsa_ref.precision", "torch"),
-    Row("dsa_ref.contracts dsa_ref.blocks", "dsa_ref.config dsa_ref.contracts", "numpy torch"),
+    Row("dsa_ref.arguments", "", "numpy torch"),
+    Row("dsa_ref.contracts dsa_ref.blocks", "dsa_ref.config dsa_ref.arguments dsa_ref.contracts", "torch"),
     Row(
         "dsa_ref/step",
         "dsa_ref.config dsa_ref.products dsa_ref.contracts dsa_ref.blocks dsa_ref/step",
@@ -361,6 +362,9 @@ PLANTED = [
     ("dsa_ref.training.train", "from matplotlib.figure import Figure"),
     ("dsa_ref.records", "import triton"),
     ("dsa_ref.rope", "def f():\n    import importlib\n    importlib.import_module('dsa_kernels.rotate_quantize')"),
+    ("dsa_ref.arguments", "from .contracts import check_rope"),
+    ("dsa_ref.rope", "from .arguments import check_shapes"),  # contracts hands it on
+    ("dsa_kernels.index_scores", "from dsa_ref.arguments import check_shapes"),
     ("dsa_kernels.index_scores", "from dsa_ref.blocks import row_blocks"),
     ("dsa_kernels.index_scores", "from dsa_ref import index_scores"),
     ("dsa_kernels.index_scores", "from .select_topk import launch"),  # a later step

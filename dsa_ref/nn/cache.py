@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..config import DSAConfig
 from ..contracts import E4M3, FLOATS, check_count, check_dtype, check_shapes, values_readable
-from ..precision import autocast_on
+from ..precision import widened
 
 
 class LayerCache:
@@ -60,7 +60,9 @@ class LayerCache:
         if (k_idx is None) != (self.k_idx is None):
             wanted, indexer = ("given", True) if k_idx is None else ("None", False)
             raise ValueError(f"k_idx must be {wanted} in a cache made with indexer={indexer}")
-        kv, k_idx = _widened(kv, self.kv), _widened(k_idx, self.k_idx)
+        kv = widened(kv, self.kv.dtype)
+        if k_idx is not None:
+            k_idx = widened(k_idx, self.k_idx.dtype)
         for name, new, held in (("kv", kv, self.kv), ("k_idx", k_idx, self.k_idx), ("k_scale", k_scale, self.k_scale)):
             if new is None:
                 continue
@@ -135,20 +137,12 @@ def all_or_nothing(caches: Sequence[LayerCache], record: list | None) -> Iterato
         raise
 
 
-def _widened(new: Tensor | None, held: Tensor) -> Tensor | None:
-    """`new` in the dtype of `held` where autocast (fp32 and below) is on and that dtype holds its every value."""
-    floats = {torch.float32, torch.bfloat16, torch.float16}
-    if new is None or not autocast_on(new.device) or not {new.dtype, held.dtype} <= floats:
-        return new
-    return new.to(held.dtype) if torch.promote_types(new.dtype, held.dtype) == held.dtype else new
-
-
 def _check_finite(**rows) -> None:
     """No NaN or infinity: every later token that saw such a row would be NaN. On a GPU the host waits once for all."""
-    widened = {name: new.float() if new.dtype == E4M3 else new for name, new in rows.items() if new is not None}
-    finite = torch.stack([new.isfinite().all() for new in widened.values()])
+    looked_at = {name: new.float() if new.dtype == E4M3 else new for name, new in rows.items() if new is not None}
+    finite = torch.stack([new.isfinite().all() for new in looked_at.values()])
     if not finite.all():
-        name = list(widened)[finite.tolist().index(False)]
+        name = list(looked_at)[finite.tolist().index(False)]
         raise ValueError(f"{name} must be finite, got NaN or infinity in the rows of new tokens")
 
 

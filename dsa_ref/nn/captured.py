@@ -15,6 +15,7 @@ import dsa_ref
 
 from ..contracts import unchecked_values
 from ..page_table import Batch, PageTable
+from .layer import Ops
 
 
 class CapturedStep:
@@ -32,7 +33,7 @@ class CapturedStep:
     """
 
     def __init__(
-        self, step: Callable[[Tensor, Batch], Tensor], table: PageTable, sequences: Sequence[int], x: Tensor, ops
+        self, step: Callable[[Tensor, Batch], Tensor], table: PageTable, sequences: Sequence[int], x: Tensor, ops: Ops
     ) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")

@@ -25,7 +25,8 @@ from ..contracts import MAX_QUERIES, check_dtype, check_shapes, unchecked_values
 from ..decode import slots_of
 from ..page_table import Batch
 from ..paged import read_index, read_kv, write_index, write_kv
-from ..paged_cache import PagedCache, widened
+from ..paged_cache import PagedCache
+from ..precision import widened
 from .parts import Indexer, RMSNorm
 from .wrapped import is_plain
 

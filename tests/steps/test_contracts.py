@@ -97,7 +97,7 @@ def public_functions():
             if getattr(value, "__module__", "").startswith("dsa_ref") and not name.startswith("_"):
                 named[f"{module.__name__}.{name}"] = value
     for name, value in named.items():
-        if inspect.isfunction(value) and value.__module__ != "dsa_ref.contracts":
+        if inspect.isfunction(value) and value.__module__ not in ("dsa_ref.contracts", "dsa_ref.arguments"):
             yield name, value
         elif inspect.isclass(value) and value.__module__.startswith("dsa_ref"):
             methods = {"__init__", *(method for method in vars(value) if not method.startswith("_"))}
