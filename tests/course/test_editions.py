@@ -132,6 +132,9 @@ def test_the_map_of_the_course_is_true():
         assert (exercises, points) == (len(found), sum(found)), name
     core = sum(rows[name][2] for name in NAMES if f"**{name[:2]}** [" in text)
     assert f"core path: {core} minutes" in text
+    count = {13: "Thirteen", 14: "Fourteen", 15: "Fifteen", 16: "Sixteen", 17: "Seventeen"}[len(NAMES)]
+    for page in (LEARNER / "README.md", LEARNER.parent / "README.md"):
+        assert re.findall(r"(\w+)\s+notebooks[,\s]+(?:from|lead)", page.read_text(encoding="utf-8")) == [count], page
 
 
 def pixels(png):
