@@ -45,6 +45,9 @@ REFUSED = {
     "NaN": lambda ops, q, kv: ops.select_topk(torch.full((1, 3), torch.nan), 1),
     "k = 0": lambda ops, q, kv: ops.select_topk(torch.ones(1, 3), 0),
     "S = 0": lambda ops, q, kv: ops.sparse_attention(q, kv[:0], torch.tensor([[-1]], dtype=torch.int32), 1.0, 4),
+    "five queries a sequence": lambda ops, q, kv: ops.paged_sparse_attention(
+        q.expand(1, 5, 2, 8), kv[None], torch.full((1, 5, 1), -1, dtype=torch.int32), 1.0, 4
+    ),
     "a batch": lambda ops, q, kv: ops.sparse_attention(q[None], kv[None], torch.zeros(1, 1, 1).int(), 1.0, 4),
 }
 
