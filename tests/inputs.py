@@ -116,6 +116,12 @@ def assert_close(got, wanted, tolerance):
     torch.testing.assert_close(got, wanted, rtol=0.0, atol=tolerance * scale)
 
 
+def from_byte(offset, pages):
+    """The same bytes in a tensor that begins `offset` bytes behind a boundary."""
+    pool = torch.empty(pages.numel() + offset, dtype=torch.uint8, device=pages.device)
+    return pool[offset:].view(pages.shape).copy_(pages)
+
+
 def assert_same_bits(got, wanted):
     assert got.dtype == wanted.dtype and got.shape == wanted.shape
     got, wanted = (x.cpu().contiguous().reshape(-1) for x in (got, wanted))

@@ -53,10 +53,11 @@ def sparse_attention(size, dtype, variant, T=2, heads=None, S=4096):
     dsa_kernels.sparse_attention(q, kv, indices, 0.1, v_dim, variant=variant)
 
 
-def paged_index_scores(size, variant, N=1, page=64):
+def paged_index_scores(size, variant, N=1, page=64, first_byte=0):
     heads, dim = INDEXER[size]
     q, w = torch.zeros(2, N, heads, dim).to(E4M3), torch.zeros(2, N, heads)
-    pages, table = torch.zeros(8, page * (dim + 4), dtype=torch.uint8), torch.arange(8, dtype=torch.int32).view(2, 4)
+    pool = torch.zeros(8 * page * (dim + 4) + first_byte, dtype=torch.uint8)
+    pages, table = pool[first_byte:].view(8, -1), torch.arange(8, dtype=torch.int32).view(2, 4)
     lengths = torch.full((2,), 4 * page, dtype=torch.int32)
     dsa_kernels.paged_index_scores(q, pages, w, table, lengths, variant=variant)
 
@@ -68,10 +69,13 @@ def paged_select(size, k, S, B=1):
     dsa_kernels.paged_select(q, pages, w, k, table, torch.zeros(B, dtype=torch.int32))
 
 
-def paged_sparse_attention(size, kind, variant, N=1, k=2048, heads=None, splits=None):
+def paged_sparse_attention(size, kind, variant, N=1, k=2048, heads=None, splits=None, first_byte=0):
     H, D, v_dim = ATTENTION[size]
     row = v_dim + 4 * -(-v_dim // 128) + 2 * (D - v_dim)
-    pages = torch.zeros(40, 64, row, dtype=torch.uint8) if kind == "FP8" else torch.zeros(40, 64, D, dtype=kind)
+    if kind == "FP8":
+        pages = torch.zeros(40 * 64 * row + first_byte, dtype=torch.uint8)[first_byte:].view(40, 64, row)
+    else:
+        pages = torch.zeros(40, 64, D, dtype=kind)
     q = torch.zeros(1, N, heads or H, D, dtype=BF16 if kind == "FP8" else kind)
     slots = torch.arange(k, dtype=torch.int32).repeat(1, N, 1)
     dsa_kernels.paged_sparse_attention(q, pages, slots, 0.1, v_dim, splits, variant=variant)
@@ -134,6 +138,7 @@ CASES = [  # those with "hopper" are for cards of compute capability 9.0
     ),
     (paged_index_scores, V32, "portable", 2),
     (paged_index_scores, SMALL, "portable", 3, 5),
+    (paged_index_scores, SMALL, "portable", 1, 64, 1),  # scales put together of bytes
     *((paged_select, V32, 2048, S) for S in (4096, 8192, 1 << 17, 1 << 20)),
     *((paged_select, V32, 2048, 1 << 15, B) for B in (2, 32)),
     (paged_select, V32, 8192, 1 << 15),
@@ -141,6 +146,7 @@ CASES = [  # those with "hopper" are for cards of compute capability 9.0
     (paged_select, SMALL, 64, 1 << 15),
     *((paged_sparse_attention, size, kind, "portable") for size in ATTENTION for kind in ("FP8", BF16, FP16, FP32)),
     (paged_sparse_attention, V32, "FP8", "portable", 2, 2048, 16),
+    (paged_sparse_attention, SMALL, "FP8", "portable", 1, 2048, 8, None, 1),
     (paged_sparse_attention, V32, BF16, "portable", 1, 2048, 16),
     (paged_sparse_attention, V32, BF16, "portable", 1, 2048, 128, 1),
     *(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from inputs import assert_close, assert_same_bits, normal, strided
+from inputs import assert_close, assert_same_bits, from_byte, normal, strided
 from torch.nn import functional as F
 
 import dsa_ref
@@ -155,6 +155,21 @@ def test_strided_input(ops, device):
         pages, kv = (pages_like(shape, torch.uint8, device) for shape in ((3, 100), (3, 5, fp8_row_bytes(22, 14))))
         ops.append_index(pages, way(slots), *(way(x) for x in (k, weight, bias)), EPS, way(positions), freqs(8, device))
         ops.append_latents(kv, way(slots), way(rows), way(normal(14)).to(device), EPS, way(positions), freqs(8, device))
+        found.append((pages, kv))
+    for one, other in zip(*found, strict=True):
+        assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("offset", (1, 2, 3))
+def test_pools_may_begin_at_any_byte(ops, device, offset):
+    k, weight, bias = index_inputs(6, 16, torch.float32, device)
+    (slots, positions), rows, found = places(6, device), normal(6, 22, device=device), []
+    for first in (0, offset):
+        pages, kv = (pages_like(shape, torch.uint8, device) for shape in ((3, 100), (3, 5, fp8_row_bytes(22, 14))))
+        pages, kv = from_byte(first, pages), from_byte(first, kv)
+        assert pages.data_ptr() % 4 == kv.data_ptr() % 4 == first
+        ops.append_index(pages, slots, k, weight, bias, EPS, positions, freqs(8, device))
+        ops.append_latents(kv, slots, rows, weight[:14], EPS, positions, freqs(8, device))
         found.append((pages, kv))
     for one, other in zip(*found, strict=True):
         assert_same_bits(one, other)

@@ -14,6 +14,7 @@ from inputs import (
     assert_close,
     assert_same_bits,
     exact_scores,
+    from_byte,
     normal,
     page_tables,
     seen_by,
@@ -252,6 +253,22 @@ def test_fp8_rows(ops, device, D, v_dim, dtype, tolerance):
     wanted_out, wanted_lse = softmax_over(q, plain, slots, D**-0.5, v_dim)
     assert_close(out, wanted_out, tolerance)
     assert_close(lse, wanted_lse, tolerance)
+
+
+@pytest.mark.parametrize("offset", (1, 2, 3))
+def test_pools_may_begin_at_any_byte(ops, device, offset):
+    """Scales and bf16 columns then lie at addresses at which no fp32 and no bf16 may be read."""
+    batch, k = Batch([20, 9], 2, 8, device=device), 6
+    rows = dsa_ref.pack_kv(normal(batch.kv_pages[..., 0].numel(), 24, device=device), 16)
+    kv_pages, q = rows.view(-1, 8, rows.shape[1]), normal(2, 2, 3, 24, device=device)
+    scores, (_, slots) = batch.scores(ops), batch.select(ops, k)
+    out, lse = ops.paged_sparse_attention(q, kv_pages, slots, 0.2, 16)
+    batch.index_pages, kv_pages = from_byte(offset, batch.index_pages), from_byte(offset, kv_pages)
+    assert batch.index_pages.data_ptr() % 4 == kv_pages.data_ptr() % 4 == offset
+    assert_same_bits(batch.scores(ops), scores)
+    assert selected(batch.select(ops, k)[1][0]) == selected(slots[0])
+    for got, wanted in zip(ops.paged_sparse_attention(q, kv_pages, slots, 0.2, 16), (out, lse), strict=True):
+        assert_same_bits(got, wanted)
 
 
 def test_merge_parts(ops, device):
