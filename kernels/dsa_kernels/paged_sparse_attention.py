@@ -5,7 +5,7 @@ so that few queries keep the card busy. It keeps q, gathers BK rows at a time, a
 logits, online softmax in base 2, values. The value's columns are processed in tiles of up to 128, each with a sum of
 its own, since FP8 rows have a scale for each tile of 128. A scale is never multiplied into the 128 values of its tile:
 it is multiplied into their dot product, and for the output into the row's probability, in fp32. So any scale is as
-exact as a power of two, and e4m3 is widened to bf16 exactly.
+exact as a power of two, and e4m3 is widened to bf16 exactly: by the card where it knows the type, else from its bytes.
 
 With more than one part, programs write fp32 parts, and `_merge` adds them up in ascending order, a program a head. How
 many parts there are follows from k alone, tiles from the heads and the card: a row has the same bits in any batch.
@@ -36,12 +36,17 @@ LISTED_AT_ONCE = 512  # places of a part; longer ones are first searched for the
 
 
 @triton.jit
-def _value_tile(kv_ptr, row, there, j, V: tl.constexpr, TILE: tl.constexpr, ROW: tl.constexpr, DOT: tl.constexpr):
+def _value_tile(
+    kv_ptr, row, there, j,
+    V: tl.constexpr, TILE: tl.constexpr, ROW: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """Columns j · TILE and on of the rows' values, [BK, TILE] in DOT; FP8 values without their scale."""
     column = j * TILE + tl.arange(0, TILE)
     mask = there[:, None] if V % TILE == 0 else there[:, None] & (column < V)[None, :]
     x = tl.load(kv_ptr + row[:, None] * ROW + column[None, :], mask, 0.0)
-    if x.dtype == tl.uint8:
+    if NATIVE:
+        return x.to(tl.float8e4nv, bitcast=True).to(DOT)
+    elif x.dtype == tl.uint8:
         return from_e4m3(x, DOT)
     else:
         return x.to(DOT)
@@ -82,8 +87,8 @@ def _rest(
 def _paged_sparse_attention(
     q_ptr, kv_ptr, word_ptr, half_ptr, slots_ptr, out_ptr, lse_ptr, scale, H, k, part,
     D: tl.constexpr, V: tl.constexpr, ROW: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, RP: tl.constexpr,
-    BH: tl.constexpr, BK: tl.constexpr, LIST: tl.constexpr, FP8: tl.constexpr, WORDS: tl.constexpr,
-    DOT: tl.constexpr, STAGES: tl.constexpr,
+    BH: tl.constexpr, BK: tl.constexpr, LIST: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr,
+    WORDS: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     z, splits = tl.program_id(2), tl.num_programs(2)
@@ -121,7 +126,7 @@ def _paged_sparse_attention(
         row = tl.maximum(s, 0).to(tl.int64)
         values = ()
         for j in tl.static_range(TILES):
-            values = values + (_value_tile(kv_ptr, row, there, j, V, TILE, ROW, DOT),)
+            values = values + (_value_tile(kv_ptr, row, there, j, V, TILE, ROW, NATIVE, DOT),)
         logits = tl.zeros([BH, BK], tl.float32)
         if RP > 0:
             rest = _rest(half_ptr, kv_ptr, row, there, V, D - V, RP, 4 * TILES, ROW, FP8, WORDS, DOT)
@@ -207,7 +212,8 @@ def paged_sparse_attention(
     their products with an fp16 q are of fp32. Probabilities are rounded to the products' type; sums are fp32.
 
     variant: "portable", "hopper" (compute capability 9.0, FP8 rows; `hopper.paged_sparse_attention` says for which
-    sizes), or None for "hopper" where it can serve, else "portable".
+    sizes), "widened" (portable, and FP8 as older cards read it), or None for "hopper" where it can serve, else
+    "portable".
     The grid is a function of the shapes, and nothing waits for the GPU while a CUDA graph is captured.
 
     Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does, and for a
@@ -231,14 +237,17 @@ def paged_sparse_attention(
         q, slots = q.flatten(0, 1), slots.flatten(0, 1)
         hopper.launch(q, kv_pages, slots, scale, v_dim, splits, rows_out, rows_lse, parts, part_lse)
     else:
-        launch_portable(q, kv_pages, slots, scale, v_dim, splits, parts, part_lse)
+        launch_portable(q, kv_pages, slots, scale, v_dim, splits, parts, part_lse, widened=variant == "widened")
     if splits > 1:
         merge(parts, part_lse, out, lse)
     return out, lse
 
 
-def tiles(card, H, columns, RP, loaded, multiplied):
+def tiles(card, H, columns, RP, loaded, multiplied, native):
     """(BH, BK, warps): the heads and the rows of a tile, as many as that card's shared memory holds.
+
+    native: whether the card widens FP8. Then eight warps take 64 rows at once, so that many loads are under way; but
+    not where wgmma multiplies them, which has too few registers for so many.
 
     columns, RP: the value's and the other columns, as the kernel pads them; loaded, multiplied: bytes of a number of
     the value in memory, and in the product. Raises ValueError if not even the smallest tile fits.
@@ -247,7 +256,8 @@ def tiles(card, H, columns, RP, loaded, multiplied):
     # Blackwell's data-centre cards would keep 64 rows of each sum in tensor memory, of which there is not enough.
     most = 16 if multiplied == 4 else 32 if card.capability[0] in (10, 11) else 64
     BH = max(16, min(triton.next_power_of_2(H), most))
-    BK = 64 if loaded == multiplied == 2 else 32 if columns <= 128 or multiplied == 2 else 16
+    wide = native and not (wgmma and BH == 64)
+    BK = 64 if wide or loaded == multiplied == 2 else 32 if columns <= 128 or multiplied == 2 else 16
 
     def shared_memory():
         row = (columns + RP) * multiplied
@@ -261,11 +271,14 @@ def tiles(card, H, columns, RP, loaded, multiplied):
             raise ValueError(cards.too_wide("q", f"16 heads and 16 rows of {columns + RP}", shared_memory(), card))
         BH, BK = (BH // 2, BK) if BH > BK else (BH, BK // 2)
     few = 16384 if card.capability == cards.HOPPER else 8192  # sums that four warps hold in registers
-    return BH, BK, 8 if columns * BH > few else 4
+    return BH, BK, 8 if native or columns * BH > few else 4
 
 
-def launch_portable(q, kv_pages, slots, scale, v_dim, splits, parts, part_lse):
-    """Fill parts and part_lse, laid out as this module's docstring says, from checked arguments. B · N > 0."""
+def launch_portable(q, kv_pages, slots, scale, v_dim, splits, parts, part_lse, widened=False):
+    """Fill parts and part_lse, laid out as this module's docstring says, from checked arguments. B · N > 0.
+
+    widened: take FP8 as bytes also on a card that could widen it.
+    """
     (B, N, H, D), k = q.shape, slots.shape[2]
     fp8 = kv_pages.dtype == torch.uint8
     rows = kv_pages.reshape(-1, kv_pages.shape[2])
@@ -275,17 +288,20 @@ def launch_portable(q, kv_pages, slots, scale, v_dim, splits, parts, part_lse):
     TILES = triton.cdiv(v_dim, TILE)
     RP = max(16, triton.next_power_of_2(D - v_dim)) if D > v_dim else 0
     multiplied = torch.float32 if fp8 and q.dtype == torch.float16 else dot_dtype(q)
+    native = False
     if INTERPRETED:  # each operation costs the same whatever its size: few large tiles
         BH, BK, warps = max(16, triton.next_power_of_2(H)), 64, 4
     else:
-        BH, BK, warps = tiles(cards.card_of(q), H, TILES * TILE, RP, rows.itemsize, multiplied.itemsize)
+        card = cards.card_of(q)
+        native = fp8 and multiplied == torch.bfloat16 and card.capability >= cards.NATIVE_FP8 and not widened
+        BH, BK, warps = tiles(card, H, TILES * TILE, RP, rows.itemsize, multiplied.itemsize, native)
     part = part_length(k, splits)
     _paged_sparse_attention[(B * N, triton.cdiv(H, BH), splits)](
         q.contiguous(), rows, rows.view(torch.float32) if words else rows, rows.view(torch.bfloat16) if words else rows,
         slots.contiguous(), parts, part_lse, scale, H, k, part,
         D=D, V=v_dim, ROW=row, TILE=TILE, TILES=TILES, RP=RP, BH=BH, BK=BK,
-        LIST=LISTED_AT_ONCE if part > LISTED_AT_ONCE else 0, FP8=fp8, WORDS=words,
-        DOT=getattr(tl, TRITON_NAMES[multiplied]), STAGES=2, num_warps=warps,
+        LIST=LISTED_AT_ONCE if part > LISTED_AT_ONCE else 0, FP8=fp8, NATIVE=native, WORDS=words,
+        DOT=getattr(tl, TRITON_NAMES[multiplied]), STAGES=1 if native and BK == 64 else 2, num_warps=warps,
     )  # fmt: skip
 
 

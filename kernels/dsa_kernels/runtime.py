@@ -17,7 +17,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take
 FEWEST_FOR_HOPPER = 512  # queries, for `index_scores` and `lightning_select`; a block of Hopper's kernels takes eight
 SCORES_AT_ONCE = 1 << 28  # of `lightning_select`: 1 GiB of fp32
 REDONE_AT_ONCE = 1 << 27  # of its flagged rows, while lists of a fused kernel may still be in memory
-WIDENED = ("index_scores", "lightning_select")  # the steps that can read e4m3 as bytes
+WIDENED = ("index_scores", "lightning_select", "paged_sparse_attention")  # the steps that can read e4m3 as bytes
 NO_GLUON = "needs a triton with Gluon, and no interpreter"
 GLUON = {  # what `dsa_kernels.hopper` imports of it; a test keeps the two in agreement
     "triton.experimental": ("gluon",),
@@ -99,7 +99,7 @@ def hopper_variant(
     """The module `dsa_kernels.hopper.<step>`, or None for the portable kernel.
 
     variant: "portable", "hopper", or None for `default`, where "hopper" means: if it can serve these inputs. Steps that
-    take FP8 queries, the first of inputs, know "widened", too.
+    take FP8 know "widened", too.
     Raises ValueError for any other variant, and for one that cannot serve. An error inside the module itself is never
     taken for "cannot serve": it surfaces.
     """
@@ -107,7 +107,8 @@ def hopper_variant(
     if variant not in (None, *names):
         allowed = ", ".join(f'"{name}"' for name in names)
         raise ValueError(f"variant must be {allowed} or None, got {variant!r}")
-    if variant == "widened" and inputs[0].dtype != torch.float8_e4m3fn:
+    fp8 = any(isinstance(x, torch.Tensor) and x.dtype in (torch.float8_e4m3fn, torch.uint8) for x in inputs)
+    if variant == "widened" and not fp8:
         raise ValueError(f'variant "widened" needs float8_e4m3fn, got {str(inputs[0].dtype).removeprefix("torch.")}')
     if (variant or default) != "hopper":
         return None

@@ -83,12 +83,15 @@ def moved(arguments, device):
     return [x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments]
 
 
-@pytest.mark.parametrize("kind", ("FP8", BF16, FP16, FP32))
+@pytest.mark.parametrize(
+    "kind, variant",
+    [("FP8", "portable"), ("FP8", "widened"), (BF16, "portable"), (FP16, "portable"), (FP32, "portable")],
+)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("seed", (0, 1))
-def test_attention(case, kind, seed, device, poisoned):
+def test_attention(case, kind, variant, seed, device, poisoned):
     arguments, wide = inputs(case, kind, seed)
-    out, lse = dsa_kernels.paged_sparse_attention(*moved(arguments, device), variant="portable")
+    out, lse = dsa_kernels.paged_sparse_attention(*moved(arguments, device), variant=variant)
     want_out, want_lse = oracle(arguments[0], wide, *arguments[2:5])
     tolerance = TOLERANCE[arguments[0].dtype]
     assert out.dtype == arguments[0].dtype and lse.dtype == FP32
@@ -155,6 +158,8 @@ def test_arguments(device):
     arguments, _ = inputs("the small model", BF16, 0)
     with pytest.raises(ValueError, match='variant "hopper"'):
         dsa_kernels.paged_sparse_attention(*moved(arguments, device), variant="hopper")
+    with pytest.raises(ValueError, match='variant "widened" needs'):
+        dsa_kernels.paged_sparse_attention(*moved(arguments, device), variant="widened")
     with pytest.raises(TypeError, match="float64"):
         dsa_kernels.merge_parts(*(torch.zeros(2, 3, 4)[..., :n].double().squeeze(-1) for n in (4, 1)))
     with pytest.raises(TypeError, match="q must have dtype"):
