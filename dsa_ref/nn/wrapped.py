@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
 from ..contracts import FLOATS, values_readable
-from ..precision import SWITCHES, autocast_on, exact
+from ..precision import autocast_on, exact
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Functions of torch and methods of tensors that want one dtype and write to no argument, as a norm of batches would.
@@ -161,8 +161,16 @@ def _rounds(module: nn.Module, rows: Tensor) -> bool:
         or any(dtype not in wide for dtype in (rows.dtype, *floats))
         or _is_sealed(module)
         or autocast_on(rows.device)
-        or any(getattr(owner, switch) in (True, "tf32", "bf16") for owner, switch, _ in SWITCHES)
+        or _products_are_short()
     )
+
+
+def _products_are_short() -> bool:
+    """Whether the process lets fp32 products shorten their factors, as TF32 does, on a GPU or on the CPU."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
+        return torch.get_float32_matmul_precision() != "highest"
+    kinds = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    return any(kind.fp32_precision not in ("ieee", "none") for kind in kinds)
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -5,6 +5,8 @@ import contextlib
 import copy
 import dataclasses
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -478,18 +480,30 @@ def test_a_small_part_that_is_not_linear_is_refused_where_nothing_rounds_as_much
         wrapped.matrix("kv_b_proj", adapter, 512, dtype, torch.device("cpu"))
 
 
-def test_tf32_rounds(request):
-    adapter = LoRA(nn.Linear(16, 8, bias=False))
-    rows = torch.zeros(2, 8)
-    assert not wrapped._rounds(adapter, rows)
-    before = torch.get_float32_matmul_precision()
-    request.addfinalizer(lambda: torch.set_float32_matmul_precision(before))
-    torch.set_float32_matmul_precision("high")
-    assert wrapped._rounds(adapter, rows)
-    torch.set_float32_matmul_precision("highest")
+SHORT = {
+    "high": "torch.set_float32_matmul_precision('high')",
+    "medium": "torch.set_float32_matmul_precision('medium')",
+    "allow_tf32": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "all backends": "torch.backends.fp32_precision = 'tf32'",
+    "a GPU's products": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "a CPU's products": "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+}
+
+
+def test_autocast_and_short_products_round():
+    """The settings are the process's, and torch does not give back what they were: each has a process of its own."""
+    adapter, rows = LoRA(nn.Linear(16, 8, bias=False)), torch.zeros(2, 8)
     assert not wrapped._rounds(adapter, rows)
     with torch.autocast("cpu", torch.bfloat16):
         assert wrapped._rounds(adapter, rows)
+    code = "import torch\nfrom dsa_ref.nn.wrapped import _products_are_short as short\nassert not short()\n"
+    newer = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+    children = {
+        name: subprocess.Popen([sys.executable, "-c", f"{code}{setting}\nassert short()"])
+        for name, setting in SHORT.items()
+        if newer or "fp32_precision" not in setting
+    }
+    assert {name: child.wait() for name, child in children.items()} == dict.fromkeys(children, 0)
 
 
 class FourBits(nn.Module):
