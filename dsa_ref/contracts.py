@@ -89,7 +89,7 @@ def check_mha_attention(q, k, v, scale, indices, start, end) -> None:
     check_dtype("k", k, (q.dtype,))
     check_dtype("v", v, (q.dtype,))
     check_dtype("q", q, FLOATS)
-    check_scale(scale)
+    check_scale(scale, q.dtype)
     if indices is not None:
         check_indices(indices, len(k))
         check_distinct(indices)
@@ -112,7 +112,7 @@ def check_attention(q, kv, scale, v_dim, floats=FLOATS) -> None:
     """What the attention steps share."""
     check_dtype("q", q, floats)
     check_dtype("kv", kv, (q.dtype,))
-    check_scale(scale)
+    check_scale(scale, q.dtype)
     check_count("v_dim", v_dim)
     if v_dim > kv.shape[-1]:
         raise ValueError(f"v_dim must be at most D = {kv.shape[-1]}, got {v_dim}")
@@ -163,12 +163,14 @@ def check_count(name: str, value) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def check_scale(value) -> None:
-    """The softmax scale must be a positive finite number."""
+def check_scale(value, dtype: torch.dtype) -> None:
+    """The softmax scale must be a positive number, finite in what inputs of `dtype` are computed in."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"scale must be a float, got {_kind(value)}")
     if not 0.0 < value < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {value}")
+    if dtype != torch.float64 and value > torch.finfo(torch.float32).max:
+        raise ValueError(f"scale must be finite in fp32, got {value}")
 
 
 def check_ranges(T: int, S: int, device, start, end) -> None:
