@@ -92,8 +92,8 @@ def train_stage(
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for step in range(steps):
-        first = torch.randint(0, max(1, len(corpus) - length - 1), (batch, 1), generator=generator)
-        tokens = corpus[(first + torch.arange(length + 1)).to(corpus.device)].long()
+        first = torch.randint(0, max(1, len(corpus) - length - 1), (batch, 1), generator=generator, device="cpu")
+        tokens = corpus[(first + torch.arange(length + 1, device="cpu")).to(corpus.device)].long()
         losses = stage_loss(model, tokens, stage)
         optimizer.zero_grad()
         sum(loss for loss in losses if loss is not None).backward()
