@@ -7,6 +7,7 @@ steps decorated with `exact` run without either.
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
 
@@ -71,6 +72,19 @@ _products = (_Products("cuda"), _Products("mkldnn")) if _newer else ()
 # An owner, its setting, and the value that means fp32. The older one is last: it can be read where the others say fp32.
 SWITCHES = (*((products, "own", "ieee") for products in _products), (_AllProducts(), "precision", "highest"))
 _lock, _inside, _changed = threading.Lock(), set(), []  # a token for each call inside, the settings to come back to
+
+
+def _start_over() -> None:
+    """In a forked process: the other threads, with the lock and the calls they were in, are not there."""
+    global _lock
+    _lock = threading.Lock()
+    _inside.clear()
+    while _changed:
+        setattr(*_changed.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_over)
 
 
 def exact(function: Callable) -> Callable:

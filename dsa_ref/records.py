@@ -154,12 +154,12 @@ def check_writable(path: str | os.PathLike, regular: bool = False) -> None:
 
 def output_file(text: str) -> pathlib.Path:
     """For argparse: the path of a file that can be written, checked before anything is run."""
-    return _checked(text, regular=False)
+    return _path_from(text, regular=False)
 
 
 def regular_file(text: str) -> pathlib.Path:
     """For argparse: an `output_file` that can be read again, so no device."""
-    return _checked(text, regular=True)
+    return _path_from(text, regular=True)
 
 
 def positive(text: str) -> int:
@@ -170,7 +170,7 @@ def positive(text: str) -> int:
     raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
 
 
-def _checked(text, regular):
+def _path_from(text, regular):
     try:
         check_writable(text, regular)
     except ValueError as error:

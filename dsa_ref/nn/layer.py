@@ -128,7 +128,8 @@ class DSALayer(nn.Module):
         x: [T, dim] in the weights' dtype, inside autocast in any that it takes. positions: int [T], each token's place
         in its own sequence; packed sequences are runs that start at 0, and a token sees its own run up to itself.
         cache: a LayerCache of one sequence, whose next tokens x holds; where the call fails, cache and record are what
-        they were. It takes no token whose rows are NaN or infinite, and no step that activation checkpointing repeats.
+        they were, but a hook on the layer itself comes later and undoes nothing. It takes no token whose rows are NaN
+        or infinite, and no step that activation checkpointing repeats.
         attention: "sparse" (selected keys, MQA mode), "mha" (the same selection as a mask over decompressed heads) or
         "dense" (every visible key, no selection).
 

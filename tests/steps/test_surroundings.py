@@ -2,6 +2,9 @@
 
 import contextlib
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -217,6 +220,31 @@ def test_code_inside_can_read_the_older_setting():
         with precision.exact_arithmetic():
             assert not torch.backends.cuda.matmul.allow_tf32
         assert torch.backends.cuda.matmul.allow_tf32 and torch.get_float32_matmul_precision() == "medium"
+
+
+FORKED = """
+import os, torch
+from dsa_ref import precision
+
+torch.set_float32_matmul_precision("medium")
+inside = precision.exact_arithmetic()
+inside.__enter__()  # as another thread would be
+precision._lock.acquire()
+if os.fork() == 0:
+    with precision.exact_arithmetic():
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == "medium"
+    os._exit(7)
+status = os.wait()[1]
+precision._lock.release()
+inside.__exit__(None, None, None)
+assert os.waitstatus_to_exitcode(status) == 7
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+def test_a_process_forked_inside_a_step_of_another_thread_starts_over():
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=100)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
