@@ -76,12 +76,14 @@ def check_int(name: str, value, low: int, high: int | None = None) -> None:
         raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
-def check_scale(value) -> None:
-    """The softmax scale must be a positive finite number."""
+def check_scale(value, dtype: torch.dtype) -> None:
+    """The softmax scale must be a positive number, finite in what inputs of `dtype` are computed in."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"scale must be a float, got {kind_of(value)}")
     if not 0.0 < value < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {value}")
+    if dtype != torch.float64 and value > torch.finfo(torch.float32).max:
+        raise ValueError(f"scale must be finite in fp32, got {value}")
 
 
 def check_eps(eps) -> None:

@@ -108,7 +108,7 @@ def check_mha_attention(q, k, v, scale, indices, start, end) -> None:
     check_dtype("k", k, (q.dtype,))
     check_dtype("v", v, (q.dtype,))
     check_dtype("q", q, FLOATS)
-    check_scale(scale)
+    check_scale(scale, q.dtype)
     if indices is not None:
         check_indices(indices, len(k))
         check_distinct(indices)
@@ -131,7 +131,7 @@ def check_attention(q, kv, scale, v_dim, floats=FLOATS) -> None:
     """What the attention steps share."""
     check_dtype("q", q, floats)
     check_dtype("kv", kv, (q.dtype,))
-    check_scale(scale)
+    check_scale(scale, q.dtype)
     check_count("v_dim", v_dim)
     if v_dim > kv.shape[-1]:
         raise ValueError(f"v_dim must be at most D = {kv.shape[-1]}, got {v_dim}")
@@ -168,7 +168,7 @@ def check_paged_sparse_attention(q, kv_pages, slots, scale, v_dim, splits=None, 
     check_dtype("q", q, floats)
     check_dtype("kv_pages", kv_pages, (q.dtype, torch.uint8))
     check_queries("q", q)
-    check_scale(scale)
+    check_scale(scale, q.dtype)
     D = q.shape[-1]
     check_row_width("kv_pages", kv_pages, D, v_dim)
     if splits is not None:

@@ -1,7 +1,7 @@
 """A Hugging Face `config.json` as the fields of a `DSAConfig`: the families of DeepSeek-V3.2 and GLM-5, nothing else.
 
 Meanings, and the values of fields that the file lacks, are transformers'. A field that is null counts as lacking, but
-for sizes. What would change the attention and is not known here is refused by its name.
+for sizes and YaRN's `truncate`. What would change the attention and is not known here is refused by its name.
 
 Source: SPEC section 9; transformers 5.23, models/deepseek_v32 and models/glm_moe_dsa.
 """
@@ -143,7 +143,8 @@ def _rope(hf, max_positions):
     where = next(iter(given), "rope_parameters")
     if len(given) == 2 and given["rope_parameters"] != given["rope_scaling"]:
         raise ValueError(f"rope_parameters and rope_scaling must agree, got {' and '.join(map(repr, given.values()))}")
-    rope = {name: value for name, value in given.get(where, {}).items() if value is not None}
+    # transformers takes a null truncate, and no other null, for something else than a lacking one: for false
+    rope = {name: value for name, value in given.get(where, {}).items() if value is not None or name == "truncate"}
     for name in ("rope_theta", "original_max_position_embeddings"):  # older files have them beside the object
         if name in hf and rope.setdefault(name, hf[name]) != hf[name]:
             raise ValueError(f"{name} must be the same in {where} and beside it, got {rope[name]!r} and {hf[name]!r}")

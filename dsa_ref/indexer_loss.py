@@ -41,8 +41,9 @@ def indexer_loss_loops(
         p = np.zeros(len(keys))
         for h in range(H):
             logits = np.array([scale * np.dot(q[t, h], kv[s]) for s in keys])
-            exponentials = np.exp(logits - logits.max())
-            p += exponentials / exponentials.sum() / H
+            if logits.max() != -np.inf:  # a head of logits of -inf alone looks at nothing
+                exponentials = np.exp(logits - logits.max())
+                p += exponentials / exponentials.sum() / H
         largest = scores[t, keys].max()
         log_guess = scores[t, keys] - largest - np.log(np.sum(np.exp(scores[t, keys] - largest)))
         for i in range(len(keys)):

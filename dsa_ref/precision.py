@@ -7,6 +7,7 @@ steps decorated with `exact` run without either.
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
 
@@ -14,12 +15,77 @@ import torch
 from torch import Tensor
 
 AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # device types whose autocast is looked at
-_matmul = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-if hasattr(_matmul[0], "fp32_precision"):  # torch 2.9 and newer
-    SWITCHES = tuple((owner, "fp32_precision", "ieee") for owner in _matmul)  # and the value that means fp32
-else:
-    SWITCHES = ((_matmul[0], "allow_tf32", False),)
+
+
+class _Products:
+    """The precision of one backend's fp32 products, as torch 2.9 and newer keep it."""
+
+    def __init__(self, backend: str) -> None:
+        self._read = functools.partial(torch._C._get_fp32_precision_getter, backend)
+        self._write = functools.partial(torch._C._set_fp32_precision_setter, backend)
+
+    @property
+    def own(self) -> str:
+        """What is set for these products themselves: "none" where they inherit, which means fp32 if nothing is set.
+
+        torch tells only what holds, so that for a moment nothing is set that could be inherited.
+        """
+        if (held := self._read("matmul")) == "none":
+            return held
+        everywhere = torch.backends.fp32_precision
+        try:
+            torch.backends.fp32_precision = "none"
+            backends = self._read("all")
+            try:
+                self._write("all", "none")
+                return self._read("matmul")
+            finally:
+                self._write("all", backends)
+        finally:
+            torch.backends.fp32_precision = everywhere
+
+    @own.setter
+    def own(self, value: str) -> None:
+        self._write("matmul", value)
+
+
+class _AllProducts:
+    """The older setting, for all backends, that `allow_tf32` is a part of.
+
+    torch refuses to read either where the newer settings say something else, so that they change together.
+    """
+
+    @property
+    def precision(self) -> str:
+        """One of "highest", which means fp32, "high" and "medium"."""
+        return torch.get_float32_matmul_precision()
+
+    @precision.setter
+    def precision(self, value: str) -> None:
+        kept = [(products, products.own) for products in _products]  # torch would set them as well
+        torch.set_float32_matmul_precision(value)
+        for products, own in kept:
+            products.own = own
+
+
+_newer = hasattr(torch._C, "_get_fp32_precision_getter")
+_products = (_Products("cuda"), _Products("mkldnn")) if _newer else ()
+# An owner, its setting, and the value that means fp32. The older one is last: it can be read where the others say fp32.
+SWITCHES = (*((products, "own", "ieee") for products in _products), (_AllProducts(), "precision", "highest"))
 _lock, _inside, _changed = threading.Lock(), set(), []  # a token for each call inside, the settings to come back to
+
+
+def _start_over() -> None:
+    """In a forked process: the other threads, with the lock and the calls they were in, are not there."""
+    global _lock
+    _lock = threading.Lock()
+    _inside.clear()
+    while _changed:
+        setattr(*_changed.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_over)
 
 
 def exact(function: Callable) -> Callable:

@@ -32,7 +32,7 @@ class _MaskedEinsum(torch.autograd.Function):
             if _has_pairs(result):
                 return torch.einsum(equation, a, b).masked_fill_(_hidden(mask, result), 0.0)
             for dims, values in zip(operands.split(","), (a, b), strict=True):
-                if not _has_pairs(dims) and not values.isfinite().all():
+                if mask.numel() and not _has_pairs(dims) and not values.isfinite().all():  # no pair: sums of nothing
                     return _one_by_one(equation, a, b, mask)
             if result == "sd":
                 return torch.einsum(f"{operands}->ds", a, b).T  # on a CPU, 8 times as fast as to [s, d]

@@ -4,8 +4,8 @@ A record is a JSON file in `figures/`, at the root of a checkout. Its "provenanc
 date, the versions and the machine. Records are made and read in a checkout; an installed wheel finds the one that the
 program runs in.
 
-A program that measures for hours must not fail when it saves: `output_file` and `positive` are types for argparse that
-refuse at the start what could not be written or run, and a file is replaced only by a whole one.
+A program that measures for hours must not fail when it saves: `output_file`, `regular_file` and `positive` are types
+for argparse that refuse at the start what could not be written or run, and a file is replaced only by a whole one.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import pathlib
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -112,11 +113,16 @@ def write(path: str | os.PathLike, record: dict) -> None:
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A file to be written, which takes the place of `path` when it is whole; what fails before leaves `path` alone.
 
-    A `path` that is no ordinary file, such as /dev/null, is written itself.
+    A `path` that is no ordinary file, such as /dev/null, gets the bytes of that file and stays what it is, though the
+    writer may rename, as safetensors does.
     """
     path = pathlib.Path(path).resolve()  # behind a link
     if path.exists() and not path.is_file():
-        yield path
+        with tempfile.TemporaryDirectory(prefix=".writing-") as folder:
+            new = pathlib.Path(folder, path.name)
+            yield new
+            with new.open("rb") as whole, path.open("wb") as device:
+                shutil.copyfileobj(whole, device)
         return
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:  # beside it: on the same disk
         new = pathlib.Path(folder, path.name)
@@ -124,27 +130,36 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         new.replace(path)
 
 
-def check_writable(path: str | os.PathLike) -> None:
-    """Raise ValueError unless `path` can be written: its folder is there and allows it, and it is no folder itself."""
-    path = pathlib.Path(path).resolve()
-    if path.is_dir():
-        raise ValueError(f"path must be a file's, got the folder {path}")
-    if not path.parent.is_dir():
-        raise ValueError(f"path must lie in a folder that is there, got {path}: make {path.parent} first")
+def check_writable(path: str | os.PathLike, regular: bool = False) -> None:
+    """Raise ValueError unless `path` can be written: its folder is there and allows it, and it is no folder itself.
+
+    regular: refuse a device or a pipe as well, from which nobody can read again what was written.
+    """
     try:
-        if not path.exists() or path.is_file():
-            tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent).cleanup()
-    except OSError as error:
-        raise ValueError(f"path must lie in a folder that can be written, got {path}: {error.strerror}") from error
+        path = pathlib.Path(path).resolve()
+        if path.is_dir():
+            raise ValueError(f"path must be a file's, got the folder {path}")
+        if not path.parent.is_dir():
+            raise ValueError(f"path must lie in a folder that is there, got {path}: make {path.parent} first")
+        if path.exists() and not path.is_file():
+            if regular:
+                raise ValueError(f"path must be that of a regular file or of a new one, got the device or pipe {path}")
+        else:
+            with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
+                pathlib.Path(folder, path.name).touch()  # a name may be too long
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself, before Python 3.13
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"path must lie in a folder that can be written, got {path}: {reason}") from error
 
 
 def output_file(text: str) -> pathlib.Path:
     """For argparse: the path of a file that can be written, checked before anything is run."""
-    try:
-        check_writable(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return pathlib.Path(text)
+    return _path_from(text, regular=False)
+
+
+def regular_file(text: str) -> pathlib.Path:
+    """For argparse: an `output_file` that can be read again, so no device."""
+    return _path_from(text, regular=True)
 
 
 def positive(text: str) -> int:
@@ -153,6 +168,14 @@ def positive(text: str) -> int:
         if int(text) >= 1:
             return int(text)
     raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+
+
+def _path_from(text, regular):
+    try:
+        check_writable(text, regular)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return pathlib.Path(text)
 
 
 def _is_checkout(folder):

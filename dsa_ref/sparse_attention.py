@@ -41,7 +41,8 @@ def sparse_attention(q: Tensor, kv: Tensor, indices: Tensor, scale: float, v_dim
     q: float [T, H, D]; kv: [S, D] of the same dtype; indices: int32 [T, k], -1 where nothing is selected, distinct
     within a row; scale: float > 0; v_dim: the first v_dim columns of kv are the value.
     Returns (out [T, H, v_dim] in q.dtype, lse fp32 [T, H], natural logarithm); computed in fp32 (fp64 for fp64). A row
-    with nothing selected gives 0 and -inf. Time and memory follow the selected keys, not k.
+    with nothing selected, or with logits of -inf alone, gives 0 and -inf. Time and memory follow the selected keys, not
+    k.
 
     Raises: ValueError for wrong shapes, devices, indices outside [-1, S) or named twice in a row, scale or v_dim;
     TypeError for wrong dtypes.
@@ -70,7 +71,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, dims: st
     dims: k's and v's: "sd" for rows shared by all, "tsd" where each query has rows of its own, "shd" where each head.
     """
     weights, lse = attention_weights(q, k, scale, mask, dims)
-    return masked_einsum(f"ths,{dims}->thd", weights, v, mask), lse
+    out = masked_einsum(f"ths,{dims}->thd", weights, v, mask)
+    return out.masked_fill((lse == -torch.inf)[:, :, None], 0.0), lse  # logits of -inf alone: not 0 · an infinite value
 
 
 def attention_weights(q: Tensor, k: Tensor, scale: float, mask: Tensor, dims: str) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,21 @@
 """What a command will need at its end is checked at its start, and a file is replaced by a whole one or not at all."""
 
+import argparse
 import importlib.util
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 from dsa_course.traps import __main__ as traps
-from dsa_ref import records
+from dsa_ref import TINY, records
+from dsa_ref.nn import ModelConfig, SmallModel
+from dsa_ref.nn.model import save_small_model
 from dsa_ref.training import evaluate, train
 from dsa_ref.training.evaluate import held_out_windows
 
@@ -175,6 +179,49 @@ def test_a_link_stays_a_link_and_a_device_is_written_itself(tmp_path):
     records.check_writable(os.devnull)
     records.write(os.devnull, {"a": 1})
     assert not pathlib.Path(os.devnull).is_file()
+
+
+def test_a_writer_that_renames_leaves_a_device_what_it_is(tmp_path):
+    """A pipe stands for a device, which only an administrator can make. safetensors saves so."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    got = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    with records.replacing(pipe) as new:
+        new.with_suffix(".tmp").write_bytes(b"whole")
+        new.with_suffix(".tmp").replace(new)
+    reader.join(20)
+    assert got == [b"whole"] and pipe.is_fifo()
+    with pytest.raises(KeyboardInterrupt), records.replacing(pipe):
+        raise KeyboardInterrupt
+    assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_weights_must_go_into_a_regular_file(tmp_path):
+    """They are read again, and safetensors would put a file in the place of a device."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", pathlib.Path(os.devnull)):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"must be that of a regular file .* {path}"):
+            records.regular_file(str(path))
+        assert records.output_file(str(path)) == path
+        model = SmallModel(ModelConfig(1, 96, attention=TINY))
+        with pytest.raises(ValueError, match=f"path must be that of a regular file .* {path}"):
+            save_small_model(model, path)
+        assert path.exists() and not path.is_file()
+    assert records.regular_file(str(tmp_path / "new")) == tmp_path / "new"
+
+
+@pytest.mark.parametrize("check", (records.output_file, records.regular_file))
+def test_names_that_no_file_can_have(check, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").touch()
+    for name in (300 * "a", "loop", f"{300 * 'a'}/b", "file/b"):
+        with pytest.raises(ValueError, match="path must lie in a folder"):
+            records.check_writable(tmp_path / name)
+        with pytest.raises(argparse.ArgumentTypeError, match="path must lie in a folder"):
+            check(str(tmp_path / name))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "loop"]
 
 
 def test_an_interrupted_process_leaves_the_old_record(tmp_path):

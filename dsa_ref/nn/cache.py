@@ -1,7 +1,7 @@
 """A contiguous cache of one sequence in one layer."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -115,8 +115,9 @@ class LayerCache:
         vars(self).update(state | {"k_idx": None if packed is None else packed[1].view(packed[0])})
 
 
-def truncate_caches(caches: Sequence[LayerCache], length: int) -> None:
+def truncate_caches(caches: Iterable[LayerCache], length: int) -> None:
     """`truncate` every layer's cache of one sequence, or, where one cannot be, none. Raises as there."""
+    caches = list(caches)  # a generator could be gone through only once
     for cache in caches:
         _check_length(length, cache.length)
     for cache in caches:

@@ -8,6 +8,7 @@ Source: DeepSeek-V3.2-Exp report, section 2 and appendix A; SPEC sections 2, 3 a
 
 import contextlib
 import importlib
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 import dsa_ref  # the default of `ops`: its steps are loaded before this module
 
@@ -39,7 +40,10 @@ RECORDED = ("q_idx", "k_idx", "w", "k_scale", "q", "q_heads", "kv", "start", "in
 
 
 class Ops(Protocol):
-    """What a layer runs: a package, or any namespace, that has these steps with `dsa_ref`'s contracts."""
+    """What a layer runs: a package, or any namespace, that has these steps with `dsa_ref`'s contracts.
+
+    Where it has `hadamard` and `quantize` as well, a layer with index_rope="interleaved" runs those.
+    """
 
     rope: Callable
     rotate_quantize: Callable
@@ -89,8 +93,10 @@ class DSALayer(nn.Module):
         x: [T, dim] in the weights' dtype, inside autocast in any that it takes. positions: int [T], each token's place
         in its own sequence; packed sequences are runs that start at 0, and a token sees its own run up to itself.
         cache: a LayerCache of one sequence, whose next tokens x holds; where the call fails, cache and record are what
-        they were. It takes no token whose rows are NaN or infinite. attention: "sparse" (selected keys, MQA mode),
-        "mha" (the same selection as a mask over decompressed heads) or "dense" (every visible key, no selection).
+        they were, but a hook on the layer itself comes later and undoes nothing. It takes no token whose rows are NaN
+        or infinite, and no step that activation checkpointing repeats.
+        attention: "sparse" (selected keys, MQA mode), "mha" (the same selection as a mask over decompressed heads) or
+        "dense" (every visible key, no selection).
 
         record: a list that receives one dict of the steps' inputs and outputs: "q_idx", "k_idx", "w" (with the query's
         scale), "k_scale" (or None), "kv" and "start" as `lightning_select` and `sparse_attention` take them; "indices"
@@ -111,6 +117,8 @@ class DSALayer(nn.Module):
         self._check_shared(indices, positions, cache, attention)
         with all_or_nothing([] if cache is None else [cache], record):
             y, step = self._attend(x, positions, cache, attention, indices)
+            if cache is not None and _will_be_repeated(y):
+                raise ValueError(CACHE_REPEATED)
             if record is not None and not _recorded_before(record, step):
                 record.append({name: step[name] for name in RECORDED if name in step})
         return y
@@ -240,7 +248,8 @@ class DSALayer(nn.Module):
             quantized = [self.ops.rotate_quantize(tensor.detach(), positions, self.freqs) for tensor in (q, k)]
         else:  # `rotate_quantize` turns half-split pairs only: its three steps one by one
             turned = [self.ops.rope(tensor.detach(), positions, self.freqs, layout) for tensor in (q, k)]
-            quantized = [quantize(hadamard(tensor)) for tensor in turned]
+            rotate, narrow = getattr(self.ops, "hadamard", hadamard), getattr(self.ops, "quantize", quantize)
+            quantized = [narrow(rotate(tensor)) for tensor in turned]
         (q_idx, q_scale), (k_idx, k_scale) = quantized
         return q_idx, k_idx, w, q_scale, k_scale
 
@@ -304,6 +313,8 @@ class DSALayer(nn.Module):
             bad = (start != known) & ((positions != 0) | (cache is not None))
             if bad.any():
                 t = int(bad.nonzero()[0])
+                if cache is not None and torch._C._current_graph_task_id() != -1:  # in a backward pass: a repeated step
+                    raise ValueError(CACHE_REPEATED)
                 wanted = "continue the cache" if cache is not None else "count up from 0 in each packed sequence"
                 raise ValueError(f"positions must {wanted}, got {int(positions[t])} for token {before + t}")
         if cache is not None:
@@ -355,12 +366,31 @@ NEEDS_NON_REENTRANT = (
 )
 
 
+CACHE_REPEATED = (
+    "cache must not be used under activation checkpointing, which repeats the step in the backward pass: pass "
+    "cache=None, or call the layer outside of torch.utils.checkpoint.checkpoint"
+)
+
+
+def _caller(function: Callable) -> types.FrameType | None:
+    """The call of `function` that this one is inside of, or None."""
+    frame, code = sys._getframe(), inspect.unwrap(function).__code__
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame
+
+
 def _inside_reentrant_checkpoint() -> bool:
     """Whether torch's checkpoint, in its reentrant mode, makes this pass: gradients are off, but asked for later."""
-    frame = sys._getframe()
-    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
-        frame = frame.f_back
-    return frame is not None
+    return _caller(CheckpointFunction.forward) is not None
+
+
+def _will_be_repeated(y: Tensor) -> bool:
+    """Whether torch's checkpoint, in either mode, runs the layer that gave y, and will run it again for gradients."""
+    if torch.is_grad_enabled():
+        return y.requires_grad and _caller(checkpoint) is not None
+    pass_ = _caller(CheckpointFunction.forward)
+    return pass_ is not None and any(pass_.f_locals["ctx"].needs_input_grad)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

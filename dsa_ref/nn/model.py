@@ -207,10 +207,14 @@ class SmallModel(nn.Module):
 def save_small_model(model: SmallModel, path: str | pathlib.Path) -> None:
     """Write weights (bf16) and sizes into one safetensors file.
 
-    Raises: ValueError where modules are wrapped, whose weights no model could read.
+    Raises: ValueError where modules are wrapped, whose weights no model could read, and for the path of a device or a
+    folder, in whose place safetensors would put a file.
     """
     from safetensors.torch import save_file
 
+    path = pathlib.Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"path must be that of a regular file or of a new one, got {path}")
     with torch.device("meta"):
         known = SmallModel(model.config).state_dict()
     if other := sorted(model.state_dict().keys() ^ known.keys()):

@@ -27,8 +27,8 @@ def held_out_windows(corpus: Tensor, count: int, length: int) -> Tensor:
     Raises: ValueError where the corpus is shorter than a window.
     """
     check_length(corpus, length)
-    starts = torch.linspace(0, len(corpus) - length - 1, count, dtype=torch.float32).long()
-    return corpus[(starts[:, None] + torch.arange(length + 1)).to(corpus.device)]
+    starts = torch.linspace(0, len(corpus) - length - 1, count, dtype=torch.float32, device="cpu").long()
+    return corpus[(starts[:, None] + torch.arange(length + 1, device="cpu")).to(corpus.device)]
 
 
 def check_length(corpus: Tensor, length: int) -> None:
@@ -72,7 +72,8 @@ def recall_by_method(model: SmallModel, windows: Tensor, ks: Sequence[int]) -> d
     """
     scale = model.config.attention.softmax_scale
     recall = {
-        name: torch.zeros(len(ks), dtype=torch.float32) for name in ("attention itself", "indexer", "window", "random")
+        name: torch.zeros(len(ks), dtype=torch.float32, device="cpu")
+        for name in ("attention itself", "indexer", "window", "random")
     }
     for window in windows.long():
         record = []

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from ..indexer_loss import indexer_loss
 from ..nn.model import ModelConfig, SmallModel, load_small_model, save_small_model
-from ..records import output_file, positive, provenance, replacing, write
+from ..records import output_file, positive, provenance, regular_file, replacing, write
 from .corpus import load_corpus
 from .evaluate import check_length, held_out_loss, held_out_windows
 
@@ -92,8 +92,8 @@ def train_stage(
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for step in range(steps):
-        first = torch.randint(0, max(1, len(corpus) - length - 1), (batch, 1), generator=generator)
-        tokens = corpus[(first + torch.arange(length + 1)).to(corpus.device)].long()
+        first = torch.randint(0, max(1, len(corpus) - length - 1), (batch, 1), generator=generator, device="cpu")
+        tokens = corpus[(first + torch.arange(length + 1, device="cpu")).to(corpus.device)].long()
         losses = stage_loss(model, tokens, stage)
         optimizer.zero_grad()
         sum(loss for loss in losses if loss is not None).backward()
@@ -108,7 +108,7 @@ def train_stage(
 def main(arguments: list[str] | None = None) -> None:
     """Train all stages, write the weights and the figures; arguments as on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=output_file, required=True, help="where the safetensors file goes")
+    parser.add_argument("--weights", type=regular_file, required=True, help="where the safetensors file goes")
     parser.add_argument("--log", type=output_file, required=True, help="where the figures go, as JSON")
     parser.add_argument(
         "--steps", type=positive, nargs=3, default=(1300, 250, 300), metavar=("DENSE", "WARM", "SPARSE")

@@ -46,6 +46,8 @@ def lightning_select(
     T, S = len(q_idx), len(k_idx)
     width = min(k, S)
     start, end = row_ranges(T, S, q_idx.device, start, end)
+    q_idx, k_idx, w = q_idx.detach(), k_idx.detach(), w.detach()  # a choice has no derivative, in forward mode neither
+    k_scale = None if k_scale is None else k_scale.detach()
     check_runnable(q_idx=q_idx, k_idx=k_idx, w=w, k_scale=k_scale)
     default = "hopper" if T >= runtime.FEWEST_FOR_HOPPER else "portable"
     hopper = hopper_variant("lightning_select", variant, default, q_idx, k_scale, S, width)

@@ -29,6 +29,7 @@ from . import cards
 from .index_scores import TRITON_NAMES
 from .rounding import from_e4m3, round_to
 from .runtime import FLOATS, INTERPRETED, check_runnable, dot_dtype, hopper_variant
+from .sparse_attention import check_scale_in_base_2
 
 FP8_TILE = 128  # columns of an FP8 row that share a scale
 MERGED_AT_ONCE, MERGING_WARPS = 128, 1  # columns and warps of a program of `_merge`
@@ -156,7 +157,8 @@ def _paged_sparse_attention(
     divisor = tl.where(l == 0, 1.0, l)[:, None]
     for j in tl.static_range(TILES):
         column = j * TILE + tl.arange(0, TILE)
-        out = round_to(sums[j] / divisor, out_ptr.dtype.element_ty)
+        out = tl.where((l == 0)[:, None], 0.0, sums[j] / divisor)  # the sum may hold 0 · infinity
+        out = round_to(out, out_ptr.dtype.element_ty)
         tl.store(out_ptr + at[:, None] * V + column[None, :], out, real & (column < V)[None, :])
     lse = tl.where(l == 0, float("-inf"), (m + tl.log2(tl.where(l == 0, 1.0, l))) * 0.6931471805599453)  # NaN stays
     tl.store(lse_ptr + at, lse, h < H)
@@ -205,11 +207,14 @@ def paged_sparse_attention(
 
     q: bf16, fp16 or fp32 [B, N, H, D], N from 1 to 4; kv_pages: uint8 [pages, page, row] for FP8 rows (see
     `dsa_ref.paged`), else [pages, page, D] in q's dtype; slots: int32 [B, N, k], -1 for none, wherever it stands;
-    scale: of the logits; v_dim: how many of a row's first columns are the value. No gradient.
+    scale: of the logits, up to 2.358e38; v_dim: how many of a row's first columns are the value. No gradient.
     lse is the natural logarithm. A row with nothing selected gives 0 and -inf. splits: how many parts a row's list is
     cut into, None for `default_splits(k)`. A row's bits follow from its q, its list, k, splits and the card.
     Products are of bf16 or fp16, fp32 without TF32; FP8 values are widened exactly and any fp32 scale is honoured, but
     their products with an fp16 q are of fp32. Probabilities are rounded to the products' type; sums are fp32.
+
+    "hopper" differs beside NaN and infinity: there a row with nothing selected whose q holds NaN gives NaN, and one
+    with logits of -inf alone gives NaN where its values are infinite.
 
     variant: "portable", "hopper" (compute capability 9.0, FP8 rows; `hopper.paged_sparse_attention` says for which
     sizes), "widened" (portable, and FP8 as older cards read it), or None for "hopper" where it can serve, else
@@ -220,6 +225,7 @@ def paged_sparse_attention(
     variant that is unknown or cannot serve these inputs. Source: SPEC sections 3, 6 and 10.
     """
     check_paged_sparse_attention(q, kv_pages, slots, scale, v_dim, splits, FLOATS)
+    check_scale_in_base_2(scale)
     check_runnable(q=q, kv_pages=kv_pages)
     (B, N, H, _), k = q.shape, slots.shape[2]
     splits = default_splits(k) if splits is None else splits

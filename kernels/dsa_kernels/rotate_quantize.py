@@ -109,7 +109,7 @@ def rope(x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, layout: 
     section 2, step 3.
     """
     check_rope(x, positions, freqs, layout, FLOATS)
-    check_runnable(x=x)
+    check_runnable(x=x, freqs=freqs)
     return _launch(x, positions, freqs, layout)
 
 

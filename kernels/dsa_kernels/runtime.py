@@ -10,6 +10,7 @@ import os
 import types
 
 import torch
+from torch.autograd import forward_ad
 
 from . import cards, interpreter
 
@@ -34,7 +35,11 @@ GLUON = {  # what `dsa_kernels.hopper` imports of it; a test keeps the two in ag
     "triton.language.core": ("_aggregate",),
 }
 
-if importlib.util.find_spec("triton") is None:
+try:
+    found = importlib.util.find_spec("triton") is not None
+except ValueError:  # something without a spec stands for it in sys.modules
+    found = False
+if not found:
     raise ModuleNotFoundError(
         "dsa_kernels needs Triton, which cannot be imported here (it has wheels for Linux only): dsa_ref has the same "
         "steps and runs without it",
@@ -53,14 +58,21 @@ def mode() -> str:
 def check_runnable(**tensors: torch.Tensor | None) -> None:
     """Raise unless the kernels can serve these tensors (None is skipped).
 
-    ValueError: a CPU tensor in compiled mode, a GPU of AMD's or older than compute capability 8.0, or a tensor that
-    asks for a gradient, which these kernels do not compute: a missing gradient must not pass as a zero one.
+    ValueError: a CPU tensor in compiled mode, a GPU of AMD's or older than compute capability 8.0, a tensor that asks
+    for a gradient, or one that carries a tangent of forward mode or that `torch.func` has wrapped. These kernels
+    compute no derivatives: a missing one must not pass as zero.
     """
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         if torch.is_grad_enabled() and tensor.requires_grad:
             raise ValueError(f"{name} must not require a gradient, which only dsa_ref computes: use torch.no_grad()")
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # it has no memory that a kernel could read
+            raise ValueError(
+                f"{name} must not be wrapped by torch.func, whose derivatives only dsa_ref computes: call outside of it"
+            )
+        if forward_ad.unpack_dual(tensor).tangent is not None:  # no_grad does not take it away
+            raise ValueError(f"{name} must not carry a tangent, which only dsa_ref computes: use {name}.detach()")
         if INTERPRETED:
             continue
         if torch.version.hip:

@@ -21,6 +21,8 @@ from .index_scores import TRITON_NAMES
 from .rounding import round_to
 from .runtime import FLOATS, INTERPRETED, check_runnable, dot_dtype, hopper_variant
 
+LARGEST_SCALE = 2.358e38  # times log2(e), as kernels take it, just below fp32's largest number
+
 
 @triton.jit
 def _pack(indices_ptr, out_ptr, k, width, BLOCK: tl.constexpr):
@@ -89,7 +91,7 @@ def _sparse_attention(
         acc = acc * rescale[:, None] + tl.dot(round_to(p, DOT), kv_v, input_precision="ieee")
         m = new_m
 
-    out = acc / tl.where(l == 0, 1.0, l)[:, None]
+    out = tl.where((l == 0)[:, None], 0.0, acc / tl.where(l == 0, 1.0, l)[:, None])  # acc may hold 0 · infinity
     mask = (h < H)[:, None] & (v < V)[None, :]
     tl.store(out_ptr + (t * H + h)[:, None] * V + v[None, :], round_to(out, out_ptr.dtype.element_ty), mask)
     lse = tl.where(l == 0, float("-inf"), (m + tl.log2(tl.where(l == 0, 1.0, l))) * 0.6931471805599453)  # NaN stays
@@ -120,6 +122,14 @@ def tiles(card, H, VP, RP, size):
     return BH, BK, 8 if VP * BH > few else 4
 
 
+def check_scale_in_base_2(scale):
+    """Raise ValueError for a scale that overflows fp32 once it is multiplied by log2(e)."""
+    if scale > LARGEST_SCALE:
+        raise ValueError(
+            f"scale must be at most {LARGEST_SCALE}, since scale · log2(e) must fit into fp32, got {scale}"
+        )
+
+
 def sparse_attention(
     q: torch.Tensor,
     kv: torch.Tensor,
@@ -131,25 +141,27 @@ def sparse_attention(
     """`dsa_ref.sparse_attention` on tensor cores: (out [T, H, v_dim] in q.dtype, lse fp32 [T, H]). No gradient.
 
     q [T, H, D] and kv [S, D], S > 0: one dtype of bf16, fp16 and fp32; indices: int32 [T, k], k > 0, -1 for none,
-    distinct within a row; scale: of the logits, a positive number; v_dim: how many of the first columns of kv are the
-    value. lse is the natural logarithm. A query with nothing selected gives 0 and -inf.
+    distinct within a row; scale: of the logits, a positive number up to 2.358e38; v_dim: how many of the first columns
+    of kv are the value. lse is the natural logarithm. A query with nothing selected gives 0 and -inf.
     Products of bf16 and fp16 inputs use those types (probabilities are rounded to them too), fp32 goes without TF32;
     sums are fp32. NaN in a selected place gives NaN in out and lse.
     Time follows each list's last index, not k; where k > S, its number of indices.
 
     variant: "portable", "hopper" (compute capability 9.0, bf16, D = 576, v_dim = 512), or None for "hopper" where it
     can serve, else "portable".
-    In one thing "hopper" differs. With at most 32 heads, up to 64 / H queries next to each other may share the union of
-    their lists: NaN or infinity in a row of kv that one of them selected then reaches the out of all of them, where the
-    reference and "portable" keep it from those that did not select it. Padding that holds NaN must not be selected, or
-    pass variant="portable". Index lists that name a key twice, which raise where they can be read, are undefined while
-    a CUDA graph is captured.
+    Beside infinities and NaN, "hopper" differs. With at most 32 heads, up to 64 / H queries next to each other may
+    share the union of their lists: NaN or infinity in a row of kv that one of them selected then reaches the out of all
+    of them, where the reference and "portable" keep it from those that did not select it. Padding that holds NaN must
+    not be selected, or pass variant="portable". And a row with logits of -inf alone, which gives 0 and -inf, gives NaN
+    and -inf in "hopper" where its values are infinite.
+    Index lists that name a key twice, which raise where they can be read, are undefined while a CUDA graph is captured.
 
     Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does, and for a
     variant that is unknown or cannot serve these inputs. Source: SPEC section 3.
     """
     check_sparse_attention(q, kv, indices, scale, v_dim, FLOATS)
     (T, H, D), k = q.shape, indices.shape[1]
+    check_scale_in_base_2(scale)
     check_runnable(q=q, kv=kv)
     hopper = hopper_variant("sparse_attention", variant, "hopper", q, v_dim)
     out = torch.empty(T, H, v_dim, dtype=q.dtype, device=q.device)

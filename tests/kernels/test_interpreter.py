@@ -194,6 +194,12 @@ except ModuleNotFoundError as error:
 """
 
 
+def test_something_that_is_no_module_in_the_place_of_triton_is_not_taken_for_it():
+    code = "import sys, types; sys.modules['triton'] = types.ModuleType('triton')\n"
+    code += "try: import dsa_kernels\nexcept ModuleNotFoundError as error: print(error)"
+    assert "dsa_kernels needs Triton" in run(code)
+
+
 @pytest.mark.parametrize("interpret", ({}, {"TRITON_INTERPRET": "0"}))
 def test_a_process_without_triton_is_told_so_and_left_as_it_was(interpret):
     environment, name, said = run(WITHOUT.format(module="triton"), **interpret).strip().split("|")

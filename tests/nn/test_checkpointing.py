@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dsa_ref import TINY, indexer_loss
+from dsa_ref import TINY, DSALayer, LayerCache, indexer_loss
 from dsa_ref.nn import ModelConfig, SmallModel
 
 T = 20
@@ -139,3 +139,49 @@ def test_evaluation_records_as_ever():
     assert len(record) == 4 and not record[0]["w"].requires_grad
     with pytest.raises(TypeError, match="record must be a list"):
         model(text()[:-1], record=())
+
+
+def cached_layer(trained=True):
+    """A layer whose queries alone are trained, so that rows of the cache ask for no gradient."""
+    torch.manual_seed(0)
+    layer = DSALayer(TINY).requires_grad_(False)
+    layer.q_b_proj.requires_grad_(trained)
+    return layer, LayerCache(TINY, T), torch.randn(T, TINY.dim), torch.arange(T)
+
+
+@pytest.mark.parametrize("attention", ("sparse", "mha", "dense"))
+def test_a_cached_step_under_checkpointing_is_refused_at_once(attention):
+    layer, cache, x, positions = cached_layer()
+    with pytest.raises(ValueError, match="cache must not be used under activation checkpointing"):
+        checkpoint(layer, x, positions, cache, attention, use_reentrant=False)
+    assert cache.length == 0
+    with pytest.raises(ValueError, match="cache must not be used under activation checkpointing"):
+        checkpoint(layer, x.requires_grad_(), positions, cache, attention, use_reentrant=True)
+    assert cache.length == 0
+
+
+def test_a_cached_step_that_is_repeated_unforeseen_is_explained_in_the_backward_pass():
+    """What runs after the frozen layer is trained, or another library repeats it."""
+    layer, cache, x, positions = cached_layer(False)
+    weight = torch.ones(TINY.dim, requires_grad=True)
+    y = checkpoint(lambda *args: layer(*args) * weight, x, positions, cache, use_reentrant=False)
+    with pytest.raises(ValueError, match="cache must not be used under activation checkpointing"):
+        y.sum().backward()
+    layer, cache, x, positions = cached_layer()
+    y = OtherCheckpoint.apply(layer, x.requires_grad_(), positions, cache)
+    with pytest.raises(ValueError, match="cache must not be used under activation checkpointing"):
+        y.sum().backward()
+    assert cache.length == T
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", (True, False))
+def test_a_cached_step_that_is_not_repeated_passes_through_a_checkpoint(reentrant):
+    """Without gradients, as a model in training mode decodes; and where nothing asks for one."""
+    layer, cache, x, positions = cached_layer()
+    wanted = layer(x, positions)
+    with torch.no_grad():
+        assert torch.equal(checkpoint(layer, x, positions, cache, use_reentrant=reentrant), wanted)
+    layer, cache, x, positions = cached_layer(False)
+    assert torch.equal(checkpoint(layer, x, positions, cache, use_reentrant=reentrant), wanted)
+    assert cache.length == T

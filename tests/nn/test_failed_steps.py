@@ -195,6 +195,8 @@ def test_all_caches_of_a_model_are_truncated_or_none():
     with pytest.raises(ValueError, match=r"length must be in \[0, 5\]"):
         truncate_caches(caches, 16)
     assert [cache.length for cache in caches] == [T, T, 5]
+    truncate_caches((cache for cache in caches), 4)
+    assert [cache.length for cache in caches] == [4, 4, 4]
 
 
 def test_lengths_that_no_cache_can_have():

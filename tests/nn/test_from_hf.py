@@ -1,12 +1,15 @@
 """A Hugging Face config.json as a DSAConfig: what is read from it, and what is refused."""
 
+import copy
 import dataclasses
 import json
 import pickle
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import DeepseekV32Config, GlmMoeDsaConfig
+from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32RotaryEmbedding
 
 from dsa_ref import TINY, V32, DSAConfig, rope_frequencies
 from dsa_ref.nn import ModelConfig, SmallModel, load_small_model
@@ -183,6 +186,7 @@ REFUSED = {
     "no factor": (yarn(factor=None), TypeError, "rope_scaling.factor must be a number, got None"),
     "NaN": (yarn(factor=float("nan")), ValueError, "rope_scaling.factor must be finite"),
     "no truncation": (yarn(truncate=False), ValueError, "rope_scaling.truncate must be true"),
+    "a truncation of null, false in transformers": (yarn(truncate=None), ValueError, "truncate must be true, got None"),
     "betas": (yarn(beta_fast=1, beta_slow=32), ValueError, "rope_scaling.beta_fast must be above beta_slow"),
     "original length": (yarn(original_max_position_embeddings=0.5), TypeError, "original_max_position_embeddings must"),
     "an original length of a few tokens": (
@@ -206,6 +210,30 @@ REFUSED = {
     "unknown in YaRN": (yarn(long_factor=[1.0]), ValueError, "rope_scaling.long_factor is not known"),
     "YaRN's, without it": ({"rope_scaling": {"factor": 40}}, ValueError, "rope_scaling.factor is not known .* default"),
 }
+
+
+YARN_FIELDS = ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale")
+YARN_FIELDS += ("mscale_all_dim", "truncate", "partial_rotary_factor", "rope_theta", "rope_type", "type")
+
+
+@pytest.mark.parametrize("where", ("rope_parameters", "rope_scaling"))
+@pytest.mark.parametrize("null", YARN_FIELDS)
+def test_a_null_is_read_as_transformers_reads_it_or_refused(null, where):
+    """Where transformers fails, null may count as lacking."""
+    parameters = V32_JSON["rope_scaling"] | {"rope_type": "yarn", "rope_theta": 10000.0, "attention_factor": 1.0}
+    fields = {name: value for name, value in V32_JSON.items() if name not in ("rope_scaling", "rope_theta")}
+    fields[where] = parameters | {null: None}
+    try:
+        ours = DSAConfig.from_hf(fields)
+    except (TypeError, ValueError) as error:
+        assert null in str(error) and null in ("factor", "truncate")
+        return
+    try:
+        theirs = DeepseekV32RotaryEmbedding(DeepseekV32Config.from_dict(copy.deepcopy(fields)))
+    except (TypeError, KeyError, StrictDataclassError):
+        return
+    assert theirs.attention_scaling == 1
+    torch.testing.assert_close(rope_frequencies(ours), theirs.inv_freq, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("fault", REFUSED)

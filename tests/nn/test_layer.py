@@ -315,3 +315,24 @@ def test_bad_input(ops, device):
     for capacity, error in ((0, ValueError), (2.0, TypeError)):
         with pytest.raises(error, match="capacity must"):
             LayerCache(layer.config, capacity)
+
+
+@RUNGS
+def test_an_interleaved_indexer_runs_its_steps_from_ops(ops, device):
+    """`hadamard` and `quantize` where ops has them, else the reference's."""
+    layer, seen = make_layer(ops, device, index_rope="interleaved"), []
+
+    def spy(name):
+        def step(x):
+            seen.append(name)
+            return getattr(ops, name)(x)
+
+        return step
+
+    x, positions = tokens(layer)
+    wanted = run(layer, x, positions)
+    layer.ops = types.SimpleNamespace(**{name: getattr(ops, name) for name in STEPS})
+    assert_same(run(layer, x, positions), wanted)
+    layer.ops.hadamard, layer.ops.quantize = spy("hadamard"), spy("quantize")
+    assert_same(run(layer, x, positions), wanted)
+    assert seen == ["hadamard", "quantize"] * 2

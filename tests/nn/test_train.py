@@ -45,7 +45,7 @@ def test_each_stage_moves_its_own_weights(stage, moves):
     model, rows = tiny_model(), []
     before = [[p.clone() for p in indexer_parameters(model, inside)] for inside in (False, True)]
     generator = torch.Generator().manual_seed(0)
-    train_stage(model, stage, tiny_corpus(), 2, 2, LENGTH, generator, lambda *row: rows.append(row))
+    train_stage(model, stage, tiny_corpus(), 2, 2, LENGTH, generator, lambda *row, rows=rows: rows.append(row))
     for inside, old, moved in zip((False, True), before, moves, strict=True):
         changed = [not torch.equal(a, b) for a, b in zip(old, indexer_parameters(model, inside), strict=True)]
         assert all(changed) if moved else not any(changed)
@@ -155,3 +155,20 @@ def test_evaluate_writes_its_provenance(tmp_path):
     result = json.loads(log.read_text())
     assert result["k"] == [4, 16] and all(len(values) == 2 for values in result["recall"].values())
     assert result["provenance"]["command"].startswith("python -m dsa_ref.training.evaluate --log")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_default_device_is_for_other_things(stage):
+    """Windows, training and measures stay where the corpus and the model are."""
+    corpus = tiny_corpus()
+
+    def work(device):
+        model, rows, generator = tiny_model(), [], torch.Generator().manual_seed(3)
+        with torch.device(device):
+            train_stage(model, stage, corpus, 2, 2, 16, generator, lambda *row: rows.append(row))
+            windows = held_out_windows(corpus, 2, 16)
+            assert windows.device.type == "cpu"
+            loss = held_out_loss(model, windows, "sparse")
+            return rows, windows.tolist(), loss, recall_by_method(model, windows, [2, 4])
+
+    assert work("meta") == work("cpu")

@@ -2,6 +2,7 @@
 interfaces."""
 
 import pytest
+import rungs
 import torch
 from inputs import assert_close, index_inputs, normal, ragged, random_indices
 from torch.autograd import forward_ad
@@ -115,3 +116,63 @@ def test_hidden_nan_does_not_reach_the_tangents_of_others(step):
     wanted = torch.func.jvp(run, (q, kv), along)[1]
     got = torch.func.jvp(run, (q, kv.masked_fill(bad, torch.nan)), along)[1]
     assert torch.equal(got, wanted)
+
+
+def kernel_calls(device):
+    """name of a kernel and of an argument: (the kernel as a function of that argument, its value)."""
+    kernels, (start, end) = rungs.load("kernels"), (x.to(device) for x in (START, END))
+    q_idx, k_idx, w, k_scale = (x.to(device) for x in index_inputs(normal, T, S, 3, 16))
+    index = {"q_idx": q_idx, "k_idx": k_idx, "w": w, "k_scale": k_scale, "start": start, "end": end}
+    turning = {"x": normal(T, 2, 8).to(device), "positions": torch.arange(T, device=device), "layout": "half"}
+    turning["freqs"] = torch.ones(4, device=device)
+    attention = {"q": normal(T, 2, 8).to(device), "kv": normal(S, 8).to(device), "indices": INDICES.to(device)}
+    calls = {
+        "rope": (turning, ("x", "freqs")),
+        "hadamard": ({"x": normal(T, 8).to(device)}, ("x",)),
+        "index_scores": (index, ("q_idx", "k_idx", "w", "k_scale")),
+        "sparse_attention": (attention | {"scale": 0.3, "v_dim": 5}, ("q", "kv")),
+    }
+    for step, (arguments, names) in calls.items():
+        for name in names:
+
+            def run(x, step=step, arguments=arguments, name=name):
+                return getattr(kernels, step)(**arguments | {name: x})
+
+            yield name, run, arguments[name]
+
+
+@pytest.mark.rungs("kernels")
+def test_kernels_refuse_a_tangent(ops, device):
+    """It would be lost without a word, also where gradients are off; a plain tensor passes inside a dual level."""
+    for name, run, x in kernel_calls(device):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            with torch.no_grad(), pytest.raises(ValueError, match=f"^{name} must not carry a tangent, .* only dsa_ref"):
+                run(dual)
+            run(forward_ad.unpack_dual(dual).primal), run(dual.detach())
+
+
+@pytest.mark.rungs("kernels")
+def test_kernels_refuse_tensors_of_torch_func(ops, device):
+    for name, run, x in kernel_calls(device):
+        with pytest.raises(ValueError, match=f"^{name} must not be wrapped by torch.func"):
+            torch.func.jvp(run, (x,), (torch.ones_like(x),))
+
+
+@pytest.mark.rungs("reference", "kernels")
+def test_a_choice_and_a_rounding_have_no_tangent_on_either_rung(ops, device):
+    q_idx, k_idx, w, k_scale = (x.to(device) for x in index_inputs(normal, T, S, 3, 16))
+    with forward_ad.dual_level():
+        q_idx, k_idx, w, k_scale = (forward_ad.make_dual(x, torch.ones_like(x)) for x in (q_idx, k_idx, w, k_scale))
+        results = [ops.lightning_select(q_idx, k_idx, w, 3, k_scale), ops.select_topk(w.T, 2)]
+        results += [*ops.quantize(k_idx), *ops.rotate_quantize(k_idx, torch.arange(S, device=device), w.new_ones(4))]
+        assert all(forward_ad.unpack_dual(x).tangent is None for x in results)
+
+
+@pytest.mark.rungs("kernels")
+@pytest.mark.parametrize("attention", ("sparse", "mha", "dense"))
+def test_a_layer_on_kernels_refuses_a_tangent(ops, device, attention):
+    layer = dsa_ref.DSALayer(dsa_ref.TINY, ops).requires_grad_(False).to(device)
+    x, positions = normal(T, dsa_ref.TINY.dim).to(device), torch.arange(T, device=device)
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="must not carry a tangent"):
+        layer(forward_ad.make_dual(x, x), positions, attention=attention)

@@ -187,3 +187,86 @@ def test_a_score_of_minus_infinity_in_the_loss(ops):
     assert ops.indexer_loss(q_idx, k_idx, w, q, kv, 1.0, end=end) == torch.inf
     kv[1] = -2000.0  # attention's probability is 0 as well
     assert ops.indexer_loss(q_idx, k_idx, w, q, kv, 1.0, end=end) == 0.0
+
+
+@pytest.mark.parametrize("poison", POISON)
+@pytest.mark.parametrize("step", (*STEPS, "indexer_loss", "indexer_loss, selected"))
+def test_no_query_at_all(step, poison):
+    """Whatever the keys hold: empty results, and gradients of 0."""
+    if "loss" in step:
+        q_idx, k_idx, w, _ = index_inputs(normal, 0, S, 3, 8)
+        lists, tensors = SELECTED[:0] if "selected" in step else None, (q_idx, k_idx, w)
+
+        def function(*x):
+            return dsa_ref.indexer_loss(*x, normal(0, 2, 6), torch.full((S, 6), poison), 0.3, lists)
+    else:
+        none = torch.zeros(0, dtype=torch.int32)
+        tensors = tuple(
+            x[:0] if i == 0 or step == "index_scores" and i == 2 else x for i, x in enumerate(STEPS[step][1:])
+        )
+        function = {
+            "index_scores": dsa_ref.index_scores,
+            "dense_attention": lambda q, kv: dsa_ref.dense_attention(q, kv, 0.3, 6, none, none),
+            "sparse_attention": lambda q, kv: dsa_ref.sparse_attention(q, kv, SELECTED[:0], 0.3, 6),
+            "mha_attention": lambda q, k, v: dsa_ref.mha_attention(q, k, v, 0.3, None, none, none),
+            "mha_attention, selected": lambda q, k, v: dsa_ref.mha_attention(q, k, v, 0.3, SELECTED[:0]),
+        }[step]
+    leaves = [(torch.full_like(x, poison) if len(x) else x.clone()).requires_grad_() for x in tensors]
+    outs = function(*leaves)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    assert all(x.sum() == 0 for x in outs)  # nothing in it, or the loss, 0
+    for x in torch.autograd.grad(sum(x.sum() for x in outs), leaves):
+        assert (x == 0).all()
+
+
+@pytest.mark.parametrize("poison", POISON)
+@pytest.mark.parametrize("rows", (1, 3))
+@pytest.mark.parametrize("step", ("index_scores", "dense_attention", "mha_attention"))
+def test_no_key_in_any_range(step, rows, poison):
+    function, *tensors = {
+        "index_scores": (dsa_ref.index_scores, *index_inputs(normal, rows, S, 3, 8)),
+        "dense_attention": (
+            lambda *x: dsa_ref.dense_attention(*x[:2], 0.3, 6, *x[2:])[0],
+            normal(rows, 3, 8), normal(S, 8),
+        ),
+        "mha_attention": (
+            lambda *x: dsa_ref.mha_attention(*x[:3], 0.3, None, *x[3:])[0],
+            normal(rows, 3, 8), normal(S, 3, 8), normal(S, 3, 6),
+        ),
+    }[step]  # fmt: skip
+    at = torch.zeros(rows, dtype=torch.int32)
+    leaves = [torch.full_like(x, poison).requires_grad_() for x in tensors]
+    out = function(*leaves, at, at)
+    assert (out == (-torch.inf if step == "index_scores" else 0.0)).all()
+    for x in torch.autograd.grad(out, leaves, torch.ones_like(out)):
+        assert (x == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("poison", (-torch.inf, torch.inf))
+def test_a_row_of_logits_of_minus_infinity_is_zero_whatever_its_values(ops, device, poison):
+    """Keys that hold infinities in the value, too: 0 · inf does not reach a row that has no other weight."""
+    q = torch.tensor([[[1.0, 0.5], [1.0, 1.0]], [[1.0, 0.5], [-1.0, 0.5]]], device=device)
+    kv = torch.tensor([[poison, 1.0], [poison, 2.0], [1.0, 1.0]], device=device)
+    q = q if poison < 0 else -q
+    indices = torch.tensor([[0, 1], [1, -1]], dtype=torch.int32, device=device)
+    out, lse = ops.sparse_attention(q, kv, indices, 1.0, 2)
+    assert (out[:, 0] == 0).all() and (lse[:, 0] == -torch.inf).all() and (out[0, 1] == 0).all()
+    assert out[1, 1].isnan().all() and lse[1, 1].isnan()  # a logit of +inf
+    if hasattr(ops, "dense_attention"):
+        start, end = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 1], [2, 2]))
+        dense, dense_lse = ops.dense_attention(q, kv, 1.0, 2, start, end)
+        assert torch.equal(dense.nan_to_num(7), out.nan_to_num(7))
+        assert torch.equal(dense_lse.nan_to_num(7, neginf=-7), lse.nan_to_num(7, neginf=-7))
+    if hasattr(ops, "mha_attention"):
+        heads = kv[:, None].expand(3, 2, 2)
+        mha, _ = ops.mha_attention(q, heads, heads, 1.0, None, start, end)
+        assert torch.equal(mha.nan_to_num(7), out.nan_to_num(7))
+
+
+@pytest.mark.rungs("loops", "reference")
+def test_the_loss_of_a_row_that_looks_at_nothing(ops):
+    """All its logits are -inf, so it gives no key a probability. The mean is over it as well."""
+    q_idx, k_idx, w = torch.ones(2, 1, 1), torch.tensor([[1.0], [2.0]]), torch.ones(2, 1)
+    q, kv, start = torch.ones(2, 2, 1), torch.tensor([[-torch.inf], [1.0]]), torch.tensor([0, 1], dtype=torch.int32)
+    assert ops.indexer_loss(q_idx, k_idx, w, q, kv, 1.0, start=start) == 0.0

@@ -245,3 +245,18 @@ def test_nan_shows_in_its_own_head_and_nowhere_else(ops, device):
     out, lse = ops.sparse_attention(q, kv, indices.to(device), 0.3, 16)
     assert out[2, 1].isnan().all() and lse[2, 1].isnan()
     assert int(out.isnan().any(dim=-1).sum()) == 1 and int(lse.isnan().sum()) == 1
+
+
+@pytest.mark.rungs("reference", "kernels")
+def test_largest_scale(ops, device):
+    """Scales that the arithmetic could not hold are refused; the largest that is left gives no NaN."""
+    q, kv, indices = torch.zeros(1, 1, 2, device=device), torch.ones(3, 2, device=device), torch.tensor([[0, 2]])
+    indices = indices.to(device=device, dtype=torch.int32)
+    too_large = (3.5e38, 1e300) if ops is dsa_ref else (2.36e38, 3.4e38, 3.5e38, 1e300)
+    for scale in too_large:
+        with pytest.raises(ValueError, match="scale must be"):
+            ops.sparse_attention(q, kv, indices, scale, 2)
+    out, lse = ops.sparse_attention(q, kv, indices, 3.4e38 if ops is dsa_ref else 2.358e38, 2)
+    assert (out == 1).all() and lse.item() == pytest.approx(0.6931, abs=1e-4)
+    if ops is dsa_ref:
+        assert ops.sparse_attention(q.double(), kv.double(), indices, 1e300, 2)[0].isfinite().all()

@@ -1,13 +1,17 @@
 """What a step computes follows from its arguments: no setting around it changes a bit, nor one of its gradients."""
 
 import contextlib
+import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from inputs import assert_same_bits, index_inputs, normal, packed
 
 import dsa_ref
-from dsa_ref import products, testing
+from dsa_ref import precision, products, testing
 
 T, S, H, D, V = 40, 40, 4, 64, 48
 START, END, _ = packed(13, 27)
@@ -151,3 +155,103 @@ def test_autocast_does_change_plain_products():
     plain = a @ b
     with SURROUNDINGS["autocast"]():
         assert not torch.equal((a @ b).float(), plain)
+
+
+NEWER = pytest.mark.skipif(
+    not hasattr(torch._C, "_get_fp32_precision_getter"), reason="this torch has no precision for each backend"
+)
+LEVELS = (("generic", "all"), ("cuda", "all"), ("mkldnn", "all"), ("cuda", "matmul"), ("mkldnn", "matmul"))
+
+
+@pytest.fixture
+def precisions():
+    """A function that sets the older precision and those of LEVELS; afterwards they are torch's defaults."""
+
+    def put(older, *values):
+        torch.set_float32_matmul_precision(older)
+        for level, value in zip(LEVELS, values, strict=True):
+            torch._C._set_fp32_precision_setter(*level, value)
+
+    yield put
+    put("highest", *(["none"] * len(LEVELS)))
+
+
+def behaviour():
+    """What holds at each level now, and would hold if what it may inherit from were set otherwise."""
+    read, write, seen = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter, []
+    for level in (None, *LEVELS[:3]):
+        for value in (None,) if level is None else ("ieee", "tf32", "none"):
+            if level is not None:
+                write(*level, value)
+            seen += [read(*other) for other in (*LEVELS, ("cuda", "conv"), ("mkldnn", "conv"))]
+    return seen
+
+
+@NEWER
+@pytest.mark.parametrize("older", ("highest", "high", "medium"))
+def test_settings_of_precision_come_back_as_they_were(older, precisions):
+    """Inherited or own, in all combinations. Inside, products are fp32, and either interface of torch can be read."""
+    cuda, mkldnn = ("none", "ieee", "tf32"), ("none", "ieee", "tf32", "bf16")
+    for values in itertools.product(mkldnn, cuda, mkldnn, cuda, mkldnn):
+        precisions(older, *values)
+        wanted = behaviour()
+        precisions(older, *values)
+        with precision.exact_arithmetic():
+            assert [torch._C._get_fp32_precision_getter(*level) for level in LEVELS[3:]] == ["ieee", "ieee"]
+            assert not torch.backends.cuda.matmul.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+        assert behaviour() == wanted, (older, values)
+        for level in LEVELS[3:]:  # so that the older one can be read
+            torch._C._set_fp32_precision_setter(*level, "ieee")
+        assert torch.get_float32_matmul_precision() == older
+
+
+@NEWER
+def test_what_a_program_sets_for_all_backends_still_reaches_products_after_a_step(precisions):
+    torch.backends.fp32_precision = "tf32"
+    results(*STEPS["dense_attention"])
+    assert torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == "tf32"
+    torch.backends.fp32_precision = "ieee"
+    assert torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+
+
+def test_code_inside_can_read_the_older_setting():
+    """As a hook on the indexer's head weights may."""
+    with changed(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"):
+        with precision.exact_arithmetic():
+            assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cuda.matmul.allow_tf32 and torch.get_float32_matmul_precision() == "medium"
+
+
+FORKED = """
+import os, torch
+from dsa_ref import precision
+
+torch.set_float32_matmul_precision("medium")
+inside = precision.exact_arithmetic()
+inside.__enter__()  # as another thread would be
+precision._lock.acquire()
+if os.fork() == 0:
+    with precision.exact_arithmetic():
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == "medium"
+    os._exit(7)
+status = os.wait()[1]
+precision._lock.release()
+inside.__exit__(None, None, None)
+assert os.waitstatus_to_exitcode(status) == 7
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+def test_a_process_forked_inside_a_step_of_another_thread_starts_over():
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=100)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
+@pytest.mark.rungs("reference", "kernels")
+def test_quantize_does_not_look_at_values_on_request(ops, device):
+    x = torch.tensor([[1.0, torch.nan]], device=device)
+    with dsa_ref.unchecked_values():
+        assert [part.shape for part in ops.quantize(x)] == [(1, 2), (1,)]
+    with pytest.raises(ValueError, match="x must be finite"):
+        ops.quantize(x)
