@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import DSAConfig
-from .contracts import E4M3, FLOATS, check_dtype, check_fp8_v_dim, check_int, check_shapes, fp8_row_bytes
+from .contracts import E4M3, FLOATS, check_count, check_dtype, check_fp8_v_dim, check_int, check_shapes, fp8_row_bytes
 from .page_table import PageTable
 from .paged import check_fp8_finite, check_write_index, check_write_kv, pack_kv, read_index, read_kv, store_index
 from .precision import widened
@@ -21,7 +21,9 @@ class PagedCache:
     """What all sequences leave behind in one layer, in pages that `table` hands out.
 
     config: the layer's, with index_fp8; dtype: the layer's weights', in which rows are handed out; fp8: keep latents as
-    FP8 rows; indexer: False for a layer without one.
+    FP8 rows; indexer: False for a layer without one. splits: into how many parts attention cuts a selection in every
+    decode step, None for `default_splits(k)`: set once, so that a sequence has the same bits whatever else is in a
+    batch. Many parts keep a GPU busy with few sequences; 1 is fastest for 64 and more with 128 heads.
     index_pages: uint8 [pages, page · (Di + 4)], None without an indexer; kv_pages: uint8 [pages, page, row] with fp8,
     else [pages, page, D] in dtype; filled: the tokens of each sequence that this layer has, as ints.
 
@@ -36,7 +38,10 @@ class PagedCache:
         dtype: torch.dtype = torch.float32,
         fp8: bool = False,
         indexer: bool = True,
+        splits: int | None = None,
     ) -> None:
+        if splits is not None:
+            check_count("splits", splits)
         for name, value, kind in (("table", table, PageTable), ("config", config, DSAConfig)):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
@@ -49,7 +54,7 @@ class PagedCache:
             raise ValueError("config must have index_fp8 = True, as index pages hold FP8 keys, got False")
         if fp8:
             check_fp8_v_dim(config.kv_lora_rank, "kv_lora_rank")
-        self.table, self.dtype, self.fp8 = table, dtype, fp8
+        self.table, self.dtype, self.fp8, self.splits = table, dtype, fp8, splits
         self.v_dim, self.latent_dim, self.index_dim = config.kv_lora_rank, config.latent_dim, config.index_head_dim
         shape, kind = (table.pages, table.page_size), torch.uint8 if fp8 else dtype
         width = fp8_row_bytes(self.latent_dim, self.v_dim) if fp8 else self.latent_dim

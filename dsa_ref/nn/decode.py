@@ -71,7 +71,7 @@ def decode_step(layer, x: Tensor, cache: PagedCache, batch: Batch, indices: Tens
         product_into(latent, nope, W_UK)
         small_step(layer, "turn_into")(turned, turning, positions, layer.freqs, "interleaved")
         step["q"] = query.unflatten(0, (B, N))
-    attended = (step["q"], cache.kv_pages, step["slots"], c.softmax_scale, c.kv_lora_rank)
+    attended = (step["q"], cache.kv_pages, step["slots"], c.softmax_scale, c.kv_lora_rank, cache.splits)
     with unchecked_values() if indices is None else contextlib.nullcontext():  # nobody has looked at shared ones yet
         u, step["lse"] = layer.ops.paged_sparse_attention(*attended)
     out = u.new_empty(B * N, c.n_heads, c.v_head_dim)

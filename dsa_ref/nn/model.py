@@ -161,16 +161,24 @@ class SmallModel(nn.Module):
             return F.linear(self.norm(x), self._embedding()).float()
 
     def new_paged_caches(
-        self, pages: int, sequences: int, max_length: int | None = None, page_size: int = 64, fp8: bool = False
+        self,
+        pages: int,
+        sequences: int,
+        max_length: int | None = None,
+        page_size: int = 64,
+        fp8: bool = False,
+        splits: int | None = None,
     ) -> tuple[PageTable, list[PagedCache]]:
         """An empty PageTable, and one PagedCache a layer in its pages. max_length: None for the model's max_seq_len.
 
-        fp8: keep latents as FP8 rows, else in the weights' dtype. Raises as `PageTable` and `PagedCache` do.
+        fp8: keep latents as FP8 rows, else in the weights' dtype; splits: as for `PagedCache`.
+
+        Raises: as `PageTable` and `PagedCache` do.
         """
         weight, attention = next(self.parameters()), self.config.attention
         longest = attention.max_seq_len if max_length is None else max_length
         table = PageTable(pages, sequences, longest, page_size, weight.device)
-        return table, [PagedCache(table, attention, weight.dtype, fp8) for _ in self.layers]
+        return table, [PagedCache(table, attention, weight.dtype, fp8, splits=splits) for _ in self.layers]
 
     def _embedding(self) -> Tensor:
         """The rows of all tokens, [vocab_size, dim], with whatever an adapter or hook adds to them."""

@@ -161,11 +161,11 @@ def attention_case(B, N, H, rows="FP8", device="cuda", config=V32, pool=POOL):
     )
 
 
-def chain(given, k, q, kv_pages, scale, v_dim):
+def chain(given, k, q, kv_pages, scale, v_dim, splits=None):
     """Ours from the indexer's vectors to attention's output: (positions, slots, out, lse)."""
     q_idx, index_pages, w, table, lengths = given
     positions, slots = dsa_kernels.paged_select(q_idx, index_pages, w, k, table, lengths)
-    return positions, slots, *dsa_kernels.paged_sparse_attention(q, kv_pages, slots, scale, v_dim)
+    return positions, slots, *dsa_kernels.paged_sparse_attention(q, kv_pages, slots, scale, v_dim, splits)
 
 
 def chain_case(B, N, S, H, device="cuda", config=V32):
@@ -192,13 +192,16 @@ def chain_case(B, N, S, H, device="cuda", config=V32):
         slots = select(score()).unflatten(0, (B, N))
         return None, slots, *attend(slots)
 
+    ours = {"ours": lambda: chain(given, k, q, kv_pages, scale, v_dim)}
+    if B * N >= MANY:
+        ours["ours, 1 split"] = lambda: chain(given, k, q, kv_pages, scale, v_dim, splits=1)
     pairs = cost.causal_pairs(N, S)
     selected = cost.causal_pairs(N, S, k)
     return DecodeCase(
         work=B * (cost.index_flops_per_pair(config) * pairs + attention_flops(config, H) * selected),
         unit="TFLOP/s",
         ceiling=None,  # part FP8, part bf16, and for few queries bound by neither
-        ours={"ours": lambda: chain(given, k, q, kv_pages, scale, v_dim)},
+        ours=ours,
         check=check,
         peers={"DeepGEMM + SGLang + FlashMLA": theirs},
         facts={"peer_heads": -(-H // peers.FLASHMLA_HEADS) * peers.FLASHMLA_HEADS},

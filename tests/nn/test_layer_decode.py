@@ -112,6 +112,19 @@ def test_the_same_tokens_at_once_give_the_same_bits(ops, device, dtype, N, fp8):
         assert_close(y, wanted, {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype])
 
 
+@pytest.mark.parametrize("splits", (None, 1, 3))
+def test_the_cache_says_how_attention_is_cut(ops, device, splits, monkeypatch):
+    layer, seen = make_layer(ops, device), []
+    cache = PagedCache(PageTable(9, 1, 40, PAGE, device), layer.config, layer.o_proj.weight.dtype, splits=splits)
+    sequence, _ = prefill(layer, cache, tokens(layer, 11)[0])
+    step = layer.ops.paged_sparse_attention
+    monkeypatch.setattr(layer.ops, "paged_sparse_attention", lambda *args: seen.append(args[5]) or step(*args))
+    x = tokens(layer, 12)[0]
+    wanted = layer(x, torch.arange(12, device=device))[11:]
+    assert_close(decode(layer, cache, [sequence], x[None, 11:])[0], wanted, tolerance(layer))
+    assert seen == [splits]
+
+
 @FP8
 @pytest.mark.parametrize("N", (1, 3))
 def test_a_batch_is_its_sequences_alone(ops, device, N, fp8):

@@ -227,6 +227,8 @@ def test_bad_rows_are_named_and_nothing_is_written(options, bad, error, message)
         ({"dtype": torch.int32}, TypeError, "dtype must be one of"),
         ({"fp8": 1}, TypeError, "fp8 must be a bool, got 1"),
         ({"indexer": None}, TypeError, "indexer must be a bool, got None"),
+        ({"splits": 0}, ValueError, "splits must be at least 1, got 0"),
+        ({"splits": 1.0}, TypeError, "splits must be an int, got float 1.0"),
     ],
 )
 def test_bad_options(change, error, message):
