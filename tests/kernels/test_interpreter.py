@@ -149,6 +149,17 @@ import warnings; warnings.simplefilter("ignore")  # torch.compile says that it l
 q, k, w = inputs(3)
 indices = dsa_ref.lightning_select(q, k, w, 4)
 x, positions, freqs = torch.randn(5, 2, 16), torch.arange(5), torch.ones(4)
+row, weight, slots = x[:, 0], torch.ones(16), torch.tensor([3, 0, 6, 2, 5])
+q8, pages = dsa_ref.quantize(x[None, :4])[0], dsa_ref.pack_index(*dsa_ref.quantize(torch.randn(8, 16)), page_size=4)
+paged = q8, pages, torch.ones(1, 4, 2), torch.tensor([[1, 0]]).int(), torch.tensor([7]).int()
+kv_pages = dsa_ref.pack_kv(torch.randn(8, 16), 12).view(2, 4, -1)
+places = torch.tensor([7, -1, 0]).int().expand(1, 4, 3).contiguous()
+
+def stored(step, pages, *arguments):
+    pages = pages.clone()
+    step(pages, *arguments)
+    return pages + 1
+
 CALLS = {
     "index_scores": lambda ops: ops.index_scores(q, k, w).relu(),
     "select_topk": lambda ops: ops.select_topk(q[:, 0], 3, *(torch.full([len(q)], n).int() for n in (0, 9))) + 1,
@@ -158,6 +169,17 @@ CALLS = {
     "hadamard": lambda ops: ops.hadamard(x) + 1,
     "quantize": lambda ops: ops.quantize(x)[0].float(),
     "rotate_quantize": lambda ops: ops.rotate_quantize(x, positions, freqs)[1] * 2,
+    "append_index": lambda ops: stored(ops.append_index, pages, slots, row, weight, weight, 1e-6, positions, freqs),
+    "append_latents": lambda ops: stored(ops.append_latents, kv_pages, slots, row, weight[:12], 1e-6, positions, freqs[:2]),
+    "head_weights": lambda ops: ops.head_weights(row, torch.ones(3, 16)) + 1,
+    "index_queries": lambda ops: ops.index_queries(x, torch.ones(5, 2), positions, freqs)[1] * 2,
+    "merge_parts": lambda ops: ops.merge_parts(x, x[..., 0])[0] * 2,
+    "paged_index_scores": lambda ops: ops.paged_index_scores(*paged).relu(),
+    "paged_select": lambda ops: ops.paged_select(*paged[:3], 3, *paged[3:])[1].sort().values,
+    "paged_sparse_attention": lambda ops: ops.paged_sparse_attention(x[None, :4], kv_pages, places, 0.3, 12)[0] * 2,
+    "place_tokens": lambda ops: ops.place_tokens(*paged[3:], torch.tensor([0]), 1, 4)[3] + 1,
+    "rms_norm": lambda ops: ops.rms_norm(row, weight, 1e-6) + 1,
+    "turn_into": lambda ops: stored(ops.turn_into, x[..., :8], x[..., 8:], positions, freqs, "half"),
 }
 assert CALLS.keys() == {*dsa_kernels.__all__} - {"mode"}
 for name, call in CALLS.items():
