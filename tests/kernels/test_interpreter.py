@@ -149,7 +149,7 @@ import warnings; warnings.simplefilter("ignore")  # torch.compile says that it l
 q, k, w = inputs(3)
 indices = dsa_ref.lightning_select(q, k, w, 4)
 x, positions, freqs = torch.randn(5, 2, 16), torch.arange(5), torch.ones(4)
-row, weight, slots = x[:, 0], torch.ones(16), torch.tensor([3, 0, 6, 2, 5])
+row, weight, slots, two = x[:, 0], torch.ones(16), torch.tensor([3, 0, 6, 2, 5]), freqs[:2]
 q8, pages = dsa_ref.quantize(x[None, :4])[0], dsa_ref.pack_index(*dsa_ref.quantize(torch.randn(8, 16)), page_size=4)
 paged = q8, pages, torch.ones(1, 4, 2), torch.tensor([[1, 0]]).int(), torch.tensor([7]).int()
 kv_pages = dsa_ref.pack_kv(torch.randn(8, 16), 12).view(2, 4, -1)
@@ -170,7 +170,7 @@ CALLS = {
     "quantize": lambda ops: ops.quantize(x)[0].float(),
     "rotate_quantize": lambda ops: ops.rotate_quantize(x, positions, freqs)[1] * 2,
     "append_index": lambda ops: stored(ops.append_index, pages, slots, row, weight, weight, 1e-6, positions, freqs),
-    "append_latents": lambda ops: stored(ops.append_latents, kv_pages, slots, row, weight[:12], 1e-6, positions, freqs[:2]),
+    "append_latents": lambda ops: stored(ops.append_latents, kv_pages, slots, row, weight[:12], 1e-6, positions, two),
     "head_weights": lambda ops: ops.head_weights(row, torch.ones(3, 16)) + 1,
     "index_queries": lambda ops: ops.index_queries(x, torch.ones(5, 2), positions, freqs)[1] * 2,
     "merge_parts": lambda ops: ops.merge_parts(x, x[..., 0])[0] * 2,
