@@ -239,22 +239,21 @@ def test_arguments_of_decode(bench, capsys):
 
 
 def test_a_layers_step_is_judged_by_the_references(bench, monkeypatch):
-    """Its place is computed in the step; the reference's steps run once, and then the kernels' again."""
-    layers, off = bench("decode_layer"), {"kernels": 0.0}
-
-    def decode(layer, x, cache, batch):
-        assert batch.lengths.tolist() == [70, 70] and batch.positions.tolist() == [[69], [69]]
-        assert batch.slots.tolist() == [int(row[1]) * 64 + 5 for row in batch.page_table]
-        return x * 2 + off["kernels"] * (layer.ops is rungs.dsa_kernels)
-
-    monkeypatch.setattr(layers.dsa_ref.DSALayer, "decode", decode, raising=False)
+    """The selection by its scores, and the output by the reference's steps with the same selection."""
+    layers, kernels = bench("decode_layer"), rungs.dsa_kernels
     case = layers.layer_case(2, 70, "cpu", SMALL)
     assert list(case.ours) == ["ours", "ours, eager"] and case.as_they_are == {"ours, eager": "eager"}
-    assert case.check(case.ours["ours"](), True).startswith("relative error 0.0e+00")
-    off["kernels"] = 0.5
+    assert case.check(case.ours["ours"](), True).startswith("relative error")
+    assert case.work > 2 * cost.decode_bytes(SMALL, 70).dsa
+
+    attend, select = kernels.paged_sparse_attention, kernels.paged_select
+    monkeypatch.setattr(kernels, "paged_sparse_attention", lambda *args: [x * 1.1 for x in attend(*args)])
     with pytest.raises(bench("checks").Wrong, match="of the reference's step"):
         case.check(case.profiled(), True)
-    assert case.work > 2 * cost.decode_bytes(SMALL, 70).dsa
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, "paged_select", lambda *args: [x.flip(0) for x in select(*args)])
+    with pytest.raises(bench("checks").Wrong):
+        case.check(case.profiled(), True)
 
 
 def test_a_warm_call_is_a_part_of_its_graph(bench, monkeypatch):

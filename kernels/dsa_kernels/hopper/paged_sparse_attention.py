@@ -533,7 +533,7 @@ def allocate():
     )
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["steps"])  # one step made a constant spills 650 bytes, 76 as a number
 def _paged_sparse_attention(
     q256, q64, kv_ptr, slots_ptr, out_ptr, lse_ptr, scale, heads, k, places, steps, tiles,
     TILES: gl.constexpr, SPLITS: gl.constexpr,
