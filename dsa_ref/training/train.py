@@ -99,7 +99,8 @@ def train_stage(
         sum(loss for loss in losses if loss is not None).backward()
         for group in optimizer.param_groups:
             torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
-        optimizer.step()
+        with torch.device("cpu"):  # AdamW counts its steps there; older ones ask the default device
+            optimizer.step()
         scheduler.step()
         if step % max(1, steps // 20) == 0 or step == steps - 1:
             log(stage, step, *(None if loss is None else round(loss.item(), 4) for loss in losses))

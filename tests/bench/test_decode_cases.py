@@ -49,8 +49,8 @@ def reference(bench, monkeypatch):
     monkeypatch.setattr(bench("decode_cases"), "DecodeTopk", Topk)
 
 
-def small_cases(bench):
-    cases, small = bench("decode_cases"), {"device": "cpu", "config": SMALL}
+def small_cases(bench, device="cpu"):
+    cases, small = bench("decode_cases"), {"device": device, "config": SMALL}
     return {
         "scores": lambda: cases.scores_case(5, 2, 200, **small),
         "topk": lambda: cases.topk_case(3, 200, **small),
@@ -86,14 +86,14 @@ def test_what_is_wrong_is_found(bench, reference, name):
 
 
 @pytest.mark.parametrize("name", ["scores", "topk", "FP8", "bf16", "chain", "bytes"])
-def test_the_kernels_are_right_in_small_cases(bench, name):
-    case = small_cases(bench)[name]()
+def test_the_kernels_are_right_in_small_cases(bench, device, name):
+    case = small_cases(bench, device)[name]()
     for who, call in case.ours.items():
         assert case.check(call(), True) == "", who
 
 
-def test_rows_that_lose_their_scores_get_them_back(bench):
-    case = small_cases(bench)["topk"]()
+def test_rows_that_lose_their_scores_get_them_back(bench, device):
+    case = small_cases(bench, device)["topk"]()
     mine = case.ours["ours"]
     right = mine()
     mine.scores[1, 5:9] = 0.0
@@ -147,9 +147,9 @@ def test_pages_hold_what_the_reference_reads(bench, device):
         assert rows[free].isnan().all() and 0.9 < rows[table.long()].std() < 1.1
 
 
-def test_pages_are_made_some_at_a_time(bench, monkeypatch):
+def test_pages_are_made_some_at_a_time(bench, device, monkeypatch):
     inputs = bench("inputs")
-    table, _, free = inputs.page_table(2, 500, device="cpu")
+    table, _, free = inputs.page_table(2, 500, device=device)
     monkeypatch.setattr(inputs, "AT_ONCE", 3 * 64 * SMALL.index_head_dim)
     assert (inputs.index_pages(table, free, config=SMALL)[table.long()] != 0xFF).any(dim=-1).all()
     assert inputs.kv_pages(table, free, False, config=SMALL).shape == (2 * 8 + inputs.SPARE, 64, SMALL.latent_dim)
@@ -190,7 +190,7 @@ def test_work_is_that_of_the_cost_model(bench, reference):
     assert bench("decode_cases").attention_flops(V32, 16) == cost.mqa_flops_per_pair(wide)
 
 
-def test_three_queries_are_also_asked_one_by_one(bench):
+def test_three_queries_are_also_asked_one_by_one(bench, reference):
     cases = bench("decode_cases")
     given, _ = cases.indexer(2, 3, 200, "cpu", SMALL)
     found = cases.score_peers(given)

@@ -238,10 +238,10 @@ def test_arguments_of_decode(bench, capsys):
         assert stopped.value.code == 2 and reason in capsys.readouterr().err
 
 
-def test_a_layers_step_is_judged_by_the_references(bench, monkeypatch):
+def test_a_layers_step_is_judged_by_the_references(bench, device, monkeypatch):
     """The selection by its scores, and the output by the reference's steps with the same selection."""
     layers, kernels = bench("decode_layer"), rungs.dsa_kernels
-    case = layers.layer_case(2, 70, "cpu", SMALL)
+    case = layers.layer_case(2, 70, device, SMALL)
     assert list(case.ours) == ["ours", "ours, eager"] and case.as_they_are == {"ours, eager": "eager"}
     assert case.check(case.ours["ours"](), True).startswith("relative error")
     assert case.work > 2 * cost.decode_bytes(SMALL, 70).dsa

@@ -49,7 +49,8 @@ def jitted(tree):
         node.name
         for node in tree.body
         if isinstance(node, ast.FunctionDef)
-        and {"triton.jit", "gluon.jit"} & set(map(ast.unparse, node.decorator_list))
+        for decorator in node.decorator_list
+        if ast.unparse(getattr(decorator, "func", decorator)) in ("triton.jit", "gluon.jit")  # with options or without
     }
 
 

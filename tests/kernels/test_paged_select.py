@@ -198,5 +198,6 @@ def test_nan_counts_as_an_extreme(device):
 def test_a_variant_that_is_unknown(device):
     index_pages, table, lengths, _, _ = cache(normal, [20], 64, 32)
     q_idx, w = queries(normal, 1, 1, 16, 32)
+    inputs = [x.to(device) for x in (q_idx, index_pages, w, table, lengths)]
     with pytest.raises(ValueError, match="variant must be"):
-        dsa_kernels.paged_select(*(x.to(device) for x in (q_idx, index_pages, w)), 3, table, lengths, variant="listed")
+        dsa_kernels.paged_select(*inputs[:3], 3, *inputs[3:], variant="listed")

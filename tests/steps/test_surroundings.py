@@ -207,6 +207,7 @@ def test_settings_of_precision_come_back_as_they_were(older, precisions):
 
 @NEWER
 def test_what_a_program_sets_for_all_backends_still_reaches_products_after_a_step(precisions):
+    precisions("highest", *["none"] * len(LEVELS))
     torch.backends.fp32_precision = "tf32"
     results(*STEPS["dense_attention"])
     assert torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == "tf32"

@@ -106,17 +106,20 @@ def run_tests(nodes) -> dict:
     arguments = ["-q", "-p", "no:cacheprovider", "--capture=sys", f"--rootdir={ROOT}"]
     alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
     output = io.StringIO()
-    _forget_tests()  # a test module keeps the names that it imported: it must import them as they are now
+    known = _forget_tests()  # a test module keeps the names that it imported: it must import them as they are now
     with mock.patch.dict(os.environ, alone), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         pytest.main([*(str(ROOT / node) for node in nodes), *arguments], plugins=[Listener()])
     _forget_tests()
+    sys.modules.update(known)  # whoever calls this may be a test itself
     if sorted(ran) != sorted(nodes):
         raise RuntimeError(f"caught_by must name one test that runs, got {nodes}:\n{output.getvalue()}")
     return ran
 
 
-def _forget_tests():
+def _forget_tests() -> dict:
+    """Take the modules of tests out of sys.modules: {name: module}."""
     tests = str(ROOT / "tests")
-    for name, module in list(sys.modules.items()):
-        if (getattr(module, "__file__", None) or "").startswith(tests):
-            del sys.modules[name]
+    names = [
+        name for name, module in sys.modules.items() if (getattr(module, "__file__", None) or "").startswith(tests)
+    ]
+    return {name: sys.modules.pop(name) for name in names}
