@@ -42,7 +42,7 @@ def provenance(program: str, arguments: list[str] | None = None, device: str | t
     arguments = sys.argv[1:] if arguments is None else arguments
     device = torch.device(device)
     found = {
-        "command": shlex.join(["python", "-m", program, *map(str, arguments)]),
+        "command": shlex.join(["python", "-m", program, *(_without_folders(str(argument)) for argument in arguments)]),
         **commit(),
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
@@ -53,6 +53,13 @@ def provenance(program: str, arguments: list[str] | None = None, device: str | t
     if device.type == "cuda":
         return found | {"device": torch.cuda.get_device_name(device), "driver": _driver()}
     return found | {"device": f"CPU, {platform.machine()}"}
+
+
+def _without_folders(argument: str) -> str:
+    """An absolute path by its name alone: the folders of one machine say nothing on another."""
+    option, equals, value = argument.rpartition("=") if argument.startswith("-") else ("", "", argument)
+    path = pathlib.Path(value)
+    return option + equals + (path.name if path.is_absolute() else value)
 
 
 def commit(folder: pathlib.Path = PACKAGE) -> dict:

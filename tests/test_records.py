@@ -81,6 +81,10 @@ def test_provenance_of_a_run_on_a_cpu(monkeypatch):
     assert json.loads(json.dumps(found)) == found
     monkeypatch.setattr(sys, "argv", ["program", "--log", "x.json"])
     assert records.provenance("program")["command"] == "python -m program --log x.json"
+    paths = ["--log", "/somebody/out/x.json", "--weights=/somebody/w.bin", "a/b.json", "--flag"]
+    assert records.provenance("program", paths)["command"] == (
+        "python -m program --log x.json --weights=w.bin a/b.json --flag"
+    )
 
 
 def test_provenance_of_a_run_on_a_gpu_names_card_and_driver(monkeypatch):

@@ -62,15 +62,22 @@ def case_lines(record):
         if "speed" in result:
             cells[6] = f"{result['speed']:.2f}x"
         lines.append(_line(cells))
-        if result["verdict"] != "right":
-            lines.append(f"    {who}: {result['verdict']}: {result['note']}"[:120])
-        elif result["note"]:
-            lines.append(f"    {who}: {result['note']}"[:120])
-        if result.get("timed", "graph") != "graph":
-            lines.append(f"    {who}: timed {result['timed']}"[:120])
+        lines += _remarks(who, result)
     facts = {name: value for name, value in record["facts"].items() if value is not None}
     if facts:
         lines.append("    " + ", ".join(f"{name} {value}" for name, value in facts.items()))
+    return lines
+
+
+def _remarks(who, result):
+    """The lines below a result: what is wrong with it, or noted, and how it was timed if not in a graph."""
+    lines = []
+    if result["verdict"] != "right":
+        lines.append(f"    {who}: {result['verdict']}: {result['note']}"[:120])
+    elif result["note"]:
+        lines.append(f"    {who}: {result['note']}"[:120])
+    if result.get("timed", "graph") != "graph":
+        lines.append(f"    {who}: timed {result['timed']}"[:120])
     return lines
 
 
@@ -106,12 +113,7 @@ def decode_lines(record):
         if "speed_warm" in result:
             cells[7:9] = f"{result['speed_warm']:.2f}x", f"{result['speed_cold']:.2f}x"
         lines.append(_line(cells, DECODE_COLUMNS))
-        if result["verdict"] != "right":
-            lines.append(f"    {who}: {result['verdict']}: {result['note']}"[:120])
-        elif result["note"]:
-            lines.append(f"    {who}: {result['note']}"[:120])
-        if result.get("timed", "graph") != "graph":
-            lines.append(f"    {who}: timed {result['timed']}"[:120])
+        lines += _remarks(who, result)
     facts = {name: value for name, value in record["facts"].items() if isinstance(value, (int, float, str))}
     return lines + [f"    {name}: {value}"[:120] for name, value in facts.items()]
 
