@@ -66,6 +66,21 @@ def exact_scores(q_idx, k_idx, w, k_scale=None, start=None, end=None):
     return scores.masked_fill(~in_range(*scores.shape, start, end), -torch.inf).numpy()
 
 
+FP8_SUMS = 2**-11  # what FP8 tensor cores lose of the magnitudes that go into a score
+
+
+def assert_scores_close(got, wanted, room, tolerance):
+    """|got - wanted| <= tolerance · room. room: the same scores of magnitudes, [T, S], `exact_scores` of |q|, |k|, |w|.
+
+    An error is in proportion to what goes into a score, and not to the score, which may cancel.
+    """
+    got, wanted, room = (torch.as_tensor(x).detach().cpu().double() for x in (got, wanted, room))
+    assert got.shape == wanted.shape and torch.equal(got == -torch.inf, wanted == -torch.inf)
+    seen = wanted > -torch.inf
+    error = ((got - wanted).abs() / room.clamp(min=1e-300))[seen]
+    assert error.numel() == 0 or float(error.max()) <= tolerance, f"off by {float(error.max()):.2g} of the magnitudes"
+
+
 def in_range(T, S, start=None, end=None):
     """Boolean [T, S] on the CPU: may query t look at key s?"""
     default_start, default_end = causal(T, S)
