@@ -47,8 +47,11 @@ def measure_case(make, name, ceilings, with_peers, rounds=measure.ROUNDS):
         row |= {"unit": case.unit, "work": case.work, "facts": case.facts, "against": case.against}
         figures(case, ceilings, with_peers, rounds, row["results"])
         if case.profiled and row["results"]["ours"]["verdict"] in ("right", "WRONG"):
-            row["kernels"] = decode_layer.kernels_of(case.profiled)
-            row["facts"] |= decode_layer.parts_of(row["kernels"])
+            row["kernels"] = {}
+            for how, call in (("eager", case.profiled), ("replayed", decode_layer.replay_of(case.profiled))):
+                row["kernels"][how] = decode_layer.kernels_of(call)
+                parts = decode_layer.parts_of(row["kernels"][how])
+                row["facts"] |= {f"{part}, {how}": figures for part, figures in parts.items()}
     except Exception as error:  # the others are still to be measured
         traceback.print_exc()
         failed = {"verdict": "failed", "note": f"{type(error).__name__}: {error}"[:300], "ours": True}

@@ -102,6 +102,15 @@ def layer_case(B, S, device="cuda", config=V32):
     )
 
 
+def replay_of(call):
+    """The call as a CUDA graph: what replays it."""
+    call()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def kernels_of(call, count=PROFILED):
     """[{"name", "launches", "us"}] of the kernels of one call, the longest first; microseconds over all launches."""
     activity = torch.profiler.ProfilerActivity.CUDA

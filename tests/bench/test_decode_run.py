@@ -188,6 +188,15 @@ def test_kernels_are_summed_by_part(bench):
     assert bench("decode_layer").parts_of([]) == {"all kernels": "0.0 us in 0 launches"}
 
 
+@pytest.mark.gpu
+def test_a_replayed_step_launches_what_the_eager_one_does(bench):
+    layers = bench("decode_layer")
+    step = layers.layer_case(1, 70, "cuda", SMALL).profiled
+    eager, replayed = (layers.kernels_of(call, count=3) for call in (step, layers.replay_of(step)))
+    named = [{kernel["name"]: kernel["launches"] for kernel in made} for made in (eager, replayed)]
+    assert named[0] == named[1] and "_paged_index_scores" in named[0]
+
+
 def test_bytes_beside_the_models_prediction(bench):
     module = bench("decode_bytes")
     at = {name: module.predicted(V32, S, CEILINGS) for name, S in bench("cases").SIZES.items()}
