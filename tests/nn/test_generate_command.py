@@ -81,7 +81,10 @@ def test_kernels_that_are_not_there(monkeypatch, capsys):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")
 def test_an_interrupted_command_is_quiet():
-    line, options = command("x", "--tokens", "4000", "--temperature", "1")
+    def listen():  # a job in the background ignores SIGINT, and what it starts does, too
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    line, options = command("x", "--tokens", "4000", "--temperature", "1", preexec_fn=listen)
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
