@@ -167,3 +167,11 @@ def slots_in(page_table, b, positions, page_size):
 def seen_by(lengths, N):
     """How many positions query n of sequence b sees, nested lists [B][N]."""
     return [[max(0, int(length) - N + 1 + n) for n in range(N)] for length in lengths]
+
+
+def paged_contents(cache):
+    """What all sequences of a PagedCache hold, and what the table says."""
+    table = cache.table
+    used = [sequence for sequence in range(table.sequences) if table._pages[sequence] is not None]
+    rows = [part.view(torch.uint8).tolist() for sequence in used for part in cache.rows(sequence) if part is not None]
+    return rows, table.lengths.tolist(), [table.length(sequence) for sequence in used], list(cache.filled)

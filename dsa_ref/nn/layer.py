@@ -8,7 +8,6 @@ Source: DeepSeek-V3.2-Exp report, section 2 and appendix A; SPEC sections 2, 3 a
 
 import contextlib
 import importlib
-import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 import dsa_ref  # the default of `ops`: its steps are loaded before this module
 
@@ -30,6 +28,13 @@ from ..precision import autocast_on
 from ..quantize import quantize
 from ..rope import rope_frequencies
 from .cache import LayerCache, all_or_nothing
+from .checkpointing import (
+    CACHE_REPEATED,
+    NEEDS_NON_REENTRANT,
+    inside_reentrant_checkpoint,
+    recorded_before,
+    will_be_repeated,
+)
 from .decode import check_decode, decode_step, recorded
 from .parts import Indexer, RMSNorm
 from .wrapped import matrix
@@ -117,9 +122,9 @@ class DSALayer(nn.Module):
         self._check_shared(indices, positions, cache, attention)
         with all_or_nothing([] if cache is None else [cache], record):
             y, step = self._attend(x, positions, cache, attention, indices)
-            if cache is not None and _will_be_repeated(y):
+            if cache is not None and will_be_repeated(y):
                 raise ValueError(CACHE_REPEATED)
-            if record is not None and not _recorded_before(record, step):
+            if record is not None and not recorded_before(record, step):
                 record.append({name: step[name] for name in RECORDED if name in step})
         return y
 
@@ -356,55 +361,5 @@ class DSALayer(nn.Module):
         if not isinstance(record, list):
             raise TypeError(f"record must be a list, got {type(record).__name__}")
         trained = self.indexer is not None and any(weight.requires_grad for weight in self.indexer.parameters())
-        if trained and not torch.is_grad_enabled() and _inside_reentrant_checkpoint():
+        if trained and not torch.is_grad_enabled() and inside_reentrant_checkpoint():
             raise ValueError(NEEDS_NON_REENTRANT)
-
-
-NEEDS_NON_REENTRANT = (
-    "record must carry gradients, which activation checkpointing takes away with use_reentrant=True: "
-    "pass use_reentrant=False to torch.utils.checkpoint.checkpoint"
-)
-
-
-CACHE_REPEATED = (
-    "cache must not be used under activation checkpointing, which repeats the step in the backward pass: pass "
-    "cache=None, or call the layer outside of torch.utils.checkpoint.checkpoint"
-)
-
-
-def _caller(function: Callable) -> types.FrameType | None:
-    """The call of `function` that this one is inside of, or None."""
-    frame, code = sys._getframe(), inspect.unwrap(function).__code__
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    return frame
-
-
-def _inside_reentrant_checkpoint() -> bool:
-    """Whether torch's checkpoint, in its reentrant mode, makes this pass: gradients are off, but asked for later."""
-    return _caller(CheckpointFunction.forward) is not None
-
-
-def _will_be_repeated(y: Tensor) -> bool:
-    """Whether torch's checkpoint, in either mode, runs the layer that gave y, and will run it again for gradients."""
-    if torch.is_grad_enabled():
-        return y.requires_grad and _caller(checkpoint) is not None
-    pass_ = _caller(CheckpointFunction.forward)
-    return pass_ is not None and any(pass_.f_locals["ctx"].needs_input_grad)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return (a.device, a.dtype) == (b.device, b.dtype) and torch.equal(a, b)  # layers may be on several devices
-
-
-def _recorded_before(record: list[dict], step: dict) -> bool:
-    """Whether the step is in the record already, since checkpointing repeats it inside a backward pass.
-
-    Raises: ValueError where that entry, unlike the step, has no gradient: another library's reentrant checkpointing.
-    """
-    if torch._C._current_graph_task_id() == -1:  # no backward pass
-        return False
-    same = [old for old in record if old.keys() == step.keys() and _equal(old["kv"], step["kv"])]
-    if same and "w" in step and step["w"].requires_grad and not any(old["w"].requires_grad for old in same):
-        raise ValueError(NEEDS_NON_REENTRANT)
-    return bool(same)

@@ -12,7 +12,8 @@ from .online_softmax.check import block_attention, log_sum_exp, merge_parts, onl
 from .quantize.check import flips, hadamard, quantize, scores_from_fp8
 from .recall.check import recall, window_selection
 from .select_topk.check import check_selection, select_topk
-from .serving.check import merge_splits, pack_page, paged_scores, slots_of, step_bytes
+from .serving.check import merge_splits, step_bytes
+from .serving.check_pages import pack_page, paged_scores, slots_of
 from .start.check import three_lines
 from .traps.check import diagnose, match_symptoms, rope_probe
 from .triton_index_scores.check import copy_kernel, index_scores_kernel, planted_bug_kernel, row_sum_kernel, tile_cost

@@ -4,12 +4,13 @@
 
 The public steps are called on CPU tensors and told that these lie on the card. So they choose kernels, tiles, types and
 options as they would there. Triton is told the same, compiles each launch, and leaves it at that. What it and ptxas say
-of each launch is written to out.json.
+of each launch is written to out.json. Of the cards in SAME_CODE a launch is compiled once.
 """
 
 import concurrent.futures
 import contextlib
 import io
+import itertools
 import json
 import pathlib
 import re
@@ -116,6 +117,9 @@ def small_steps(size, dtype, fp8, T=3, page=64):
 
 MANY = 401  # rows: twice a card's multiprocessors and more
 LONG = (1 << 18) + 16  # keys
+# A launch with the same types, tiles and options as one for 8.0 is the same program on these cards: of what Triton asks
+# of a capability, only e4m3 as a type tells them apart, and with that a kernel does not compile for 8.0.
+SAME_CODE = {86: 80, 89: 80}
 CASES = [  # those with "hopper" are for cards of compute capability 9.0
     (score_and_select, "hopper"),
     (index_scores, V32, E4M3, "hopper"),
@@ -189,26 +193,26 @@ def complaints(said):
     return [line for line in said.splitlines() if re.search(r"warning|\(C\d+\)|Performance", line)]
 
 
-def compile_case(number, case):
-    """What the launches of a case compile to on that card: a list of dicts."""
+def compile_case(number, case, compiled):
+    """What the launches of a case compile to on that card: a list of dicts. compiled: {launch: its dict}, which holds
+    earlier ones and is filled."""
     launches = []
     compile_only = JITFunction.run
 
     def run(self, *arguments, grid, warmup, **options):
-        said, began = io.StringIO(), time.monotonic()
-        before = len(self.device_caches[number][0])
-        with contextlib.redirect_stdout(said):
-            made = compile_only(self, *arguments, grid=grid, warmup=True, **options)
-        if made.metadata.shared > cards.KNOWN[number].shared_memory:
-            raise MemoryError(f"{self.fn.__name__} needs {made.metadata.shared:,} bytes of shared memory")
-        if len(self.device_caches[number][0]) == before:
-            return  # compiled before, in this process
-        (spilled,) = re.findall(r"(\d+) bytes spill stores", said.getvalue())
-        (registers,) = re.findall(r"Used (\d+) registers", said.getvalue())
-        launches.append(
-            {
-                "card": number,
-                "case": name_of(case),
+        *_, binder = self.device_caches[number]
+        _, *kinds = binder(*arguments, **options, debug=self.debug)
+        launch = (self.fn.__module__, self.fn.__name__, str(kinds))
+        if (number, *launch) in compiled:
+            return
+        known = compiled.get((SAME_CODE.get(number), *launch))
+        if known is None:
+            said, began = io.StringIO(), time.monotonic()
+            with contextlib.redirect_stdout(said):
+                made = compile_only(self, *arguments, grid=grid, warmup=True, **options)
+            (spilled,) = re.findall(r"(\d+) bytes spill stores", said.getvalue())
+            (registers,) = re.findall(r"Used (\d+) registers", said.getvalue())
+            known = {
                 "kernel": f"{self.fn.__module__}.{self.fn.__name__}",
                 "shared": made.metadata.shared,
                 "registers": int(registers),
@@ -217,7 +221,10 @@ def compile_case(number, case):
                 "seconds": time.monotonic() - began,
                 "complaints": complaints(said.getvalue()),
             }
-        )
+        if known["shared"] > cards.KNOWN[number].shared_memory:
+            raise MemoryError(f"{self.fn.__name__} needs {known['shared']:,} bytes of shared memory")
+        compiled[(number, *launch)] = known
+        launches.append({"card": number, "case": name_of(case)} | known)
 
     step, *arguments = case
     with contextlib.ExitStack() as undo:
@@ -243,18 +250,25 @@ def compile_case(number, case):
     return launches
 
 
-def compile_step(number, step):
-    """All cases of a step, in one process, where what two of them launch is compiled once."""
-    cases = [case for case in CASES if case[0] is step and (number == 90 or "hopper" not in case)]
-    return [launch for case in cases for launch in compile_case(number, case)]
+def compile_step(numbers, step):
+    """All cases of a step for these cards, in one process, where what two of them launch is compiled once."""
+    compiled = {}
+    return [
+        launch
+        for number in numbers
+        for case in CASES
+        if case[0] is step and (number == 90 or "hopper" not in case)
+        for launch in compile_case(number, case, compiled)
+    ]
 
 
 def main(out, workers, *numbers):
     assert not runtime.INTERPRETED, "TRITON_INTERPRET=0 must be set"
     torch.set_num_threads(1)
-    tasks = [(int(number), step) for number in numbers for step in dict.fromkeys(case[0] for case in CASES)]
+    steps = list(dict.fromkeys(case[0] for case in CASES))
     with concurrent.futures.ProcessPoolExecutor(int(workers)) as pool:
-        launches = [one for some in pool.map(compile_step, *zip(*tasks, strict=True)) for one in some]
+        found = pool.map(compile_step, itertools.repeat([int(number) for number in numbers]), steps)
+        launches = [one for some in found for one in some]
     pathlib.Path(out).write_text(json.dumps(launches))
 
 
