@@ -10,7 +10,7 @@ exact as a power of two, and e4m3 is widened to bf16 exactly: by the card where 
 With more than one part, programs write fp32 parts, and `_merge` adds them up in ascending order, a program a head. How
 many parts there are follows from k alone, tiles from the heads and the card: a row has the same bits in any batch.
 
-Memory of the parts, which another kernel may fill (`hopper/paged_sparse_attention.py` does):
+Memory of the parts, which another kernel may fill (`hopper/paged_sparse_attention.py` and `paged_sparse_part.py` do):
     parts     fp32 [B · N, splits, H, v_dim], each part's own softmax times its values
     part_lse  fp32 [B · N, splits, H], its log-sum-exp, natural; -inf for a part without a row, whose `parts` are unread
 With one part these are out and lse themselves, in out's dtype.
@@ -22,6 +22,7 @@ again for each part and head. FLOPs: 2 · 128 · (576 + 512) a selected row.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dsa_ref.contracts import check_merge_parts, check_paged_sparse_attention, default_splits, part_length
 
@@ -167,9 +168,12 @@ def _paged_sparse_attention(
 @triton.jit
 def _merge(
     part_ptr, part_lse_ptr, out_ptr, lse_ptr, splits, H, V,
-    SP: tl.constexpr, VP: tl.constexpr, AT_ONCE: tl.constexpr,
+    SP: tl.constexpr, VP: tl.constexpr, AT_ONCE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """VP columns of out, and lse, of one head of one query from its parts, in ascending order."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     t, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
     first = t * splits * H + h
     v = tl.program_id(1) * VP + tl.arange(0, VP)
@@ -335,8 +339,11 @@ def merge(parts, part_lse, out, lse):
     queries, splits, H, V = parts.shape
     if queries * H == 0:
         return
+    # Programmatic dependent launch: it begins while the kernel in front of it ends, and waits in the kernel itself.
+    dependent = not INTERPRETED and cards.card_of(parts).capability >= cards.HOPPER
     VP = triton.next_power_of_2(V) if INTERPRETED else MERGED_AT_ONCE
     _merge[(queries * H, triton.cdiv(V, VP))](
         parts, part_lse, out, lse, splits, H, V,
-        SP=max(2, triton.next_power_of_2(splits)), VP=VP, AT_ONCE=min(16, splits), num_warps=MERGING_WARPS,
+        SP=max(2, triton.next_power_of_2(splits)), VP=VP, AT_ONCE=min(16, splits),
+        DEPENDENT=dependent, num_warps=MERGING_WARPS, launch_pdl=dependent,
     )  # fmt: skip

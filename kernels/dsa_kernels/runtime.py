@@ -33,6 +33,7 @@ GLUON = {  # what `dsa_kernels.hopper` imports of it; a test keeps the two in ag
     ),
     "triton.experimental.gluon.nvidia.hopper": ("TensorDescriptor",),
     "triton.language.core": ("_aggregate",),
+    "triton.language.extra.cuda": ("gdc_launch_dependents", "gdc_wait"),
 }
 
 try:

@@ -156,8 +156,9 @@ CASES = [  # those with "hopper" are for cards of compute capability 9.0
     *(
         (paged_sparse_attention, V32, "FP8", "hopper", 1, 2048, heads, splits)
         for heads in (16, 128)
-        for splits in (1, 16)
+        for splits in (1, 2, 16)
     ),
+    (paged_sparse_attention, V32, "FP8", "hopper", 1, 2048, 32, 16),
     (select_topk, "radix", 2048),
     (select_topk, "radix", 2048, 2, 4096, BF16),
     (select_topk, "listed", 2048),

@@ -1,10 +1,11 @@
-"""Paged sparse attention's Hopper kernel against fp64: holes, scales of every size, every e4m3 code, parts, NaN."""
+"""Paged sparse attention's Hopper kernels against fp64: holes, scales of every size, every e4m3 code, parts, NaN."""
 
 import pytest
 import rungs
 import torch
 
 if rungs.has_triton():
+    import dsa_kernels
     from dsa_kernels import runtime
 
 pytestmark = pytest.mark.hopper
@@ -89,10 +90,10 @@ def reference(q, values, slots, scale):
 
 CASES = [  # T, H, k, splits, rows
     *((1, 16, 2048, splits, "powers") for splits in (1, 2, 16)),
-    *((9, heads, 2048, splits, "powers") for heads in (1, 8, 16, 64, 100, 128) for splits in (1, 16)),
+    *((9, heads, 2048, splits, "powers") for heads in (1, 8, 16, 17, 32, 64, 100, 128) for splits in (1, 16)),
     (300, 8, 512, 1, "powers"),
     *((9, 16, k, splits, "powers") for k, splits in ((1, 1), (64, 1), (77, 1), (129, 2), (640, 16), (1000, 3))),
-    *((9, 128, 2048, splits, kind) for kind in ("any", "codes") for splits in (1, 2)),
+    *((9, 128, 2048, splits, kind) for kind in ("any", "codes") for splits in (1, 2, 16)),
 ]
 
 
@@ -119,13 +120,15 @@ def test_agrees_with_the_definition(T, H, k, splits, kind):
 
 
 @pytest.mark.parametrize("scale", (2.0**-20, 1.0, 64.0, 128.0, 256.0, 2.0**100, 1.7e-3, 3.3, 127.9, 128.1, 1e6, -0.77))
-def test_values_of_every_code_and_scale(scale):
+@pytest.mark.parametrize("k", (1, 129))  # one step, and more
+def test_values_of_every_code_and_scale(scale, k):
     """Attention to one key is its value: the product rounded to bf16, within half a place and 2^-16."""
     codes = torch.arange(512, device="cuda").to(torch.uint8).view(1, 4, 128)
     codes[(codes & 0x7F) == 0x7F] = 0
     scales = torch.full((1, 4), scale, device="cuda")
     rows, values = packed_rows(codes, scales, torch.zeros(1, 64, device="cuda").bfloat16())
-    slots = torch.zeros(1, 1, dtype=torch.int32, device="cuda")
+    slots = torch.full((1, k), -1, dtype=torch.int32, device="cuda")
+    slots[0, -1] = 0
     out, lse = launch(torch.zeros(1, 64, 576, dtype=torch.bfloat16, device="cuda"), rows, slots, 1.0)
     there = values[0, :V].bfloat16().isfinite()
     torch.testing.assert_close(
@@ -136,11 +139,12 @@ def test_values_of_every_code_and_scale(scale):
 
 @pytest.mark.parametrize("code", (0x7F, 0xFF))
 @pytest.mark.parametrize("column", (0, 1, 2, 3, 130, 259, 511))
-def test_nan_stays_nan(code, column):
+@pytest.mark.parametrize("k", (128, 256))  # one step, and two
+def test_nan_stays_nan(code, column, k):
     torch.manual_seed(column)
     rows, _ = random_rows(300)
-    q, slots = torch.randn(1, 64, 576, device="cuda").bfloat16(), lists(1, 128, 300, holes=False)
-    for place in (0, 37, 64, 127):
+    q, slots = torch.randn(1, 64, 576, device="cuda").bfloat16(), lists(1, k, 300, holes=False)
+    for place in (0, 37, 64, k - 1):
         row = slots[0, place].item()
         before = rows[row, column].item()
         rows[row, column] = code
@@ -167,3 +171,27 @@ def test_the_same_bits_at_full_size_alone_and_in_a_graph(splits):
     slots.copy_(slots.flip(0))
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, launch(q, rows, slots, 0.02, splits), strict=True))
+
+
+@pytest.mark.parametrize(("T", "H"), ((1, 16), (8, 16), (3, 128)))
+def test_calls_that_follow_each_other_closely(T, H):
+    """Each kernel begins before the one in front of it has ended. Same memory again and again, different lists."""
+    torch.manual_seed(T)
+    rows, _ = random_rows(4096)
+    pages, q = rows.view(-1, 64, 656), torch.randn(T, 1, H, 576, device="cuda").bfloat16()
+    many = [lists(T, 2048, len(rows), holes=False)[:, None] for _ in range(20)]
+    alone = []
+    for slots in many:
+        alone.append(dsa_kernels.paged_sparse_attention(q, pages, slots, 0.02, V, variant="hopper"))
+        torch.cuda.synchronize()
+    slots, kept = torch.empty_like(many[0]), []
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for each in many:
+            slots.copy_(each)
+            got = dsa_kernels.paged_sparse_attention(q, pages, slots, 0.02, V, variant="hopper")
+            kept.append([x.clone() for x in got])
+    for _ in range(10):
+        graph.replay()
+        for got, want in zip(kept, alone, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

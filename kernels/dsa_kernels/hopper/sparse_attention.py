@@ -22,36 +22,27 @@ come.
 A step must move 128 · 1152 bytes, from L2 where it can, and takes 2 · 64 · 128 · (576 + 512) FLOPs, 4352 clocks of the
 tensor cores. `python -m dsa_bench sparse_attention --peers` measures it; figures/ keeps the record.
 
-Read `sparse_shared` first: what the warpgroups share, and how they wait for each other. `sparse_tiles` holds what each
-does in its registers. The chapter kernels/book/sparse_attention.md draws the clocks, the memory and the barriers.
+Read `sparse_shared` first: what the warpgroups share, and how they wait for each other. `sparse_products` holds the
+steps, `sparse_tiles` what they are made of, in registers. The chapter kernels/book/sparse_attention.md draws the
+clocks, the memory and the barriers.
 """
 
 import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..cards import on_hopper
 from ..runtime import aligned, multiprocessors
+from .sparse_products import left_steps, right_steps, store_lse, sum_of_both
 from .sparse_shared import BK, SWIZZLED, allocate, copy_columns, next_turn
 from .sparse_tiles import (
     COPY,
-    LN_2,
     LOG2_E,
+    OUTPUT,
     ROWS,
-    Softmax,
-    as_operand,
     bit_of_query,
-    exp2,
-    masked,
-    multiply_quarter,
-    multiply_rope,
-    nothing_yet,
-    opaque_zero,
-    raised,
-    rescale,
     selected,
     store_output,
     tile_at,
@@ -111,51 +102,12 @@ def gather(
 
 
 @gluon.jit
-def left_step(state, logits, shared, bit, zero, turn, scale, GROUPED: gl.constexpr, LAST: gl.constexpr):
-    """Softmax of block 0, P0 · V0 and P1 · V1 for columns 0 to 255, and unless LAST the next step's logits."""
-    q, k0, k1 = shared.q, shared.k0, shared.k1
-    logits = masked(logits, scale, k0.valid, bit, GROUPED)
-    m0 = raised(state.m, gl.max(logits, 1))
-    shared.left_max.send(m0)
-    factor = exp2(state.m - m0)
-    p = exp2(logits - m0[:, None])
-    total = state.total * factor + gl.sum(p, 1)
-    acc = rescale(state.acc, factor)
-    p0v0 = warpgroup_mma(as_operand(p), k0.left.columns.index(zero), acc, is_async=True)
-
-    # While that runs: what is relative to m0 becomes relative to m, the maximum after both blocks.
-    m = shared.right_max.receive(turn, ROWS)
-    factor = exp2(m0 - m)
-    total = total * factor
-    shared.p0.write(p * factor[:, None])
-    shared.p0.release_full()
-    acc = warpgroup_mma_wait(0, deps=(p0v0,))
-    k0.left.release_free()
-
-    shared.p1.acquire_full(turn)
-    acc = rescale(acc, factor)
-    p1v1 = warpgroup_mma(shared.p1.operand.index(zero), k1.left.columns.index(zero), acc, is_async=True)
-    if LAST:
-        acc = warpgroup_mma_wait(0, deps=(p1v1,))
-        k1.left.release_free()
-        return Softmax(m=m, total=total, acc=acc), logits  # which nobody reads
-    else:
-        turn = next_turn(turn)
-        s = multiply_quarter(None, q.left, k0.left, turn, zero)
-        acc = warpgroup_mma_wait(2, deps=(p1v1,))  # all but the two products of the line above
-        k1.left.release_free()
-        s = multiply_quarter(s, q.right, k0.right, turn, zero)
-        s = multiply_rope(s, q.rope, k0.rope, zero)
-        return Softmax(m=m, total=total, acc=acc), warpgroup_mma_wait(0, deps=(s,))
-
-
-@gluon.jit
 def left(
     shared, out_ptr, lse_ptr, lengths_ptr, k, tiles, all_rows, scale,
     G: gl.constexpr, GH: gl.constexpr, TILES: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
     """All tiles: the first step's logits, the steps, the sums; columns 0 to 255 of out, and lse."""
-    q, k0 = shared.q, shared.k0
+    q = shared.q
     r = gl.arange(0, 64, layout=ROWS)
     bit = bit_of_query(r, G, GH)
     turn = 0
@@ -164,56 +116,12 @@ def left(
     while number < tiles:
         tile = tile_at(number, lengths_ptr, k, GH, TILES, GROUPED)
         n_rows = gl.minimum(GH - number % TILES * 64, all_rows - tile.row0)
-        state = nothing_yet()
-        zero = opaque_zero(number)
-        s = multiply_quarter(None, q.left, k0.left, turn, zero)
-        s = multiply_quarter(s, q.right, k0.right, turn, zero)
-        s = multiply_rope(s, q.rope, k0.rope, zero)
-        s = warpgroup_mma_wait(0, deps=(s,))
-        for step in range(tile.steps - 1):
-            state, s = left_step(state, s, shared, bit, opaque_zero(step), turn, scale, GROUPED, False)
-            turn = next_turn(turn)
-        q.release_free()
-        state, s = left_step(state, s, shared, bit, zero, turn, scale, GROUPED, True)
-        turn = next_turn(turn)
-        shared.left_sum.send(state.total)
-        total = state.total + shared.right_sum.receive(tile_turn, ROWS)
-        lse = (state.m + gl.log2(gl.where(total == 0.0, 1.0, total))) * LN_2
-        gl.store(lse_ptr + tile.row0 + r, gl.where(total == 0.0, float("-inf"), lse), mask=r < n_rows)
+        state, turn = left_steps(shared, bit, number, tile.steps, turn, scale, GROUPED, OUTPUT)
+        total = sum_of_both(state, shared.left_sum, shared.right_sum, tile_turn)
+        store_lse(state, total, lse_ptr, tile.row0, n_rows, r)
         store_output(state.acc, total, out_ptr, tile.row0, n_rows, 0)
         tile_turn = next_turn(tile_turn)
         number = q.acquire_full(tile_turn)
-
-
-@gluon.jit
-def right_step(state, shared, bit, zero, last, turn, scale, GROUPED: gl.constexpr):
-    """Logits and softmax of block 1, P1 · V1 and P0 · V0 for columns 256 to 511. last: is it the tile's last step?"""
-    q, k0, k1 = shared.q, shared.k0, shared.k1
-    s = multiply_quarter(None, q.right, k1.right, turn, zero)
-    s = multiply_rope(s, q.rope, k1.rope, zero)
-    s = multiply_quarter(s, q.left, k1.left, turn, zero)
-    logits = warpgroup_mma_wait(0, deps=(s,))
-    q.release_free(pred=last)
-
-    logits = masked(logits, scale, k1.valid, bit, GROUPED)
-    largest = gl.max(logits, 1)
-    m = raised(shared.left_max.receive(turn, ROWS), largest)
-    shared.right_max.send(m)
-    factor = exp2(state.m - m)
-    p = exp2(logits - m[:, None])
-    total = state.total * factor + gl.sum(p, 1)
-    acc = rescale(state.acc, factor)
-    shared.p1.write(p)
-    p1v1 = warpgroup_mma(as_operand(p), k1.right.columns.index(zero), acc, is_async=True)
-    shared.p1.release_full()
-
-    shared.p0.acquire_full(turn)
-    p0v0 = warpgroup_mma(shared.p0.operand.index(zero), k0.right.columns.index(zero), p1v1, is_async=True)
-    p0v0 = warpgroup_mma_wait(1, deps=(p0v0,))
-    k1.right.release_free()
-    acc = warpgroup_mma_wait(0, deps=(p0v0,))
-    k0.right.release_free()
-    return Softmax(m=m, total=total, acc=acc)
 
 
 @gluon.jit
@@ -230,13 +138,8 @@ def right(
     while number < tiles:
         tile = tile_at(number, lengths_ptr, k, GH, TILES, GROUPED)
         n_rows = gl.minimum(GH - number % TILES * 64, all_rows - tile.row0)
-        state = nothing_yet()
-        for step in range(tile.steps):
-            last = step == tile.steps - 1
-            state = right_step(state, shared, bit, opaque_zero(step), last, turn, scale, GROUPED)
-            turn = next_turn(turn)
-        shared.right_sum.send(state.total)
-        total = state.total + shared.left_sum.receive(tile_turn, ROWS)
+        state, turn = right_steps(shared, bit, tile.steps, turn, scale, GROUPED, OUTPUT)
+        total = sum_of_both(state, shared.right_sum, shared.left_sum, tile_turn)
         store_output(state.acc, total, out_ptr, tile.row0, n_rows, 256)
         tile_turn = next_turn(tile_turn)
         number = q.acquire_full(tile_turn)

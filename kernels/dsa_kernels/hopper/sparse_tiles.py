@@ -17,7 +17,6 @@ THRESHOLD = gl.constexpr(8.0)  # in base 2: how far a logit may exceed the runni
 # four neighbouring lanes of one warp.
 LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
-P_REGISTERS = gl.constexpr(gl.DotOperandLayout(0, OUTPUT.value, 2))  # P as an operand from registers
 ROWS = gl.constexpr(gl.SliceLayout(1, LOGITS.value))  # a number for each row of the logits
 KEYS = gl.constexpr(gl.SliceLayout(0, LOGITS.value))  # a number for each column
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # [64, 64] with 16 bytes a copy
@@ -101,7 +100,7 @@ class Softmax:
 
 
 @gluon.jit
-def nothing_yet():
+def nothing_yet(OUTPUT: gl.constexpr):
     """The state before the first key."""
     m = gl.full([64], NEVER, gl.float32, layout=ROWS)
     total = gl.full([64], 0.0, gl.float32, layout=ROWS)
@@ -154,7 +153,7 @@ RESCALE, RESCALE_TYPES = _unless_all_are_one(128)
 
 
 @gluon.jit
-def rescale(acc, factor):
+def rescale(acc, factor, OUTPUT: gl.constexpr):
     """acc · factor, a factor for each row; nearly always all are 1, and one branch a thread skips the products.
 
     PTX, because with Triton's `if` the whole warpgroup would take the branch, after a barrier to agree on it.
@@ -176,9 +175,9 @@ def opaque_zero(counter):
 
 
 @gluon.jit
-def as_operand(p):
+def as_operand(p, OUTPUT: gl.constexpr):
     """P for a product that takes it from registers: the layout of logits is the operand's, so that nothing moves."""
-    return gl.convert_layout(p.to(gl.bfloat16), P_REGISTERS)
+    return gl.convert_layout(p.to(gl.bfloat16), gl.DotOperandLayout(0, OUTPUT, 2))
 
 
 @gluon.jit
