@@ -93,7 +93,7 @@ def step_bytes_short_context(solution):
 
 @step_bytes.property("batch")
 def step_bytes_batch(solution):
-    for lengths, k, index_bytes, kv_bytes in (([100, 131_072, 3000], 2048, 132, 656), ([7, 301, 64, 8], 8, 36, 112)):
+    for lengths, k, index_bytes, kv_bytes in (([100, 131_072, 3000], 2048, 132, 656), ([7, 301, 64, 7, 8], 8, 36, 112)):
         B, longest = len(lengths), max(lengths)
         suspects = {
             "every sequence was counted as long as the longest": B * _dsa([longest], k, index_bytes, kv_bytes),
@@ -101,6 +101,7 @@ def step_bytes_batch(solution):
             "the mean length was taken: min(k, length) is no straight line": B
             * _dsa([sum(lengths) / B], k, index_bytes, kv_bytes),
             "only the first sequence was counted": _dsa(lengths[:1], k, index_bytes, kv_bytes),
+            "sequences of the same length were counted once": _dsa(set(lengths), k, index_bytes, kv_bytes),
         }
         expected = _dsa(lengths, k, index_bytes, kv_bytes)
         cause = "sum over the sequences, each with its own length and its own min(k, length)"
@@ -224,8 +225,9 @@ def _tables(seed, B, P, pages, used=None):
 
 
 def _positions(seed, B, k, lengths):
+    """Positions in no order, as a fast selection may give them."""
     rng = np.random.default_rng(seed + 10)
-    rows = [np.sort(rng.permutation(L)[:k]) for L in lengths]
+    rows = [rng.permutation(L)[:k] for L in lengths]
     return torch.from_numpy(np.stack([np.pad(row, (0, k - len(row)), constant_values=-1) for row in rows])).int()
 
 
@@ -248,13 +250,18 @@ def _expect_slots(solution, positions, table, page_size, cause, suspects=None):
 @slots_of.property("page and place")
 def slots_of_page_and_place(solution):
     page_size = 64
-    for seed, P, k in ((1, 5, 11), (2, 1, 37), (3, 3, 1)):
-        table = _tables(seed, 1, P, 9)
+    for seed, P, k, pages in ((1, 5, 11, 9), (2, 1, 37, 9), (3, 3, 1, 9), (4, 5, 11, 1 << 20)):
+        table = _tables(seed, 1, P, pages)
         positions = _positions(seed, 1, k, [P * page_size])
         there = positions.long()
         page = table.long().gather(1, there // page_size)
         last = (there // page_size).clamp(max=P - 1)
+        slots = page * page_size + there % page_size
         suspects = {
+            "slots of a large pool do not fit fp32, which holds whole numbers up to 2^24: stay with int64": (
+                page.float() * page_size + there % page_size
+            ),
+            "slots of a large pool do not fit 16 bits: stay with int64": slots.to(torch.int16),
             "the page table was not used: a slot is a place in the pool, not in the sequence": there,
             "the page's id was not multiplied by the page size": page + there % page_size,
             "the place in the page is missing": page * page_size,
@@ -317,7 +324,8 @@ class _Sequence:
         self.w = whole(Hi, seed=seed + 1) + 0.5
         pages = 2 * P + 1
         self.k_idx = whole(pages * page_size, Di, seed=seed + 2).to(torch.float8_e4m3fn)  # by slot
-        self.k_scale = torch.from_numpy(2.0 ** rng.integers(-3, 4, pages * page_size)).float()
+        scales = rng.choice([1.0, 0.75], pages * page_size) * 2.0 ** rng.integers(-3, 4, pages * page_size)
+        self.k_scale = torch.from_numpy(scales).float()  # not all powers of two: any fp32 number is one
         self.used = -(-length // page_size)
         self.table = torch.full((P,), -1, dtype=torch.int32)
         self.table[: self.used] = torch.from_numpy(rng.permutation(pages - 1)[: self.used]).int()
@@ -467,10 +475,12 @@ MERGES = ((1, 3, 4, (5, 9, 2)), (2, 1, 3, (1, 30)), (3, 2, 5, (4, 4, 4, 4, 4)), 
 def _parts(seed, H, V, sizes, shift=0.0, empty=()):
     """(outs [n, H, V], lses [n, H]) of the parts, and (out, lse) of all keys. empty: (part, head) pairs without keys.
 
+    shift: of the logits, a number, [H, 1], or a tuple of these, which the parts take from its beginning.
     The out of a part without keys is NaN: nobody wrote it.
     """
     f64 = {"dtype": torch.float64}
-    logits = [normal(H, n, seed=seed + i, **f64) + shift for i, n in enumerate(sizes)]
+    shifts = shift if isinstance(shift, tuple) else [shift] * len(sizes)
+    logits = [normal(H, n, seed=seed + i, **f64) + shifts[i] for i, n in enumerate(sizes)]
     values = [normal(n, V, seed=seed + 10 + i, **f64) for i, n in enumerate(sizes)]
     for part, head in empty:
         logits[part][head] = -torch.inf
@@ -531,7 +541,8 @@ def merge_splits_weights(solution):
 
 @merge_splits.property("large lse")
 def merge_splits_large_lse(solution):
-    for shift in (1000.0, -1000.0, torch.tensor([[1000.0], [0.0], [-1000.0]], dtype=torch.float64)):
+    heads = torch.tensor([[1000.0], [0.0], [-1000.0]], dtype=torch.float64)
+    for shift in (1000.0, -1000.0, heads, (heads, 0.0, -heads)):  # the last one: another shift in each part
         for seed, sizes in ((6, (5, 9, 2)), (7, (1, 30))):
             cause = "exp(lse) overflows or vanishes: subtract each head's largest lse first"
             _expect_merged(solution, _parts(seed, 3, 4, sizes, shift), cause)
@@ -546,7 +557,7 @@ def merge_splits_empty_part(solution):
 
 @merge_splits.property("all empty")
 def merge_splits_all_empty(solution):
-    for heads in ((1,), (0, 1, 2)):
-        empty = [(part, head) for part in range(3) for head in heads]
+    for heads, sizes in (((1,), (5, 9, 2)), ((0, 1, 2), (5, 9, 2)), ((0, 2), (7,))):
+        empty = [(part, head) for part in range(len(sizes)) for head in heads]
         cause = "where no part saw a key the result is 0 and -inf: -inf minus -inf is NaN, so subtract 0 there"
-        _expect_merged(solution, _parts(9, 3, 4, (5, 9, 2), empty=empty), cause)
+        _expect_merged(solution, _parts(9, 3, 4, sizes, empty=empty), cause)
