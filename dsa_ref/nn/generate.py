@@ -10,8 +10,8 @@ finished sequence leaves the batch and gives its pages back.
 import argparse
 import codecs
 import collections
+import contextlib
 import importlib
-import math
 import os
 import pathlib
 import sys
@@ -24,10 +24,11 @@ from torch import Tensor
 
 import dsa_ref
 
-from ..contracts import check_count, check_int
+from ..contracts import FLOATS, check_count, check_dtype, check_int, check_shapes
 from ..page_table import Batch, PageTable
 from ..paged_cache import PagedCache
 from .captured import CapturedStep
+from .decode import STEPS
 from .model import SMALL_MODEL, SmallModel, load_small_model
 
 __all__ = ["Generation", "Piece", "choose", "complete", "generate"]
@@ -215,15 +216,14 @@ def generate(
     _check_prompts(prompts, model.config.attention.max_seq_len)
     for name, value in (("tokens", tokens), ("samples", samples), ("chunk", chunk), ("page_size", page_size)):
         check_count(name, value)
-    _check_number("temperature", temperature, "at least 0 and finite", lambda x: 0 <= x < math.inf)
-    _check_number("top_p", top_p, "above 0 and at most 1", lambda x: 0 < x <= 1)
-    if top_k is not None:
-        check_count("top_k", top_k)
+    _check_sampling(temperature, top_k, top_p)
     if seed is not None:
         check_int("seed", seed, 0, 2**63 - 1)
     if not isinstance(captured, bool):
         raise TypeError(f"captured must be a bool, got {captured!r}")
     device, ops = next(model.parameters()).device, model.layers[0].self_attn.ops
+    if lacking := [name for name in STEPS if not hasattr(ops, name)]:
+        raise TypeError(f"model must have ops with {', '.join(STEPS)} to decode, got none of {lacking}")
     if captured and (device.type != "cuda" or ops is dsa_ref):
         name = getattr(ops, "__name__", type(ops).__name__)
         raise ValueError(f"captured must be False but for dsa_kernels on a CUDA device, got {name} on {device}")
@@ -257,8 +257,13 @@ def choose(
 ) -> int:
     """The next token of one sequence: the likeliest, the smallest of equals, or one drawn. logits: float [V], on a CPU.
 
-    One number of the generator decides a draw, in float64. Raises: ValueError for logits that are not finite.
+    One number of the generator decides a draw, in float64. temperature, top_k, top_p: as for `generate`.
+
+    Raises: ValueError for logits that are not finite, another shape or another number; TypeError for other types.
     """
+    check_shapes(logits=(logits, "V"))
+    check_dtype("logits", logits, FLOATS)
+    _check_sampling(temperature, top_k, top_p)
     if not logits.isfinite().all():
         raise ValueError("logits must be finite, got NaN or infinity: the model's weights may be broken")
     if temperature == 0:
@@ -304,7 +309,10 @@ def _stop_texts(stop) -> list[bytes]:
         raise TypeError(f"stop must be bytes, a str or a list of these, got {kinds}")
     if not all(texts):
         raise ValueError("stop must hold texts of at least one byte, got an empty one")
-    return [text.encode() if isinstance(text, str) else text for text in texts]
+    try:
+        return [text.encode() if isinstance(text, str) else text for text in texts]
+    except UnicodeEncodeError as error:  # a lone surrogate, as Python has for a byte of the command line
+        raise ValueError(f"stop must hold texts that UTF-8 can write, got {error.object!r}: pass bytes") from None
 
 
 def _check_prompts(prompts, longest: int) -> None:
@@ -319,6 +327,13 @@ def _check_prompts(prompts, longest: int) -> None:
             raise ValueError(
                 f"prompts must have from 1 to max_seq_len = {longest} bytes, got {len(prompt)} in prompts[{i}]"
             )
+
+
+def _check_sampling(temperature, top_k, top_p) -> None:
+    _check_number("temperature", temperature, "at least 0 and finite", lambda x: 0 <= x <= sys.float_info.max)
+    _check_number("top_p", top_p, "above 0 and at most 1", lambda x: 0 < x <= 1)
+    if top_k is not None:
+        check_count("top_k", top_k)
 
 
 def _check_number(name: str, value, wanted: str, fits: Callable[[float], bool]) -> None:
@@ -347,22 +362,30 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--captured", action="store_true", help="with --kernels on a GPU: replay CUDA graphs")
     parser.add_argument("--chunk", type=int, default=256, help="prompt bytes a pass (default %(default)s)")
     parser.add_argument("--progress", action="store_true", help="show progress though stderr is no terminal")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="where the model runs, as torch names it (default %(default)s)")  # fmt: skip
     options = parser.parse_args(arguments)
+    if sys.stdout is None or sys.stdin is None and "-" in options.prompts:
+        parser.error(f"standard {'output' if sys.stdout is None else 'input'} must be open, got a closed one")
+    if sys.stderr is None:  # closed: the text comes all the same
+        sys.stderr = pathlib.Path(os.devnull).open("w")  # noqa: SIM115 (open until the process ends)
     try:
         _write(parser, options)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # whoever read the text has enough; nothing is left to be flushed at the exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk; or whoever read the text has enough, which needs no words
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at the exit
+        with contextlib.suppress(OSError):
+            if not isinstance(error, BrokenPipeError):
+                print(f"{parser.prog}: error: standard output must be writable, got {error}", file=sys.stderr)
         sys.exit(1)
 
 
 def _write(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     prompts = [sys.stdin.buffer.read() if text == "-" else os.fsencode(text) for text in options.prompts]
     try:
-        torch.empty(0, device=options.device)
+        torch.empty(0, device=options.device).cpu()  # "meta" has no numbers
     except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
         parser.error(f"--device must be one that torch can use here, got {options.device}: {error}")
     try:
@@ -389,11 +412,11 @@ def _write(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
             samples=options.samples, chunk=options.chunk, fp8=options.fp8, captured=options.captured,
             progress=progress,
         )  # fmt: skip
-    except (ValueError, TypeError) as error:
+        began = prefilled = time.perf_counter()
+        texts = [(i, j, text) for i, text in enumerate(prompts) for j in range(options.samples)]
+        reasons = _print_in_order(generation, texts, options.echo)
+    except (ValueError, TypeError) as error:  # before any work, or from weights that give NaN
         parser.error(str(error))
-    began = prefilled = time.perf_counter()
-    texts = [(i, j, text) for i, text in enumerate(prompts) for j in range(options.samples)]
-    reasons = _print_in_order(generation, texts, options.echo)
     ended = time.perf_counter()
     for (prompt, sample), reason in sorted(reasons.items()):
         if reason == "max_seq_len":
