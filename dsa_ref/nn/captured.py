@@ -6,6 +6,7 @@ is computed inside, from the page table and the lengths on the device. Only page
 replays.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -50,8 +51,9 @@ class CapturedStep:
         self._rows = torch.tensor(self.sequences, device=x.device)
 
         def run() -> Tensor:
-            where = ops.place_tokens(table.table, table.lengths, self._rows, self.tokens, table.page_size)
-            return step(self._x, Batch(table, self.sequences, batch.held, self.tokens, *where))
+            places = ops.place_tokens(table.table, table.lengths, self._rows, self.tokens, table.page_size)
+            where = dict(zip(("page_table", "lengths", "positions", "slots"), places, strict=True))
+            return step(self._x, dataclasses.replace(batch, **where))
 
         with torch.no_grad():
             aside = torch.cuda.Stream(x.device)

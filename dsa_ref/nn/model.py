@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import dsa_ref
 
 from ..config import DSAConfig
-from ..contracts import check_dtype, check_queries, check_shapes
+from ..contracts import check_dtype, check_queries, check_shapes, values_readable
 from ..page_table import Batch, PageTable
 from ..paged_cache import PagedCache, SequenceCache
 from .cache import LayerCache, all_or_nothing
@@ -108,7 +108,7 @@ class SmallModel(nn.Module):
         Returns logits fp32 [T, vocab_size]. Raises as `DSALayer` does, and ValueError or TypeError for other caches.
         """
         check_shapes(tokens=(tokens, "T"))
-        check_dtype("tokens", tokens, (torch.int64,))
+        self._check_tokens(tokens)
         self._check_caches(caches)
         if positions is None:
             before = 0 if caches is None else caches[0].length
@@ -141,11 +141,13 @@ class SmallModel(nn.Module):
         Raises: as `PageTable.batch` and `DSALayer.decode` do, ValueError or TypeError for other tokens and caches.
         """
         check_shapes(tokens=(tokens, "B N"))
-        check_dtype("tokens", tokens, (torch.int64,))
+        self._check_tokens(tokens)
         self._check_paged(table, caches)
+        check_queries("tokens", tokens)
+        if not isinstance(sequences, Sequence):
+            raise TypeError(f"sequences must be a list of ints, got {type(sequences).__name__}")
         if len(tokens) != len(sequences):
             raise ValueError(f"tokens must be those of {len(sequences)} sequences, got shape {list(tokens.shape)}")
-        check_queries("tokens", tokens)
         logits = self.decode_batch(tokens, caches, table.batch(sequences, tokens.shape[1]), record)
         table.advance(sequences, tokens.shape[1])
         return logits
@@ -185,6 +187,17 @@ class SmallModel(nn.Module):
         if is_plain(self.embed):
             return self.embed.weight
         return self.embed(torch.arange(self.config.vocab_size, device=next(self.parameters()).device))
+
+    def _check_tokens(self, tokens) -> None:
+        """Rows of the embedding, beside it."""
+        check_dtype("tokens", tokens, (torch.int64,))
+        device, rows = next(self.parameters()).device, self.config.vocab_size
+        if tokens.device != device:
+            raise ValueError(f"tokens must be on {device} like the model's weights, got {tokens.device}")
+        if tokens.numel() and values_readable(tokens):
+            low, high = (int(token) for token in torch.aminmax(tokens))
+            if low < 0 or high >= rows:
+                raise ValueError(f"tokens must lie in [0, vocab_size) = [0, {rows}), got {low if low < 0 else high}")
 
     def _check_caches(self, caches) -> None:
         """One cache a layer, each another one, all of the same length."""
