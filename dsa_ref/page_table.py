@@ -258,6 +258,14 @@ class PageTable:
             raise ValueError("table must have no sequences yet when a cache is made for it")
         self._caches.append(cache)
 
+    def check_caches(self, caches: Sequence[Pools]) -> None:
+        """Raise ValueError unless these are all caches in these pages, as they were made: `advance` counts for all."""
+        if len(caches) != len(self._caches) or any(a is not b for a, b in zip(caches, self._caches, strict=True)):
+            raise ValueError(
+                f"caches must be all {len(self._caches)} in the pages of table, in the order in which they were made, "
+                f"got {len(caches)}, or another order"
+            )
+
     def settle(self, sequence: int) -> None:
         """Take over what layers have filled, each by itself: a sequence is as long as the layer with the fewest tokens.
         Where no layer has more than the sequence had, pages that no layer needs are given back."""

@@ -208,6 +208,12 @@ class SmallModel(nn.Module):
         self._check_one_a_layer([cache.cache if isinstance(cache, SequenceCache) else cache for cache in caches])
         if len({cache.length for cache in caches}) > 1:
             raise ValueError(f"caches must hold the same tokens, got lengths {[cache.length for cache in caches]}")
+        paged = [cache for cache in caches if isinstance(cache, SequenceCache)]
+        if not paged:
+            return
+        if len(paged) < len(caches) or len({(id(cache.cache.table), cache.sequence) for cache in paged}) > 1:
+            raise ValueError("caches must be of one sequence of one table, or all LayerCaches, got others")
+        paged[0].cache.table.check_caches([cache.cache for cache in paged])
 
     def _check_one_a_layer(self, caches) -> None:
         if len(caches) != len(self.layers) or len({id(cache) for cache in caches}) != len(caches):
@@ -223,6 +229,7 @@ class SmallModel(nn.Module):
         self._check_one_a_layer(caches)
         if any(cache.table is not table for cache in caches):
             raise ValueError("caches must be in the pages of table, got another table's")
+        table.check_caches(caches)
 
 
 def save_small_model(model: SmallModel, path: str | pathlib.Path) -> None:

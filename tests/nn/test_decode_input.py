@@ -94,3 +94,38 @@ def test_a_paged_cache_takes_no_row_that_is_not_finite(fp8):
         layer(torch.randn(3, TINY.dim), torch.arange(3), cache.sequence(sequence))
     assert (cache.filled[sequence], table.length(sequence), table.free_pages) == (0, 0, 4)
     assert not cache.kv_pages.any()
+
+
+def test_caches_are_all_of_the_tables_in_their_order(model):
+    """`advance` counts for every cache in the pages: one that the step does not fill would hold rows of nobody."""
+    table, caches = model.new_paged_caches(8, 3, 40, 4)
+    other, others = model.new_paged_caches(8, 3, 40, 4)
+    a, b, c = table.new(), table.new(), other.new()
+    message = (
+        "caches must be all 2 in the pages of table, in the order in which they were made, got 2, or another order"
+    )
+    text, step = torch.tensor([1, 2, 3]), torch.tensor([[1]])
+    with pytest.raises(ValueError, match=message):
+        model.decode(step, table, caches[::-1], [a])
+    with pytest.raises(ValueError, match=message):
+        model(text, caches=[cache.sequence(a) for cache in caches[::-1]])
+    for mixed in (
+        [caches[0].sequence(a), caches[1].sequence(b)],
+        [caches[0].sequence(a), others[1].sequence(c)],
+        [caches[0].sequence(a), model.new_caches(4)[1]],
+    ):
+        with pytest.raises(ValueError, match="caches must be of one sequence of one table, or all LayerCaches"):
+            model(text, caches=mixed)
+    third = PageTable(8, 3, 40, 4)
+    drafts = [PagedCache(third, TINY) for _ in range(4)]  # two models in one table
+    d = third.new()
+    message = "caches must be all 4 in the pages of table"
+    with pytest.raises(ValueError, match=message):
+        model.decode(step, third, drafts[:2], [d])
+    with pytest.raises(ValueError, match=message):
+        model(text, caches=[cache.sequence(d) for cache in drafts[:2]])
+    assert [t.free_pages for t in (table, other, third)] == [8, 8, 8]
+    assert not any(cache.kv_pages.any() for cache in (*caches, *others, *drafts))
+    model(text, caches=[cache.sequence(a) for cache in caches])
+    model.decode(step, table, caches, [a])
+    assert table.length(a) == 4
