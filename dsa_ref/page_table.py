@@ -198,7 +198,9 @@ class PageTable:
         return Batch(self, tuple(sequences), tuple(before), lost, tokens, self.table[rows], *where)
 
     def check_batch(self, batch: Batch) -> None:
-        """Raise ValueError unless the batch is this table's and its tokens are still the next ones, with pages."""
+        """Raise unless the batch is this table's and its tokens are still the next ones, on pages of their own."""
+        if not isinstance(batch, Batch):
+            raise TypeError(f"batch must be a Batch, got {type(batch).__name__}")
         if batch.table is not self:
             raise ValueError("batch must be made by the table of the cache, got another table's")
         self._check_sequences(batch.sequences)

@@ -38,6 +38,8 @@ class CapturedStep:
     ) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        if not isinstance(sequences, Sequence):
+            raise TypeError(f"sequences must be a list of ints, got {type(sequences).__name__}")
         if not x.is_cuda or not table.table.is_cuda:
             got = table.table.device if x.is_cuda else x.device
             raise ValueError(f"x and table must be on a CUDA device, where graphs are captured, got {got}")

@@ -232,6 +232,8 @@ REFUSED = [  # a call of a table, error, message
     (lambda t: t.length(3), ValueError, "sequence must be one that"),
     (lambda t: t.free(3), ValueError, "sequence must be one that"),
     (lambda t: t.fork(3), ValueError, "sequence must be one that"),
+    (lambda t: t.check_batch(None), TypeError, "batch must be a Batch, got NoneType"),
+    (lambda t: t.check_batch(new_table()[0]), TypeError, "batch must be a Batch, got PageTable"),
     (lambda t: PagedCache(t, TINY), ValueError, "table must have no sequences yet"),
 ]
 
