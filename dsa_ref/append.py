@@ -21,6 +21,7 @@ from .contracts import (
     Array,
     check_append_index,
     check_append_latents,
+    check_finite,
     check_head_weights,
     check_index_queries,
     check_place_tokens,
@@ -98,7 +99,9 @@ def append_index(
     """
     check_append_index(index_pages, slots, k, weight, bias, eps, positions, freqs, layout)
     normed = F.layer_norm(k.float(), weight.shape, weight.float(), bias.float(), eps).to(k.dtype)
-    write_index(index_pages, slots, *quantize(hadamard(rope(normed, positions, freqs, layout))))
+    rotated = hadamard(rope(normed, positions, freqs, layout))
+    check_finite(k=rotated)
+    write_index(index_pages, slots, *quantize(rotated))
 
 
 @torch.no_grad()
@@ -117,6 +120,8 @@ def append_latents(
     check_append_latents(kv_pages, slots, rows, weight, eps, positions, freqs)
     latent, turning = rows.tensor_split((len(weight),), dim=1)
     latent = F.rms_norm(latent.float(), weight.shape, weight.float(), eps).to(rows.dtype)
+    if kv_pages.dtype == torch.uint8:
+        check_finite(rows=latent)
     turned = rope(turning, positions, freqs, "interleaved")
     write_kv(kv_pages, slots, torch.cat((latent, turned), dim=1), len(weight))
 
@@ -147,7 +152,9 @@ def index_queries(
     """
     check_index_queries(q, w, positions, freqs, layout)
     _, Hi, Di = q.shape
-    q_idx, q_scale = quantize(hadamard(rope(q, positions, freqs, layout)))
+    rotated = hadamard(rope(q, positions, freqs, layout))
+    check_finite(q=rotated)
+    q_idx, q_scale = quantize(rotated)
     return q_idx, w * Hi**-0.5 * Di**-0.5 * q_scale
 
 

@@ -20,6 +20,7 @@ Array = np.ndarray
 Bound = Tensor | Array | None  # a `start` or `end`: int32 [T], or None for the causal default (see `row_ranges`)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 E4M3 = torch.float8_e4m3fn
+INT64, FLOAT64 = torch.iinfo(torch.int64), torch.finfo(torch.float64)
 MAX_QUERIES = 4  # N, query tokens a sequence in a decode step
 FP8_TILE = 128  # latent dims that share a scale in an FP8 row
 _unchecked = contextvars.ContextVar("unchecked values", default=False)  # of this thread, or asynchronous task, alone
@@ -68,11 +69,11 @@ def check_count(name: str, value) -> None:
 
 
 def check_int(name: str, value, low: int, high: int | None = None) -> None:
-    """``value`` must be an int in [low, high], of at least ``low`` where high is None."""
+    """``value`` must be an int in [low, high], of at least ``low``, and an int64, where high is None."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {kind_of(value)}")
-    if value < low or high is not None and value > high:
-        wanted = f"at least {low}" if high is None else f"in [{low}, {high}]"
+    if value < low or value > (INT64.max if high is None else high):
+        wanted = f"in [{low}, {high}]" if high is not None else f"at least {low}" if value < low else "an int64"
         raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
@@ -80,7 +81,7 @@ def check_scale(value, dtype: torch.dtype) -> None:
     """The softmax scale must be a positive number, finite in what inputs of `dtype` are computed in."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"scale must be a float, got {kind_of(value)}")
-    if not 0.0 < value < float("inf"):
+    if not 0.0 < value <= FLOAT64.max:  # an int may be larger than any float
         raise ValueError(f"scale must be positive and finite, got {value}")
     if dtype != torch.float64 and value > torch.finfo(torch.float32).max:
         raise ValueError(f"scale must be finite in fp32, got {value}")
@@ -90,7 +91,7 @@ def check_eps(eps) -> None:
     """A norm's eps must be a positive finite number."""
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"eps must be a float, got {kind_of(eps)}")
-    if not 0.0 < eps < float("inf"):
+    if not 0.0 < eps <= FLOAT64.max:
         raise ValueError(f"eps must be positive and finite, got {eps}")
 
 
@@ -138,6 +139,17 @@ def check_indices(indices: Tensor, S: int, name: str = "indices") -> None:
             raise ValueError(f"{name} must lie in [-1, S) with S = {S}, got {low if low < -1 else high}")
 
 
+def check_finite(where: str = "", **tensors: Tensor | None) -> None:
+    """No NaN or infinity in any of these, None left out. On a GPU the host waits once for all."""
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.numel()}
+    if not tensors or not values_readable(next(iter(tensors.values()))):
+        return
+    finite = torch.stack([(x.float() if x.dtype == E4M3 else x).isfinite().all() for x in tensors.values()])
+    if not finite.all():
+        name = list(tensors)[finite.tolist().index(False)]
+        raise ValueError(f"{name} must be finite, got NaN or infinity{where}")
+
+
 def check_distinct(indices: Tensor, name: str = "indices") -> None:
     """No index may stand twice in a row of ``indices`` [T, k], but for -1: a row's selection is a set."""
     if not indices.numel() or not values_readable(indices):
@@ -166,6 +178,12 @@ def check_queries(name: str, tensor: Tensor) -> None:
     """``tensor`` [B, N, ...] must have at most MAX_QUERIES query tokens a sequence."""
     if tensor.shape[1] > MAX_QUERIES:
         raise ValueError(f"{name} must have at most N = {MAX_QUERIES} query tokens a sequence, got {tensor.shape[1]}")
+
+
+def check_own_places(name: str, tensor: Tensor) -> None:
+    """A tensor that is written to may not have places that lie on each other, as an expanded one's do."""
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(f"{name} must have memory of its own for each place, got strides {tuple(tensor.stride())}")
 
 
 def check_index_pages(index_pages: Tensor, index_dim: int) -> None:
@@ -256,6 +274,11 @@ def fp8_row_bytes(D: int, v_dim: int) -> int:
 def default_splits(k: int) -> int:
     """Into how many parts a list of k places is cut, where the caller does not say: a function of k alone."""
     return min(16, -(-k // 128))
+
+
+def splits_of(k: int, splits: int | None) -> int:
+    """Into how many parts a list of k places is cut; parts beyond the last 64 places are empty, and left out."""
+    return default_splits(k) if splits is None else min(splits, -(-k // 64))
 
 
 def part_length(k: int, splits: int) -> int:

@@ -18,10 +18,12 @@ from .arguments import (  # noqa: F401 - for others
     check_distinct,
     check_dtype,
     check_eps,
+    check_finite,
     check_fp8_v_dim,
     check_index_pages,
     check_indices,
     check_int,
+    check_own_places,
     check_page_table,
     check_queries,
     check_ranges,
@@ -37,6 +39,7 @@ from .arguments import (  # noqa: F401 - for others
     page_tokens,
     part_length,
     row_ranges,
+    splits_of,
     unchecked_values,
     values_readable,
 )
@@ -214,6 +217,7 @@ def check_append_index(
         check_dtype(name, tensor, floats)
     check_eps(eps)
     check_index_pages(index_pages, k.shape[1])
+    check_own_places("index_pages", index_pages)
     check_slots(slots, len(index_pages) * page_tokens(index_pages, k.shape[1]))
 
 
@@ -229,6 +233,7 @@ def check_append_latents(kv_pages, slots, rows, weight, eps, positions, freqs, f
     check_eps(eps)
     check_dtype("kv_pages", kv_pages, (rows.dtype, torch.uint8))
     check_row_width("kv_pages", kv_pages, D, v_dim if kv_pages.dtype == torch.uint8 else 1)
+    check_own_places("kv_pages", kv_pages)
     check_slots(slots, kv_pages.shape[0] * kv_pages.shape[1])
 
 
@@ -251,6 +256,7 @@ def check_turn_into(out, x, positions, freqs, layout, floats=FLOATS) -> None:
     """Arguments of `turn_into`."""
     check_shapes(x=(x, "T heads R"), out=(out, "T heads R"))
     check_dtype("out", out, floats)
+    check_own_places("out", out)
     check_rope(x, positions, freqs, layout, floats)
     if 2 * len(freqs) != x.shape[2]:
         raise ValueError(f"freqs must have R/2 = {x.shape[2] // 2} entries, got {len(freqs)}")
@@ -263,8 +269,8 @@ def check_place_tokens(table, lengths, sequences, N, page_size) -> None:
     check_dtype("table", table, (torch.int32,))
     check_dtype("lengths", lengths, (torch.int32,))
     check_dtype("sequences", sequences, (torch.int64,))
-    check_count("N", N)
     check_count("page_size", page_size)
+    check_int("N", N, 1, table.shape[1] * page_size)
     if not values_readable(sequences):
         return
     low, high = (int(value) for value in torch.aminmax(sequences))

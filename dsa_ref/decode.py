@@ -24,9 +24,9 @@ from .contracts import (
     check_paged_index_scores,
     check_paged_select,
     check_paged_sparse_attention,
-    default_splits,
     page_tokens,
     part_length,
+    splits_of,
 )
 from .index_scores import index_scores_loops, score_block
 from .paged import read_index, read_kv, unpack_index_loops, unpack_kv_loops
@@ -189,7 +189,7 @@ def paged_sparse_attention(
     check_paged_sparse_attention(q, kv_pages, slots, scale, v_dim, splits)
     B, N, H, _ = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
-    places = cut(slots.flatten(0, 1), default_splits(slots.shape[2]) if splits is None else splits)
+    places = cut(slots.flatten(0, 1), splits_of(slots.shape[2], splits))
     out, lse = q.new_empty(B * N, H, v_dim), q.new_empty(B * N, H, dtype=dtype)
     for row, parts in enumerate(places):
         kv = rows_at(kv_pages, parts, v_dim, dtype)

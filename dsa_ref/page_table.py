@@ -17,18 +17,22 @@ from torch import Tensor
 
 from .contracts import check_count, check_int, check_slots_fit
 
+INT32_MAX = torch.iinfo(torch.int32).max
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """The next `tokens` tokens of each of some sequences: what every layer's decode step takes, made once for all.
 
     page_table: int32 [B, P]; lengths: int32 [B], with the new tokens; positions: int64 [B, tokens]; slots: int64
-    [B · tokens], where their rows go. sequences: their numbers in `table`; held: their tokens before, as ints.
+    [B · tokens], where their rows go. sequences: their numbers in `table`; held: their tokens before, as ints; lost:
+    how often each had lost pages by then, as `PageTable.check_batch` compares it.
     """
 
     table: "PageTable"
     sequences: tuple[int, ...]
     held: tuple[int, ...]
+    lost: tuple[int, ...]
     tokens: int
     page_table: Tensor
     lengths: Tensor
@@ -51,7 +55,7 @@ class PageTable:
     table: int32 [sequences, ceil(max_length / page_size)], -1 where there is no page; lengths: int32 [sequences]. Both
     on device. Every method either does all it says or, where it raises, nothing.
 
-    Raises: TypeError for a size that is no int, ValueError for one below 1 or for more tokens than int32 can count.
+    Raises: TypeError for a size that is no int, ValueError for one below 1 or that int32 cannot count.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class PageTable:
         for name, value in sizes.items():
             check_count(name, value)
         check_slots_fit("pages", pages, page_size)
+        check_int("sequences", sequences, 1, INT32_MAX)
+        check_int("max_length", max_length, 1, INT32_MAX)
         self.pages, self.sequences, self.max_length, self.page_size = pages, sequences, max_length, page_size
         with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside
             width = -(-max_length // page_size)
@@ -75,6 +81,7 @@ class PageTable:
         self._holders = [0] * pages  # sequences that hold the page
         self._pages: list[list[int] | None] = [None] * sequences  # None: nobody's row
         self._lengths = [0] * sequences
+        self._lost = [0] * sequences  # how often a page that the row held was taken out of it: old slots are others'
         self._caches = []  # those whose pools the pages are in
 
     @property
@@ -118,6 +125,7 @@ class PageTable:
             self._holders[page] = 1
             if place < len(old):
                 self._holders[old[place]] -= 1  # not to 0: others hold it
+                self._lost[sequence] += 1
         self._pages[sequence] = pages
 
     def check_room(self, sequence: int, tokens: int) -> None:
@@ -186,16 +194,22 @@ class PageTable:
         lengths = torch.tensor([row[-1] + 1 for row in positions], dtype=torch.int32)
         places = (torch.tensor(list(sequences)), lengths, torch.tensor(positions), torch.tensor(slots))
         rows, *where = (part.to(self.table.device, non_blocking=True) for part in places)
-        return Batch(self, tuple(sequences), tuple(before), tokens, self.table[rows], *where)
+        lost = tuple(self._lost[sequence] for sequence in sequences)
+        return Batch(self, tuple(sequences), tuple(before), lost, tokens, self.table[rows], *where)
 
     def check_batch(self, batch: Batch) -> None:
-        """Raise ValueError unless the batch is this table's and its tokens are still the next ones, with pages."""
+        """Raise unless the batch is this table's and its tokens are still the next ones, on pages of their own."""
+        if not isinstance(batch, Batch):
+            raise TypeError(f"batch must be a Batch, got {type(batch).__name__}")
         if batch.table is not self:
             raise ValueError("batch must be made by the table of the cache, got another table's")
         self._check_sequences(batch.sequences)
         if (now := tuple(self._lengths[sequence] for sequence in batch.sequences)) != batch.held:
             raise ValueError(f"batch must continue sequences of {list(now)} tokens, got one made at {list(batch.held)}")
         self._check_reserved(batch.sequences, batch.tokens)
+        for sequence, lost in zip(batch.sequences, batch.lost, strict=True):
+            if self._lost[sequence] != lost:
+                raise ValueError(f"batch must be made after sequence {sequence} gave pages back, got one made before")
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget the tokens from `length` on, in every layer, and give back the pages behind them, reserved ones too.
@@ -246,6 +260,14 @@ class PageTable:
             raise ValueError("table must have no sequences yet when a cache is made for it")
         self._caches.append(cache)
 
+    def check_caches(self, caches: Sequence[Pools]) -> None:
+        """Raise ValueError unless these are all caches in these pages, as they were made: `advance` counts for all."""
+        if len(caches) != len(self._caches) or any(a is not b for a, b in zip(caches, self._caches, strict=True)):
+            raise ValueError(
+                f"caches must be all {len(self._caches)} in the pages of table, in the order in which they were made, "
+                f"got {len(caches)}, or another order"
+            )
+
     def settle(self, sequence: int) -> None:
         """Take over what layers have filled, each by itself: a sequence is as long as the layer with the fewest tokens.
         Where no layer has more than the sequence had, pages that no layer needs are given back."""
@@ -279,6 +301,7 @@ class PageTable:
         """Give back the pages behind so many tokens."""
         pages, kept = self._pages[sequence], self._count(length)
         self.table[sequence, kept : len(pages)] = -1
+        self._lost[sequence] += len(pages) > kept
         for page in pages[kept:][::-1]:
             self._holders[page] -= 1
             if not self._holders[page]:

@@ -25,6 +25,7 @@ from .contracts import (
     check_dtype,
     check_fp8_v_dim,
     check_index_pages,
+    check_own_places,
     check_row_width,
     check_shapes,
     check_slots,
@@ -237,6 +238,7 @@ def check_write_index(index_pages, slots, k_idx, k_scale) -> None:
     check_dtype("k_idx", k_idx, (E4M3,))
     check_dtype("k_scale", k_scale, (torch.float32,))
     check_index_pages(index_pages, k_idx.shape[1])
+    check_own_places("index_pages", index_pages)
     check_slots(slots, len(index_pages) * page_tokens(index_pages, k_idx.shape[1]))
 
 
@@ -261,6 +263,7 @@ def check_write_kv(kv_pages, slots, kv, v_dim=None) -> None:
     check_dtype("kv_pages", kv_pages, (kv.dtype, torch.uint8))
     fp8 = kv_pages.dtype == torch.uint8
     check_row_width("kv_pages", kv_pages, kv.shape[1], v_dim if fp8 else 1)
+    check_own_places("kv_pages", kv_pages)
     check_slots(slots, kv_pages.shape[0] * kv_pages.shape[1])
 
 

@@ -11,10 +11,22 @@ import torch
 from torch import Tensor
 
 from .config import DSAConfig
-from .contracts import E4M3, FLOATS, check_count, check_dtype, check_fp8_v_dim, check_int, check_shapes, fp8_row_bytes
+from .contracts import (
+    E4M3,
+    FLOATS,
+    check_count,
+    check_dtype,
+    check_finite,
+    check_fp8_v_dim,
+    check_int,
+    check_shapes,
+    fp8_row_bytes,
+)
 from .page_table import PageTable
 from .paged import check_fp8_finite, check_write_index, check_write_kv, pack_kv, read_index, read_kv, store_index
 from .precision import widened
+
+OF_NEW_TOKENS = " in the rows of new tokens"  # every later token that saw one that is not finite would be NaN
 
 
 class PagedCache:
@@ -140,11 +152,18 @@ class SequenceCache:
     def __init__(self, cache: PagedCache, sequence: int) -> None:
         cache.table.length(sequence)  # raises for a sequence that is not in use
         self.cache, self.sequence, self.capacity = cache, sequence, cache.table.max_length
-        device = cache.kv_pages.device
-        self.kv = torch.empty(0, cache.latent_dim, dtype=cache.dtype, device=device)
-        self.k_idx = None
-        if cache.index_pages is not None:
-            self.k_idx = torch.empty(0, cache.index_dim, dtype=E4M3, device=device)
+
+    @property
+    def kv(self) -> Tensor:
+        """No rows [0, D], as `LayerCache.kv` would have them: their width, dtype and device."""
+        return torch.empty(0, self.cache.latent_dim, dtype=self.cache.dtype, device=self.cache.kv_pages.device)
+
+    @property
+    def k_idx(self) -> Tensor | None:
+        """No keys [0, Di], or None without an indexer. Made when asked for: torch cannot pickle tensors of FP8."""
+        if self.cache.index_pages is None:
+            return None
+        return torch.empty(0, self.cache.index_dim, dtype=E4M3, device=self.cache.kv_pages.device)
 
     @property
     def length(self) -> int:
@@ -153,6 +172,7 @@ class SequenceCache:
 
     @length.setter
     def length(self, length: int) -> None:
+        self.cache.table.length(self.sequence)  # raises for a sequence that is not in use any more
         check_int("length", length, 0, self.length)
         self.cache.filled[self.sequence] = length
         self.cache.table.settle(self.sequence)
@@ -163,12 +183,13 @@ class SequenceCache:
         """Store the rows of T new tokens and return all rows so far, as copies: (kv, k_idx, k_scale).
 
         As `LayerCache.append`, but what comes back of an FP8 cache is what its rows hold. Raises as `PagedCache.write`
-        and `check_room` do; then nothing is stored.
+        and `check_room` do, and ValueError for NaN or infinity; then nothing is stored.
         """
         cache, table = self.cache, self.cache.table
         kv = widened(kv, cache.dtype)
         cache._check_rows(kv, k_idx, k_scale)
         self.check_room(len(kv))
+        check_finite(OF_NEW_TOKENS, kv=kv, k_idx=k_idx, k_scale=k_scale)
         end = self.length + len(kv)
         table.reserve(self.sequence, end - table.length(self.sequence))
         cache.write(table.slots(self.sequence, self.length, end), kv, k_idx, k_scale)
@@ -187,6 +208,7 @@ class SequenceCache:
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on in this layer; `PageTable.truncate` does so in all of them.
 
-        Raises: TypeError for a length that is no int, ValueError for one below 0 or above what is held.
+        Raises: TypeError for a length that is no int, ValueError for one below 0 or above what is held, or where the
+        sequence has ended.
         """
         self.length = length

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..config import DSAConfig
-from ..contracts import E4M3, FLOATS, check_count, check_dtype, check_shapes, values_readable
+from ..contracts import E4M3, FLOATS, check_count, check_dtype, check_finite, check_shapes
+from ..paged_cache import OF_NEW_TOKENS
 from ..precision import widened
 
 
@@ -79,8 +80,7 @@ class LayerCache:
         if scaled != (k_scale is not None):
             raise ValueError(f"k_scale must be {'given for' if scaled else 'None without'} FP8 keys in k_idx")
         self.check_room(kv.shape[0])
-        if len(kv) and values_readable(kv):
-            _check_finite(kv=kv, k_idx=k_idx, k_scale=k_scale)
+        check_finite(OF_NEW_TOKENS, kv=kv, k_idx=k_idx, k_scale=k_scale)
         end = self.length + kv.shape[0]
         new = slice(self.length, end)
         stored = []
@@ -136,15 +136,6 @@ def all_or_nothing(caches: Sequence[LayerCache], record: list | None) -> Iterato
         if record is not None and len(record) > entries:
             del record[entries:]
         raise
-
-
-def _check_finite(**rows) -> None:
-    """No NaN or infinity: every later token that saw such a row would be NaN. On a GPU the host waits once for all."""
-    looked_at = {name: new.float() if new.dtype == E4M3 else new for name, new in rows.items() if new is not None}
-    finite = torch.stack([new.isfinite().all() for new in looked_at.values()])
-    if not finite.all():
-        name = list(looked_at)[finite.tolist().index(False)]
-        raise ValueError(f"{name} must be finite, got NaN or infinity in the rows of new tokens")
 
 
 def _check_length(length: int, held: int) -> None:

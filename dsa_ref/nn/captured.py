@@ -6,6 +6,7 @@ is computed inside, from the page table and the lengths on the device. Only page
 replays.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -37,6 +38,8 @@ class CapturedStep:
     ) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        if not isinstance(sequences, Sequence):
+            raise TypeError(f"sequences must be a list of ints, got {type(sequences).__name__}")
         if not x.is_cuda or not table.table.is_cuda:
             got = table.table.device if x.is_cuda else x.device
             raise ValueError(f"x and table must be on a CUDA device, where graphs are captured, got {got}")
@@ -50,8 +53,9 @@ class CapturedStep:
         self._rows = torch.tensor(self.sequences, device=x.device)
 
         def run() -> Tensor:
-            where = ops.place_tokens(table.table, table.lengths, self._rows, self.tokens, table.page_size)
-            return step(self._x, Batch(table, self.sequences, batch.held, self.tokens, *where))
+            places = ops.place_tokens(table.table, table.lengths, self._rows, self.tokens, table.page_size)
+            where = dict(zip(("page_table", "lengths", "positions", "slots"), places, strict=True))
+            return step(self._x, dataclasses.replace(batch, **where))
 
         with torch.no_grad():
             aside = torch.cuda.Stream(x.device)

@@ -8,7 +8,7 @@ finished sequence leaves the batch and gives its pages back. `generate_command` 
 """
 
 import collections
-import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,10 +17,11 @@ from torch import Tensor
 
 import dsa_ref
 
-from ..contracts import check_count, check_int
+from ..contracts import FLOATS, check_count, check_dtype, check_int, check_shapes
 from ..page_table import Batch, PageTable
 from ..paged_cache import PagedCache
 from .captured import CapturedStep
+from .decode import STEPS
 from .model import SmallModel
 
 __all__ = ["Generation", "Piece", "choose", "complete", "generate"]
@@ -208,15 +209,14 @@ def generate(
     _check_prompts(prompts, model.config.attention.max_seq_len)
     for name, value in (("tokens", tokens), ("samples", samples), ("chunk", chunk), ("page_size", page_size)):
         check_count(name, value)
-    _check_number("temperature", temperature, "at least 0 and finite", lambda x: 0 <= x < math.inf)
-    _check_number("top_p", top_p, "above 0 and at most 1", lambda x: 0 < x <= 1)
-    if top_k is not None:
-        check_count("top_k", top_k)
+    _check_sampling(temperature, top_k, top_p)
     if seed is not None:
         check_int("seed", seed, 0, 2**63 - 1)
     if not isinstance(captured, bool):
         raise TypeError(f"captured must be a bool, got {captured!r}")
     device, ops = next(model.parameters()).device, model.layers[0].self_attn.ops
+    if lacking := [name for name in STEPS if not hasattr(ops, name)]:
+        raise TypeError(f"model must have ops with {', '.join(STEPS)} to decode, got none of {lacking}")
     if captured and (device.type != "cuda" or ops is dsa_ref):
         name = getattr(ops, "__name__", type(ops).__name__)
         raise ValueError(f"captured must be False but for dsa_kernels on a CUDA device, got {name} on {device}")
@@ -250,8 +250,13 @@ def choose(
 ) -> int:
     """The next token of one sequence: the likeliest, the smallest of equals, or one drawn. logits: float [V], on a CPU.
 
-    One number of the generator decides a draw, in float64. Raises: ValueError for logits that are not finite.
+    One number of the generator decides a draw, in float64. temperature, top_k, top_p: as for `generate`.
+
+    Raises: ValueError for logits that are not finite, another shape or another number; TypeError for other types.
     """
+    check_shapes(logits=(logits, "V"))
+    check_dtype("logits", logits, FLOATS)
+    _check_sampling(temperature, top_k, top_p)
     if not logits.isfinite().all():
         raise ValueError("logits must be finite, got NaN or infinity: the model's weights may be broken")
     if temperature == 0:
@@ -297,7 +302,10 @@ def _stop_texts(stop) -> list[bytes]:
         raise TypeError(f"stop must be bytes, a str or a list of these, got {kinds}")
     if not all(texts):
         raise ValueError("stop must hold texts of at least one byte, got an empty one")
-    return [text.encode() if isinstance(text, str) else text for text in texts]
+    try:
+        return [text.encode() if isinstance(text, str) else text for text in texts]
+    except UnicodeEncodeError as error:  # a lone surrogate, as Python has for a byte of the command line
+        raise ValueError(f"stop must hold texts that UTF-8 can write, got {error.object!r}: pass bytes") from None
 
 
 def _check_prompts(prompts, longest: int) -> None:
@@ -312,6 +320,13 @@ def _check_prompts(prompts, longest: int) -> None:
             raise ValueError(
                 f"prompts must have from 1 to max_seq_len = {longest} bytes, got {len(prompt)} in prompts[{i}]"
             )
+
+
+def _check_sampling(temperature, top_k, top_p) -> None:
+    _check_number("temperature", temperature, "at least 0 and finite", lambda x: 0 <= x <= sys.float_info.max)
+    _check_number("top_p", top_p, "above 0 and at most 1", lambda x: 0 < x <= 1)
+    if top_k is not None:
+        check_count("top_k", top_k)
 
 
 def _check_number(name: str, value, wanted: str, fits: Callable[[float], bool]) -> None:

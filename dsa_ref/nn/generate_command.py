@@ -7,6 +7,7 @@ The command line of `generate`: continuations go to stdout as they come, speeds 
 
 import argparse
 import codecs
+import contextlib
 import importlib
 import os
 import pathlib
@@ -38,22 +39,30 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--captured", action="store_true", help="with --kernels on a GPU: replay CUDA graphs")
     parser.add_argument("--chunk", type=int, default=256, help="prompt bytes a pass (default %(default)s)")
     parser.add_argument("--progress", action="store_true", help="show progress though stderr is no terminal")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="where the model runs, as torch names it (default %(default)s)")  # fmt: skip
     options = parser.parse_args(arguments)
+    if sys.stdout is None or sys.stdin is None and "-" in options.prompts:
+        parser.error(f"standard {'output' if sys.stdout is None else 'input'} must be open, got a closed one")
+    if sys.stderr is None:  # closed: the text comes all the same
+        sys.stderr = pathlib.Path(os.devnull).open("w")  # noqa: SIM115 (open until the process ends)
     try:
         _write(parser, options)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # whoever read the text has enough; nothing is left to be flushed at the exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk; or whoever read the text has enough, which needs no words
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at the exit
+        with contextlib.suppress(OSError):
+            if not isinstance(error, BrokenPipeError):
+                print(f"{parser.prog}: error: standard output must be writable, got {error}", file=sys.stderr)
         sys.exit(1)
 
 
 def _write(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     prompts = [sys.stdin.buffer.read() if text == "-" else os.fsencode(text) for text in options.prompts]
     try:
-        torch.empty(0, device=options.device)
+        torch.empty(0, device=options.device).cpu()  # "meta" has no numbers
     except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
         parser.error(f"--device must be one that torch can use here, got {options.device}: {error}")
     try:
@@ -80,11 +89,11 @@ def _write(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
             samples=options.samples, chunk=options.chunk, fp8=options.fp8, captured=options.captured,
             progress=progress,
         )  # fmt: skip
-    except (ValueError, TypeError) as error:
+        began = prefilled = time.perf_counter()
+        texts = [(i, j, text) for i, text in enumerate(prompts) for j in range(options.samples)]
+        reasons = _print_in_order(generation, texts, options.echo)
+    except (ValueError, TypeError) as error:  # before any work, or from weights that give NaN
         parser.error(str(error))
-    began = prefilled = time.perf_counter()
-    texts = [(i, j, text) for i, text in enumerate(prompts) for j in range(options.samples)]
-    reasons = _print_in_order(generation, texts, options.echo)
     ended = time.perf_counter()
     for (prompt, sample), reason in sorted(reasons.items()):
         if reason == "max_seq_len":

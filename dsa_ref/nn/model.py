@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import dsa_ref
 
 from ..config import DSAConfig
-from ..contracts import check_dtype, check_queries, check_shapes
+from ..contracts import check_dtype, check_queries, check_shapes, values_readable
 from ..page_table import Batch, PageTable
 from ..paged_cache import PagedCache, SequenceCache
 from .cache import LayerCache, all_or_nothing
@@ -108,7 +108,7 @@ class SmallModel(nn.Module):
         Returns logits fp32 [T, vocab_size]. Raises as `DSALayer` does, and ValueError or TypeError for other caches.
         """
         check_shapes(tokens=(tokens, "T"))
-        check_dtype("tokens", tokens, (torch.int64,))
+        self._check_tokens(tokens)
         self._check_caches(caches)
         if positions is None:
             before = 0 if caches is None else caches[0].length
@@ -141,11 +141,13 @@ class SmallModel(nn.Module):
         Raises: as `PageTable.batch` and `DSALayer.decode` do, ValueError or TypeError for other tokens and caches.
         """
         check_shapes(tokens=(tokens, "B N"))
-        check_dtype("tokens", tokens, (torch.int64,))
+        self._check_tokens(tokens)
         self._check_paged(table, caches)
+        check_queries("tokens", tokens)
+        if not isinstance(sequences, Sequence):
+            raise TypeError(f"sequences must be a list of ints, got {type(sequences).__name__}")
         if len(tokens) != len(sequences):
             raise ValueError(f"tokens must be those of {len(sequences)} sequences, got shape {list(tokens.shape)}")
-        check_queries("tokens", tokens)
         logits = self.decode_batch(tokens, caches, table.batch(sequences, tokens.shape[1]), record)
         table.advance(sequences, tokens.shape[1])
         return logits
@@ -186,6 +188,17 @@ class SmallModel(nn.Module):
             return self.embed.weight
         return self.embed(torch.arange(self.config.vocab_size, device=next(self.parameters()).device))
 
+    def _check_tokens(self, tokens) -> None:
+        """Rows of the embedding, beside it."""
+        check_dtype("tokens", tokens, (torch.int64,))
+        device, rows = next(self.parameters()).device, self.config.vocab_size
+        if tokens.device != device:
+            raise ValueError(f"tokens must be on {device} like the model's weights, got {tokens.device}")
+        if tokens.numel() and values_readable(tokens):
+            low, high = (int(token) for token in torch.aminmax(tokens))
+            if low < 0 or high >= rows:
+                raise ValueError(f"tokens must lie in [0, vocab_size) = [0, {rows}), got {low if low < 0 else high}")
+
     def _check_caches(self, caches) -> None:
         """One cache a layer, each another one, all of the same length."""
         if caches is None:
@@ -195,6 +208,12 @@ class SmallModel(nn.Module):
         self._check_one_a_layer([cache.cache if isinstance(cache, SequenceCache) else cache for cache in caches])
         if len({cache.length for cache in caches}) > 1:
             raise ValueError(f"caches must hold the same tokens, got lengths {[cache.length for cache in caches]}")
+        paged = [cache for cache in caches if isinstance(cache, SequenceCache)]
+        if not paged:
+            return
+        if len(paged) < len(caches) or len({(id(cache.cache.table), cache.sequence) for cache in paged}) > 1:
+            raise ValueError("caches must be of one sequence of one table, or all LayerCaches, got others")
+        paged[0].cache.table.check_caches([cache.cache for cache in paged])
 
     def _check_one_a_layer(self, caches) -> None:
         if len(caches) != len(self.layers) or len({id(cache) for cache in caches}) != len(caches):
@@ -210,6 +229,7 @@ class SmallModel(nn.Module):
         self._check_one_a_layer(caches)
         if any(cache.table is not table for cache in caches):
             raise ValueError("caches must be in the pages of table, got another table's")
+        table.check_caches(caches)
 
 
 def save_small_model(model: SmallModel, path: str | pathlib.Path) -> None:

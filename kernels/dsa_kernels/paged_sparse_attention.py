@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dsa_ref.contracts import check_merge_parts, check_paged_sparse_attention, default_splits, part_length
+from dsa_ref.contracts import check_merge_parts, check_paged_sparse_attention, part_length, splits_of
 
 from . import cards
 from .index_scores import TRITON_NAMES
@@ -232,7 +232,7 @@ def paged_sparse_attention(
     check_scale_in_base_2(scale)
     check_runnable(q=q, kv_pages=kv_pages)
     (B, N, H, _), k = q.shape, slots.shape[2]
-    splits = default_splits(k) if splits is None else splits
+    splits = splits_of(k, splits)
     hopper = hopper_variant("paged_sparse_attention", variant, "hopper", q, kv_pages, slots, v_dim, splits)
     out = torch.empty(B, N, H, v_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, N, H, dtype=torch.float32, device=q.device)

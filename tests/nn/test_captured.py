@@ -113,3 +113,5 @@ def test_a_cpu_has_no_graphs():
         CapturedStep(lambda x, batch: x, table, [0], torch.zeros(1, 1, 4), dsa_ref)
     with pytest.raises(TypeError, match="x must be a torch.Tensor, got list"):
         CapturedStep(lambda x, batch: x, table, [0], [[0]], dsa_ref)
+    with pytest.raises(TypeError, match="sequences must be a list of ints, got int"):
+        CapturedStep(lambda x, batch: x, table, 0, torch.zeros(1, 1, 4), dsa_ref)

@@ -2,6 +2,7 @@
 batch; prefixes are stored once; seeds, stop texts and streaming."""
 
 import os
+import types
 
 import pytest
 import torch
@@ -98,6 +99,27 @@ def test_choose_draws_by_the_softmax():
     for bad in (torch.nan, torch.inf):
         with pytest.raises(ValueError, match="logits must be finite"):
             choose(torch.tensor([1.0, bad]))
+
+
+@pytest.mark.parametrize(
+    "given, error, message",
+    [
+        ({"logits": torch.zeros(2, 5)}, ValueError, r"logits must have shape \[V\], got \[2, 5\]"),
+        ({"logits": torch.zeros(0)}, ValueError, r"logits must have shape \[V\] with V > 0"),
+        ({"logits": [1.0, 2.0]}, TypeError, "logits must be a torch.Tensor"),
+        ({"logits": torch.zeros(5, dtype=torch.int64)}, TypeError, "logits must have dtype float64"),
+        ({"logits": torch.tensor([0.0, torch.nan])}, ValueError, "logits must be finite"),
+        ({"temperature": -1.0}, ValueError, "temperature must be at least 0"),
+        ({"temperature": float("nan")}, ValueError, "temperature must be at least 0"),
+        ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+        ({"top_k": -1}, ValueError, "top_k must be at least 1, got -1"),
+        ({"top_p": 0.0}, ValueError, "top_p must be above 0"),
+        ({"top_p": 2.0}, ValueError, "top_p must be above 0 and at most 1, got 2.0"),
+    ],
+)
+def test_choose_refuses_what_generate_refuses(given, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        choose(**{"logits": torch.zeros(5), "temperature": 1.0} | given)
 
 
 def pieces_of(model, prompts, tokens, **options):
@@ -293,6 +315,7 @@ BAD = [
     ("stop", {"stop": 10}, TypeError, "bytes, a str or a list of these, got int"),
     ("stop", {"stop": [b"a", 10]}, TypeError, "got list of bytes, int"),
     ("stop", {"stop": [b"a", ""]}, ValueError, "at least one byte, got an empty one"),
+    ("stop", {"stop": "\udcff"}, ValueError, r"texts that UTF-8 can write, got '\\udcff': pass bytes"),
     ("captured", {"captured": 1}, TypeError, "a bool, got 1"),
     ("fp8", {"fp8": 1}, TypeError, "a bool, got 1"),
     ("progress", {"progress": 1}, TypeError, "a function of two ints or None, got int"),
@@ -313,3 +336,7 @@ def test_models_that_cannot_generate(model):
         generate(SmallModel(ModelConfig(n_layers=1, vocab_size=300, attention=dsa_ref.TINY)), [b"a"], 1)
     with pytest.raises(ValueError, match="config must have index_fp8 = True"):
         generate(model_of(index_fp8=False), [b"a"], 1)
+    four = ("rope", "rotate_quantize", "lightning_select", "sparse_attention")
+    few = types.SimpleNamespace(**{name: getattr(dsa_ref, name) for name in four})
+    with pytest.raises(TypeError, match="model must have ops with paged_select, paged_sparse_attention to decode"):
+        generate(model_of(few), [b"a"], 1)

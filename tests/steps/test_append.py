@@ -193,10 +193,12 @@ WRONG_INDEX = [
     ("slots", lambda x: x[1:], "slots must have shape \\[T\\] with T = 6"),
     ("index_pages", lambda x: x[:, 1:], "index_pages must have"),
     ("index_pages", lambda x: x[0], "index_pages must have shape"),
-    ("k", lambda x: x.masked_fill(x == x[2, 2], torch.nan), "must be finite, got NaN or infinity"),
+    ("k", lambda x: x.masked_fill(x == x[2, 2], torch.nan), "^k must be finite, got NaN or infinity"),
+    ("index_pages", lambda x: x[:1].expand(3, -1), "index_pages must (have memory of its own|be contiguous)"),
     ("k", lambda x: x[:, :12], "with Di = 12"),
     ("weight", lambda x: x[1:], "weight must have shape \\[Di\\] with Di = 16"),
     ("eps", lambda x: 0.0, "eps must be positive and finite"),
+    ("eps", lambda x: 10**400, "eps must be positive and finite"),  # larger than any float
     ("layout", lambda x: "both", "layout must be one of"),
     ("freqs", lambda x: x.repeat(3), "freqs must have at most D/2"),
 ]
@@ -227,7 +229,8 @@ def test_bad_index_keys_are_refused_and_nothing_is_written(ops, device, name, ch
     [
         ("slots", lambda x: x * 0, "slots must be distinct"),
         ("slots", lambda x: x - 15, "slots must lie in"),
-        ("rows", lambda x: x.masked_fill(x == x[2, 2], torch.inf), "must be finite"),
+        ("rows", lambda x: x.masked_fill(x == x[2, 2], torch.inf), "^rows must be finite"),
+        ("kv_pages", lambda x: x[:1].expand(3, -1, -1), "kv_pages must (have memory of its own|be contiguous)"),
         ("rows", lambda x: x[:, 1:], "rows must have D = v_dim \\+ R = 14 \\+ 8 columns, got 21"),
         ("kv_pages", lambda x: x[..., 1:], "kv_pages must have rows of"),
         ("weight", lambda x: x[1:], "rows must have D"),
@@ -248,7 +251,7 @@ def test_bad_latents_are_refused_and_nothing_is_written(ops, device, name, chang
 
 def test_bad_queries_and_places_are_refused(ops, device):
     q, w, positions = normal(3, 2, 16, device=device), normal(3, 2, device=device), places(3, device)[1]
-    with pytest.raises(ValueError, match="must be finite"):
+    with pytest.raises(ValueError, match="^q must be finite"):
         ops.index_queries(q / 0, w, positions, freqs(8, device))
     with pytest.raises(ValueError, match="w must have shape"):
         ops.index_queries(q, w[:, 1:], positions, freqs(8, device))
@@ -256,6 +259,8 @@ def test_bad_queries_and_places_are_refused(ops, device):
         ops.index_queries(q, w.bfloat16(), positions, freqs(8, device))
     with pytest.raises(ValueError, match="freqs must have R/2 = 8 entries, got 4"):
         ops.turn_into(q.clone(), q, positions, freqs(8, device), "half")
+    with pytest.raises(ValueError, match="out must have memory of its own for each place"):
+        ops.turn_into(q[:, :1].expand(3, 2, 16), q, positions, freqs(16, device), "half")
     with pytest.raises(ValueError, match="weight must have shape"):
         ops.head_weights(q[:, 0], w)
     with pytest.raises(ValueError, match="weight must have shape"):
@@ -264,7 +269,9 @@ def test_bad_queries_and_places_are_refused(ops, device):
     lengths, sequences = torch.tensor([3, 7], dtype=torch.int32, device=device), torch.tensor([0, 1], device=device)
     for change, message in (
         ({"N": 2}, "lengths must lie in|table must have pages"),
-        ({"N": 0}, "N must be at least 1"),
+        ({"N": 0}, r"N must be in \[1, 8\], got 0"),
+        ({"N": 9}, r"N must be in \[1, 8\], got 9"),
+        ({"page_size": 10**30}, "page_size must be an int64, got 1000"),
         ({"sequences": sequences + 1}, "sequences must lie in \\[0, 2\\)"),
         ({"lengths": lengths + 1}, "lengths must lie in \\[0, 7\\] for N = 1 more, got 8"),
         ({"table": table - 5}, "table must have pages for the next N tokens"),

@@ -317,6 +317,19 @@ def test_splits_and_only_splits_choose_the_bits(ops, device):
     assert not torch.equal(one[0], wanted[0])  # else this test shows nothing
 
 
+@pytest.mark.rungs("reference", "kernels")
+def test_parts_that_have_no_place_take_no_memory(ops, device):
+    q, kv_pages = normal(1, 2, 3, 24, device=device), normal(5, 64, 24, seed=1, device=device)
+    for k in (7, 130):
+        slots = random_slots(1, 2, k, 5 * 64, device=device)
+        wanted = ops.paged_sparse_attention(q, kv_pages, slots, 0.3, 16, -(-k // 64))
+        for splits in (16, 10**9):
+            for got, part in zip(ops.paged_sparse_attention(q, kv_pages, slots, 0.3, 16, splits), wanted, strict=True):
+                assert_same_bits(got, part)
+    with pytest.raises(ValueError, match="splits must be an int64, got 1000"):
+        ops.paged_sparse_attention(q, kv_pages, slots, 0.3, 16, 10**30)
+
+
 @pytest.mark.rungs("reference")
 def test_nan_among_the_scores_is_refused(ops, device):
     """In the one row that sees it: row 3 of [B · N] is sequence 1's newer query."""

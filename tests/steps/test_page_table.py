@@ -232,6 +232,8 @@ REFUSED = [  # a call of a table, error, message
     (lambda t: t.length(3), ValueError, "sequence must be one that"),
     (lambda t: t.free(3), ValueError, "sequence must be one that"),
     (lambda t: t.fork(3), ValueError, "sequence must be one that"),
+    (lambda t: t.check_batch(None), TypeError, "batch must be a Batch, got NoneType"),
+    (lambda t: t.check_batch(new_table()[0]), TypeError, "batch must be a Batch, got PageTable"),
     (lambda t: PagedCache(t, TINY), ValueError, "table must have no sequences yet"),
 ]
 
@@ -247,6 +249,44 @@ def test_what_is_refused_changes_nothing(call, error, message):
     assert table.free_pages == 0
 
 
+def lose_by_truncating(table, sequence, other):
+    table.truncate(sequence, 5)
+
+
+def lose_by_ending(table, sequence, other):
+    """Another sequence of the same number and length."""
+    table.free(sequence)
+    assert table.new() == sequence
+    table.reserve(sequence, 5)
+    table.advance([sequence], 5)
+
+
+def lose_by_copying(table, sequence, other):
+    """The page that the batch would write to stays with the fork."""
+    table.fork(sequence)
+    table.reserve(sequence, 3)
+
+
+@pytest.mark.parametrize("lose", (lose_by_truncating, lose_by_ending, lose_by_copying))
+def test_a_batch_from_before_pages_were_lost_is_refused(lose):
+    """Its slots are another sequence's by now, though this one is as long as before and has pages again."""
+    table, _ = new_table()
+    sequence, other = table.new(), table.new()
+    table.reserve(sequence, 5)
+    table.advance([sequence], 5)
+    old = table.batch([sequence], 4)
+    table.check_batch(old)
+    table.reserve(sequence, 9)  # more pages take nothing away
+    table.check_batch(old)
+    lose(table, sequence, other)
+    theirs = table.batch([other], 4).slots
+    new = table.batch([sequence], 4)
+    assert not torch.equal(new.slots, old.slots) or not set(theirs.tolist()) & set(old.slots.tolist())
+    with pytest.raises(ValueError, match=f"batch must be made after sequence {sequence} gave pages back"):
+        table.check_batch(old)
+    table.check_batch(new)
+
+
 def test_no_sequence_is_left():
     table, caches = full_pool()
     table.new()
@@ -258,10 +298,13 @@ def test_no_sequence_is_left():
 
 
 @pytest.mark.parametrize("name", ("pages", "sequences", "max_length", "page_size"))
-@pytest.mark.parametrize("value, error", [(0, ValueError), (2.0, TypeError), (True, TypeError)])
+@pytest.mark.parametrize("value, error", [(0, ValueError), (2.0, TypeError), (True, TypeError), (10**30, ValueError)])
 def test_sizes(name, value, error):
     sizes = {"pages": 2, "sequences": 1, "max_length": 8, "page_size": 4}
     with pytest.raises(error, match=rf"{name} must be"):
         dsa_ref.PageTable(**sizes | {name: value})
     with pytest.raises(ValueError, match=r"pages must hold fewer than 2\^31 tokens"):
         dsa_ref.PageTable(**sizes | {"pages": 1 << 29})
+    for name in ("sequences", "max_length"):  # lengths and page tables are int32
+        with pytest.raises(ValueError, match=rf"{name} must be in \[1, 2147483647\], got 2147483648"):
+            dsa_ref.PageTable(**sizes | {name: 1 << 31})

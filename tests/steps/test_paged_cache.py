@@ -1,7 +1,9 @@
 """A layer's pools, and one sequence of them beside a LayerCache that got the same rows."""
 
 import contextlib
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -182,6 +184,7 @@ def test_autocast_widens_as_a_layer_cache_does():
 KV, K_IDX, K_SCALE = rows(2)
 LEARNS = KV.clone().requires_grad_()
 NAN = KV.clone().index_fill(1, torch.tensor([31]), torch.nan)
+INFINITE = KV.clone().index_fill(1, torch.tensor([39]), torch.inf)  # in a column that FP8 rows keep as bf16
 BAD = [  # options, rows, error, message
     ({}, (KV[:, 1:], K_IDX, K_SCALE), ValueError, "kv must have rows of 40, got 39"),
     ({}, (KV.half(), K_IDX, K_SCALE), TypeError, "kv must have dtype float32, got float16"),
@@ -194,6 +197,16 @@ BAD = [  # options, rows, error, message
     ({"indexer": False}, (KV, K_IDX, K_SCALE), ValueError, "k_idx must be None in a cache made with indexer=False"),
     ({}, (LEARNS, K_IDX, K_SCALE), ValueError, "kv must not require a gradient"),
     ({"fp8": True}, (NAN, K_IDX, K_SCALE), ValueError, "kv must be finite in its first v_dim columns"),
+    (
+        {"fp8": True},
+        (INFINITE, K_IDX, K_SCALE),
+        ValueError,
+        "kv must be finite, got NaN or infinity in the rows of new",
+    ),
+    ({}, (NAN, K_IDX, K_SCALE), ValueError, "kv must be finite, got NaN or infinity in the rows of new tokens"),
+    ({"indexer": False}, (INFINITE, None, None), ValueError, "kv must be finite, got NaN or infinity"),
+    ({}, (KV, NAN[:, -16:].to(K_IDX.dtype), K_SCALE), ValueError, "k_idx must be finite"),
+    ({}, (KV, K_IDX, K_SCALE * torch.inf), ValueError, "k_scale must be finite"),
     ({}, rows(31), ValueError, "cache must have room for 31 more tokens: tokens must fit max_length = 30, got 0 held"),
     ({"pages": 4}, rows(9), ValueError, "cache must have room for 9 more tokens: tokens must fit the pages that are"),
     ({}, ([1.0], K_IDX, K_SCALE), TypeError, "kv must be a torch.Tensor"),
@@ -253,3 +266,34 @@ def test_bad_lengths(length, error):
     for sequence, error in ((2, ValueError), (3, ValueError), ("0", TypeError)):
         with pytest.raises(error, match="sequence must be"):
             cache.sequence(sequence)
+
+
+def test_a_sequence_that_has_ended():
+    table, (cache,), (paged,) = make()
+    paged.append(*rows(5))
+    table.free(paged.sequence)
+    free = table.free_pages
+    for call in (
+        lambda: paged.append(*rows(1)),
+        lambda: paged.check_room(1),
+        lambda: paged.truncate(0),
+        lambda: setattr(paged, "length", 0),
+        lambda: cache.rows(paged.sequence),
+    ):
+        with pytest.raises(ValueError, match="sequence must be one that new or fork gave and free did not end"):
+            call()
+    assert (table.free_pages, cache.filled[paged.sequence]) == (free, 0)
+
+
+def test_copies_and_pickles():
+    """Of a table, its caches and one sequence: they belong together, and go on by themselves."""
+    table, (cache,), (paged,) = make()
+    paged.append(*rows(5))
+    one, fork = paged.sequence, table.fork(paged.sequence)
+    for copied in (copy.deepcopy((table, paged)), pickle.loads(pickle.dumps((table, paged)))):
+        twin, theirs = copied
+        assert theirs.cache.table is twin and theirs.length == 5 and theirs.k_idx.dtype == paged.k_idx.dtype
+        got = theirs.append(*rows(3, seed=1))
+        assert [len(part) for part in got] == [8] * 3 and torch.equal(got[0][:5], cache.rows(one)[0])
+        assert torch.equal(theirs.cache.rows(fork)[0], cache.rows(fork)[0])
+        assert (table.length(one), paged.length, twin.length(one), twin.length(fork)) == (5, 5, 8, 5)

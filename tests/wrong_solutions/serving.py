@@ -65,6 +65,18 @@ def sizes_of_v32_always(lengths, k, index_bytes, kv_bytes):
     return sum(each(lengths, 2048, 132, 656)), dense(lengths, kv_bytes)
 
 
+@wrong("step_bytes", "batch")
+def equal_lengths_once(lengths, k, index_bytes, kv_bytes):
+    return sum(each(set(lengths), k, index_bytes, kv_bytes)), dense(lengths, kv_bytes)
+
+
+@wrong("step_bytes", "batch")
+def no_indexer_where_all_are_selected(lengths, k, index_bytes, kv_bytes):
+    """A sequence of k tokens exactly; shorter ones are right."""
+    dsa = sum((0 if L == k else index_bytes * L) + kv_bytes * min(k, L) for L in lengths)
+    return dsa, dense(lengths, kv_bytes)
+
+
 @wrong("step_bytes", "short context")
 def k_rows_always(lengths, k, index_bytes, kv_bytes):
     return sum(index_bytes * L + kv_bytes * k for L in lengths), dense(lengths, kv_bytes)
@@ -220,6 +232,34 @@ def divided_with_a_fraction(positions, page_table, page_size):
     return (page * page_size + place / page_size * page_size).masked_fill(positions < 0, -1)
 
 
+@wrong("slots_of", "page and place")
+def sixteen_bits(positions, page_table, page_size):
+    """Right in a pool of up to 512 pages of 64."""
+    page, place = looked_up(positions, page_table, page_size)
+    return (page * page_size + place).masked_fill(positions < 0, -1).to(torch.int16)
+
+
+@wrong("slots_of", "page and place")
+def through_fp32(positions, page_table, page_size):
+    """Right up to slot 2^24."""
+    page, place = looked_up(positions, page_table, page_size)
+    return (page.float() * page_size + place).long().masked_fill(positions < 0, -1)
+
+
+@wrong("slots_of", "page and place")
+def positions_taken_for_sorted(positions, page_table, page_size):
+    """One walk through the table, which never turns back."""
+    slots = torch.full(positions.shape, -1, dtype=torch.int64)
+    for b, row in enumerate(positions.tolist()):
+        page = 0
+        for i, position in enumerate(row):
+            while position >= (page + 1) * page_size:
+                page += 1
+            if position >= 0:
+                slots[b, i] = int(page_table[b, page]) * page_size + position - page * page_size
+    return slots
+
+
 @wrong("slots_of", "own table")
 def the_first_ones_table(positions, page_table, page_size):
     page, place = looked_up(positions, page_table[:1].repeat(len(positions), 1), page_size)
@@ -317,6 +357,13 @@ def no_scale(q_idx, w, index_pages, table, length, page_size):
 def no_relu(q_idx, w, index_pages, table, length, page_size):
     keys, scales = unpacked(index_pages, used(table), page_size, q_idx.shape[1])
     return placed(w @ (q_idx.float() @ keys.T) * scales, table, page_size, length)
+
+
+@wrong("paged_scores", "one page")
+def the_scales_exponent_alone(q_idx, w, index_pages, table, length, page_size):
+    """Right for powers of two."""
+    keys, scales = unpacked(index_pages, used(table), page_size, q_idx.shape[1])
+    return placed(scored(q_idx, w, keys, scales.log2().floor().exp2()), table, page_size, length)
 
 
 @wrong("paged_scores", "one page")
@@ -486,6 +533,31 @@ def one_shift_for_all_heads(outs, lses):
     return weighted(outs, share / share.sum(dim=0)), lses.max() + share.sum(dim=0).log()
 
 
+def merged(outs, lses, shift):
+    """Right in exact arithmetic, whatever finite number the shift is."""
+    share = (lses - shift).exp()
+    total = share.sum(dim=0)
+    lse = torch.where(total > 0, shift + total.log(), -torch.inf)
+    return weighted(written(outs, lses), share / torch.where(total > 0, total, 1.0)), lse
+
+
+@wrong("merge_splits", "large lse")
+def shifted_by_the_first_parts_lse(outs, lses):
+    return merged(outs, lses, lses[0].masked_fill(lses[0] == -torch.inf, 0.0))
+
+
+@wrong("merge_splits", "large lse")
+def shifted_by_the_mean_lse(outs, lses):
+    there = lses > -torch.inf
+    return merged(outs, lses, lses.masked_fill(~there, 0.0).sum(dim=0) / there.sum(dim=0).clamp(min=1))
+
+
+@wrong("merge_splits", "large lse")
+def shifted_by_the_smallest_lse(outs, lses):
+    smallest = lses.masked_fill(lses == -torch.inf, torch.inf).amin(dim=0)
+    return merged(outs, lses, smallest.masked_fill(smallest == torch.inf, 0.0))
+
+
 @wrong("merge_splits", "empty part")
 def nan_times_zero(outs, lses):
     share, largest = shares(lses)
@@ -505,6 +577,14 @@ def mean_where_a_part_is_empty(outs, lses):
 @wrong("merge_splits", "all empty")
 def nan_where_all_are_empty(outs, lses):
     return weighted(written(outs, lses), lses.softmax(dim=0)), torch.logsumexp(lses, dim=0)
+
+
+@wrong("merge_splits", "all empty")
+def one_part_handed_on(outs, lses):
+    """Nothing to merge, but its out may never have been written."""
+    if len(outs) == 1:
+        return outs[0], lses[0]
+    return merged(outs, lses, lses.amax(dim=0).masked_fill(lses.amax(dim=0) == -torch.inf, 0.0))
 
 
 @wrong("merge_splits", "all empty")

@@ -85,7 +85,7 @@ def step_bytes_short_context(solution):
 
 @step_bytes.property("batch")
 def step_bytes_batch(solution):
-    for lengths, k, index_bytes, kv_bytes in (([100, 131_072, 3000], 2048, 132, 656), ([7, 301, 64, 8], 8, 36, 112)):
+    for lengths, k, index_bytes, kv_bytes in (([100, 131_072, 3000], 2048, 132, 656), ([7, 301, 64, 7, 8], 8, 36, 112)):
         B, longest = len(lengths), max(lengths)
         suspects = {
             "every sequence was counted as long as the longest": B * _dsa([longest], k, index_bytes, kv_bytes),
@@ -93,6 +93,7 @@ def step_bytes_batch(solution):
             "the mean length was taken: min(k, length) is no straight line": B
             * _dsa([sum(lengths) / B], k, index_bytes, kv_bytes),
             "only the first sequence was counted": _dsa(lengths[:1], k, index_bytes, kv_bytes),
+            "sequences of the same length were counted once": _dsa(set(lengths), k, index_bytes, kv_bytes),
         }
         expected = _dsa(lengths, k, index_bytes, kv_bytes)
         cause = "sum over the sequences, each with its own length and its own min(k, length)"
@@ -110,10 +111,12 @@ MERGES = ((1, 3, 4, (5, 9, 2)), (2, 1, 3, (1, 30)), (3, 2, 5, (4, 4, 4, 4, 4)), 
 def _parts(seed, H, V, sizes, shift=0.0, empty=()):
     """(outs [n, H, V], lses [n, H]) of the parts, and (out, lse) of all keys. empty: (part, head) pairs without keys.
 
+    shift: of the logits, a number, [H, 1], or a tuple of these, which the parts take from its beginning.
     The out of a part without keys is NaN: nobody wrote it.
     """
     f64 = {"dtype": torch.float64}
-    logits = [normal(H, n, seed=seed + i, **f64) + shift for i, n in enumerate(sizes)]
+    shifts = shift if isinstance(shift, tuple) else [shift] * len(sizes)
+    logits = [normal(H, n, seed=seed + i, **f64) + shifts[i] for i, n in enumerate(sizes)]
     values = [normal(n, V, seed=seed + 10 + i, **f64) for i, n in enumerate(sizes)]
     for part, head in empty:
         logits[part][head] = -torch.inf
@@ -174,7 +177,8 @@ def merge_splits_weights(solution):
 
 @merge_splits.property("large lse")
 def merge_splits_large_lse(solution):
-    for shift in (1000.0, -1000.0, torch.tensor([[1000.0], [0.0], [-1000.0]], dtype=torch.float64)):
+    heads = torch.tensor([[1000.0], [0.0], [-1000.0]], dtype=torch.float64)
+    for shift in (1000.0, -1000.0, heads, (heads, 0.0, -heads)):  # the last one: another shift in each part
         for seed, sizes in ((6, (5, 9, 2)), (7, (1, 30))):
             cause = "exp(lse) overflows or vanishes: subtract each head's largest lse first"
             _expect_merged(solution, _parts(seed, 3, 4, sizes, shift), cause)
@@ -189,7 +193,7 @@ def merge_splits_empty_part(solution):
 
 @merge_splits.property("all empty")
 def merge_splits_all_empty(solution):
-    for heads in ((1,), (0, 1, 2)):
-        empty = [(part, head) for part in range(3) for head in heads]
+    for heads, sizes in (((1,), (5, 9, 2)), ((0, 1, 2), (5, 9, 2)), ((0, 2), (7,))):
+        empty = [(part, head) for part in range(len(sizes)) for head in heads]
         cause = "where no part saw a key the result is 0 and -inf: -inf minus -inf is NaN, so subtract 0 there"
-        _expect_merged(solution, _parts(9, 3, 4, (5, 9, 2), empty=empty), cause)
+        _expect_merged(solution, _parts(9, 3, 4, sizes, empty=empty), cause)

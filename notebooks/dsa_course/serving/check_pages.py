@@ -132,8 +132,9 @@ def _tables(seed, B, P, pages, used=None):
 
 
 def _positions(seed, B, k, lengths):
+    """Positions in no order, as a fast selection may give them."""
     rng = np.random.default_rng(seed + 10)
-    rows = [np.sort(rng.permutation(L)[:k]) for L in lengths]
+    rows = [rng.permutation(L)[:k] for L in lengths]
     return torch.from_numpy(np.stack([np.pad(row, (0, k - len(row)), constant_values=-1) for row in rows])).int()
 
 
@@ -156,13 +157,18 @@ def _expect_slots(solution, positions, table, page_size, cause, suspects=None):
 @slots_of.property("page and place")
 def slots_of_page_and_place(solution):
     page_size = 64
-    for seed, P, k in ((1, 5, 11), (2, 1, 37), (3, 3, 1)):
-        table = _tables(seed, 1, P, 9)
+    for seed, P, k, pages in ((1, 5, 11, 9), (2, 1, 37, 9), (3, 3, 1, 9), (4, 5, 11, 1 << 20)):
+        table = _tables(seed, 1, P, pages)
         positions = _positions(seed, 1, k, [P * page_size])
         there = positions.long()
         page = table.long().gather(1, there // page_size)
         last = (there // page_size).clamp(max=P - 1)
+        slots = page * page_size + there % page_size
         suspects = {
+            "slots of a large pool do not fit fp32, which holds whole numbers up to 2^24: stay with int64": (
+                page.float() * page_size + there % page_size
+            ),
+            "slots of a large pool do not fit 16 bits: stay with int64": slots.to(torch.int16),
             "the page table was not used: a slot is a place in the pool, not in the sequence": there,
             "the page's id was not multiplied by the page size": page + there % page_size,
             "the place in the page is missing": page * page_size,
@@ -225,7 +231,8 @@ class _Sequence:
         self.w = whole(Hi, seed=seed + 1) + 0.5
         pages = 2 * P + 1
         self.k_idx = whole(pages * page_size, Di, seed=seed + 2).to(torch.float8_e4m3fn)  # by slot
-        self.k_scale = torch.from_numpy(2.0 ** rng.integers(-3, 4, pages * page_size)).float()
+        scales = rng.choice([1.0, 0.75], pages * page_size) * 2.0 ** rng.integers(-3, 4, pages * page_size)
+        self.k_scale = torch.from_numpy(scales).float()  # not all powers of two: any fp32 number is one
         self.used = -(-length // page_size)
         self.table = torch.full((P,), -1, dtype=torch.int32)
         self.table[: self.used] = torch.from_numpy(rng.permutation(pages - 1)[: self.used]).int()
