@@ -4,8 +4,9 @@ Schedule: the tiles of all sequences stand in one row, tile after tile, and ever
 Where a stretch begins follows from a running sum of the lengths, which each program makes for itself. So sequences of
 any lengths keep all multiprocessors equally busy, the grid is a function of the shapes alone, and no kernel has to plan
 first. A program loads q and w of a sequence once, then walks over tiles of BK keys, some stages of which are on their
-way: page number from the table, BK · Di values, BK scales. As in `index_scores`, keys lie on the rows of the product
-and (query, head) pairs on its columns, so that the sum over heads stays in a thread's registers.
+way: page number from the table, BK · Di values (by TMA where `by_tma` says so), BK scales. For a sequence that is ALONE
+in its batch there is nothing to search, and q and w are loaded while its length is. As in `index_scores`, keys lie on
+the rows of the product and (query, head) pairs on its columns: the sum over heads stays in a thread's registers.
 
 Bytes: 132 of the cache a key, read once for all N queries of the sequence, and 4 written a score. FLOPs: 16,384 a score
 in V3.2, so that up to two queries a sequence are bound by memory.
@@ -14,6 +15,7 @@ in V3.2, so that up to two queries a sequence are bound by memory.
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsa_ref.contracts import check_paged_index_scores
 
@@ -23,6 +25,7 @@ from .rounding import operand
 from .runtime import INTERPRETED, check_runnable, dot_dtype, multiprocessors
 
 SIDE_BY_SIDE = {1: 4, 2: 3}  # programs on a multiprocessor at once, by their queries; 2 of more
+SIDE_BY_SIDE_WITH_TMA = {1: 5, 2: 4}  # which needs fewer registers
 REGISTERS = 65536  # of a multiprocessor
 
 
@@ -43,57 +46,80 @@ def scales_of(word_ptr, byte_ptr, page, row, STRIDE: tl.constexpr, VALUES: tl.co
 
 
 @triton.jit
+def queries_of(b, of_query, h, q_ptr, w_ptr, Hi, Di, N: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr):
+    """qᵀ [DP, (query, head) pairs] and w of sequence b; 0 for pairs that there are not."""
+    real = (h < Hi) & (of_query < N)
+    d = tl.arange(0, DP)
+    pair = (b * N + of_query) * Hi + h
+    q = tl.load(q_ptr + pair[:, None] * Di + d[None, :], real[:, None] & (d < Di)[None, :], 0.0)
+    return tl.trans(operand(q, DOT)), tl.load(w_ptr + pair, real, 0.0)
+
+
+@triton.jit
+def stretch(total):
+    """(first, last) of the tiles that belong to this program, of `total` in all."""
+    tile = tl.program_id(0) * total.to(tl.int64) // tl.num_programs(0)
+    last = (tl.program_id(0) + 1) * total.to(tl.int64) // tl.num_programs(0)
+    return tile.to(tl.int32), last.to(tl.int32)
+
+
+@triton.jit
 def _paged_index_scores(
-    q_ptr, w_ptr, value_ptr, word_ptr, byte_ptr, table_ptr, len_ptr, out_ptr, zero_ptr, B, P, stride, Hi, Di, zeros,
+    q_ptr, w_ptr, values, word_ptr, byte_ptr, table_ptr, len_ptr, out_ptr, zero_ptr, B, P, stride, Hi, Di, zeros,
     N: tl.constexpr, NQ: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
     PAGE: tl.constexpr, STRIDE: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr, WHOLE: tl.constexpr,
-    FILL: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, ALONE: tl.constexpr, FILL: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    if tl.program_id(1) == 0:  # counters of whoever comes next
-        for i0 in range(tl.program_id(0) * 1024, zeros, tl.num_programs(0) * 1024):
-            i = i0 + tl.arange(0, 1024)
-            tl.store(zero_ptr + i, tl.zeros([1024], tl.int32), i < zeros)
     S = P * PAGE
-    each = tl.arange(0, BP)
-    lengths = tl.minimum(tl.load(len_ptr + each, each < B, 0), S)
-    tiles = (tl.maximum(lengths, 0) + (BK - 1)) // BK
-    ends = tl.cumsum(tiles, 0)
-    total = tl.sum(tiles, 0).to(tl.int64)
-    tile = (tl.program_id(0) * total // tl.num_programs(0)).to(tl.int32)
-    last = ((tl.program_id(0) + 1) * total // tl.num_programs(0)).to(tl.int32)
-
     n0 = tl.program_id(1) * NQ
     n = n0 + tl.arange(0, NQ)
     column = tl.arange(0, NQ * HP)  # (query, head) pairs
     h, of_query = column % HP, n0 + column // HP
-    real = (h < Hi) & (of_query < N)
     d = tl.arange(0, DP)
     key = tl.arange(0, BK)
+    each = tl.arange(0, BP)
+    if ALONE:  # q, w and the length are on their way at once
+        q, w = queries_of(0, of_query, h, q_ptr, w_ptr, Hi, Di, N, DP, DOT)
+        length = tl.minimum(tl.load(len_ptr), S)
+        tiles = (tl.maximum(length, 0) + (BK - 1)) // BK
+        tile, last = stretch(tiles)
+    else:
+        lengths = tl.minimum(tl.load(len_ptr + each, each < B, 0), S)
+        tiles = (tl.maximum(lengths, 0) + (BK - 1)) // BK
+        ends = tl.cumsum(tiles, 0)
+        tile, last = stretch(tl.sum(tiles, 0))
+    if tl.program_id(1) == 0:  # counters of whoever comes next
+        for i0 in range(tl.program_id(0) * 1024, zeros, tl.num_programs(0) * 1024):
+            i = i0 + tl.arange(0, 1024)
+            tl.store(zero_ptr + i, tl.zeros([1024], tl.int32), i < zeros)
+
     while tile < last:
-        # The sequence this tile belongs to, its tiles in this program's stretch, and its queries.
-        b = tl.sum((ends <= tile).to(tl.int32), 0)
-        before = tl.max(tl.where(ends <= tile, ends, 0), 0)
-        stop = tl.minimum(last, tl.min(tl.where(ends > tile, ends, 2147483647), 0))
-        length = tl.minimum(tl.load(len_ptr + b), S)
-        pair = (b.to(tl.int64) * N + of_query) * Hi + h
-        q = tl.load(q_ptr + pair[:, None] * Di + d[None, :], real[:, None] & (d < Di)[None, :], 0.0)
-        q = tl.trans(operand(q, DOT))
-        w = tl.load(w_ptr + pair, real, 0.0)
-        out = out_ptr + (b.to(tl.int64) * N + n) * stride
+        if ALONE:
+            b, before, stop, out = 0, 0, last, out_ptr + n * stride
+        else:  # the sequence this tile belongs to, its tiles in this program's stretch, and its queries
+            b = tl.sum((ends <= tile).to(tl.int32), 0)
+            before = tl.max(tl.where(ends <= tile, ends, 0), 0)
+            stop = tl.minimum(last, tl.min(tl.where(ends > tile, ends, 2147483647), 0))
+            length = tl.minimum(tl.load(len_ptr + b), S)
+            q, w = queries_of(b.to(tl.int64), of_query, h, q_ptr, w_ptr, Hi, Di, N, DP, DOT)
+            out = out_ptr + (b.to(tl.int64) * N + n) * stride
         for i in tl.range(tile - before, stop - before, num_stages=STAGES):
             s = i * BK + key
             if PAGE % BK == 0:  # a tile lies within a page
-                page = tl.load(table_ptr + b * P + i * BK // PAGE).to(tl.int64)
+                page = tl.load(table_ptr + b * P + i * BK // PAGE)
                 row = i * BK % PAGE + key
             else:
-                page = tl.load(table_ptr + b * P + s // PAGE, s < length, 0).to(tl.int64)
+                page = tl.load(table_ptr + b * P + s // PAGE, s < length, 0)
                 row = s % PAGE
-            k_ptrs = value_ptr + ((page * STRIDE + row * Di)[:, None] + d[None, :])
-            if WHOLE:
-                k = tl.load(k_ptrs)
+            if TMA:
+                k = tl.reshape(values.load([page, i * BK % PAGE, 0]), [BK, DP])
             else:
-                k = tl.load(k_ptrs, (d < Di)[None, :], 0.0)
-            scale = scales_of(word_ptr, byte_ptr, page, row, STRIDE, VALUES, WORDS)
+                k_ptrs = values + ((page.to(tl.int64) * STRIDE + row * Di)[:, None] + d[None, :])
+                if WHOLE:
+                    k = tl.load(k_ptrs)
+                else:
+                    k = tl.load(k_ptrs, (d < Di)[None, :], 0.0)
+            scale = scales_of(word_ptr, byte_ptr, page.to(tl.int64), row, STRIDE, VALUES, WORDS)
             dots = tl.dot(operand(k, DOT), q, input_precision="ieee")
             weighted = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None, :]
             scores = tl.sum(tl.reshape(weighted, [BK, NQ, HP]), axis=2) * scale[:, None]
@@ -104,18 +130,23 @@ def _paged_index_scores(
             tl.store(out[None, :] + s[:, None], scores, seen & (n < N)[None, :])
         tile = stop
     if FILL:  # what lies behind the last tile of each sequence, shared evenly too
-        behind = tl.where(each < B, (S + (BK - 1)) // BK - tiles, 0)
-        ends = tl.cumsum(behind, 0)
-        total = tl.sum(behind, 0).to(tl.int64)
-        tile = (tl.program_id(0) * total // tl.num_programs(0)).to(tl.int32)
-        last = ((tl.program_id(0) + 1) * total // tl.num_programs(0)).to(tl.int32)
+        every = (S + (BK - 1)) // BK
+        if ALONE:
+            tile, last = stretch(every - tiles)
+        else:
+            behind = tl.where(each < B, every - tiles, 0)
+            ends = tl.cumsum(behind, 0)
+            tile, last = stretch(tl.sum(behind, 0))
         nothing = tl.full([BK, NQ], float("-inf"), tl.float32)
         while tile < last:
-            b = tl.sum((ends <= tile).to(tl.int32), 0)
-            before = tl.max(tl.where(ends <= tile, ends, 0), 0)
-            first = tl.sum(tl.where(each == b, tiles, 0), 0)
-            s = (first + tile - before) * BK + key
-            out = out_ptr + (b.to(tl.int64) * N + n) * stride
+            if ALONE:
+                s = (tiles + tile) * BK + key
+                out = out_ptr + n * stride
+            else:
+                b = tl.sum((ends <= tile).to(tl.int32), 0)
+                before = tl.max(tl.where(ends <= tile, ends, 0), 0)
+                s = (tl.sum(tl.where(each == b, tiles, 0), 0) + tile - before) * BK + key
+                out = out_ptr + (b.to(tl.int64) * N + n) * stride
             tl.store(out[None, :] + s[:, None], nothing, (s < S)[:, None] & (n < N)[None, :])
             tile += 1
 
@@ -163,7 +194,7 @@ def tiles(card, N, HP, DP, loaded, multiplied):
     HP, DP: heads and dims, powers of two; loaded, multiplied: bytes of a number in memory, and in the product.
     Raises ValueError if the card has too little shared memory even for few.
     """
-    NQ, BK, stages = triton.next_power_of_2(N), 64, 10 if N == 2 else 6
+    NQ, BK, stages = triton.next_power_of_2(N), 64, 6
 
     def shared_memory():
         columns = max(16, NQ * HP)
@@ -179,6 +210,19 @@ def tiles(card, N, HP, DP, loaded, multiplied):
         else:
             raise ValueError(cards.too_wide("q_idx", f"{HP} heads of {DP} dims", shared_memory(), card))
     return NQ, BK, 8 if NQ * HP > 128 and card.capability != cards.HOPPER else 4, stages
+
+
+def by_tma(card, values, page, Di, BK):
+    """Whether TMA brings the keys, BK of one page at a time: pages are as it needs them, and the card is a Hopper.
+
+    What threads copy, asynchronously too, reaches shared memory by another path than the one by which Hopper's tensor
+    cores read it. Triton 3.7 puts a fence between them into every turn of the loop, and that fence also waits until the
+    last tile's scores are written. TMA takes the tensor cores' path, and no registers for pointers.
+    """
+    whole = page % BK == 0 and Di >= 32 and Di & (Di - 1) == 0
+    placed = values.data_ptr() % 16 == 0 and page * (Di + 4) % 16 == 0
+    here = INTERPRETED or (card.capability == cards.HOPPER and values.dtype == torch.float8_e4m3fn)
+    return whole and placed and here
 
 
 def launch(q_idx, index_pages, w, page_table, lengths, out, zeros=None, fill=False, widened=False):
@@ -201,8 +245,13 @@ def launch(q_idx, index_pages, w, page_table, lengths, out, zeros=None, fill=Fal
     else:
         NQ, BK, warps, stages = tiles(card, N, HP, DP, 1, dot_dtype(q_idx).itemsize)
         HP = max(HP, triton.cdiv(16, NQ))
+    tma = by_tma(card, values, page, Di, BK)
+    if tma:
+        values = TensorDescriptor(values, [len(values), page, Di], [page * (Di + 4), Di, 1], [1, BK, Di])
     words = page * Di % 4 == 0 and bytes_.data_ptr() % 4 == 0
-    side_by_side = SIDE_BY_SIDE.get(NQ, 2)
+    side_by_side = (SIDE_BY_SIDE_WITH_TMA if tma else SIDE_BY_SIDE).get(NQ, 2)
+    if B == 1:
+        side_by_side = min(side_by_side, 4)  # a fifth would do too little to pay for its start
     programs = min(side_by_side * multiprocessors(q_idx), triton.cdiv(B * P * page, BK))
     _paged_index_scores[(programs, triton.cdiv(N, NQ))](
         q_idx, w.contiguous(), values, bytes_.view(torch.float32) if words else bytes_, bytes_, page_table.contiguous(),
@@ -210,6 +259,7 @@ def launch(q_idx, index_pages, w, page_table, lengths, out, zeros=None, fill=Fal
         0 if zeros is None else zeros.numel(),
         N=N, NQ=NQ, HP=HP, DP=DP, BK=BK, BP=max(2, triton.next_power_of_2(B)),
         PAGE=page, STRIDE=page * (Di + 4), VALUES=page * Di, WORDS=words, WHOLE=DP == Di,
-        FILL=fill, DOT=getattr(tl, TRITON_NAMES[dot_dtype(q_idx)]), STAGES=stages, num_warps=warps,
+        TMA=tma, ALONE=B == 1, FILL=fill, DOT=getattr(tl, TRITON_NAMES[dot_dtype(q_idx)]), STAGES=stages,
+        num_warps=warps,
         maxnreg=min(255, REGISTERS // (32 * warps * side_by_side) // 8 * 8),
     )  # fmt: skip

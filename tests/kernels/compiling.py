@@ -54,12 +54,12 @@ def sparse_attention(size, dtype, variant, T=2, heads=None, S=4096):
     dsa_kernels.sparse_attention(q, kv, indices, 0.1, v_dim, variant=variant)
 
 
-def paged_index_scores(size, variant, N=1, page=64, first_byte=0):
+def paged_index_scores(size, variant, N=1, page=64, first_byte=0, B=2):
     heads, dim = INDEXER[size]
-    q, w = torch.zeros(2, N, heads, dim).to(E4M3), torch.zeros(2, N, heads)
+    q, w = torch.zeros(B, N, heads, dim).to(E4M3), torch.zeros(B, N, heads)
     pool = torch.zeros(8 * page * (dim + 4) + first_byte, dtype=torch.uint8)
-    pages, table = pool[first_byte:].view(8, -1), torch.arange(8, dtype=torch.int32).view(2, 4)
-    lengths = torch.full((2,), 4 * page, dtype=torch.int32)
+    pages, table = pool[first_byte:].view(8, -1), torch.arange(4 * B, dtype=torch.int32).view(B, 4)
+    lengths = torch.full((B,), 4 * page, dtype=torch.int32)
     dsa_kernels.paged_index_scores(q, pages, w, table, lengths, variant=variant)
 
 
@@ -141,6 +141,7 @@ CASES = [  # those with "hopper" are for cards of compute capability 9.0
         for N in (1, 4)
     ),
     (paged_index_scores, V32, "portable", 2),
+    (paged_index_scores, V32, "portable", 1, 64, 0, 1),  # one sequence
     (paged_index_scores, SMALL, "portable", 3, 5),
     (paged_index_scores, SMALL, "portable", 1, 64, 1),  # scales put together of bytes
     *((paged_select, V32, 2048, S) for S in (4096, 8192, 1 << 17, 1 << 20)),

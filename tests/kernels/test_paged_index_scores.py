@@ -94,12 +94,13 @@ def test_widened(device, poisoned):
         dsa_kernels.paged_index_scores(*inputs, variant="fast")
 
 
+@pytest.mark.parametrize("page", (16, 64))  # TMA brings keys from the larger ones
 @pytest.mark.parametrize("programs", (1, 3, 50))
-def test_however_many_programs_share_the_pages(programs, device, poisoned, monkeypatch):
+def test_however_many_programs_share_the_pages(programs, page, device, poisoned, monkeypatch):
     """The same bits, alone in the batch or not; and launch writes what is seen and nothing else."""
     module = __import__("sys").modules[public.__module__]
     monkeypatch.setattr(module, "multiprocessors", lambda tensor: programs)
-    index_pages, table, lengths, keys, scales = cache(normal, [300, 0, 5, 64, 129], 16, 32)
+    index_pages, table, lengths, keys, scales = cache(normal, [300, 0, 5, 64, 129], page, 32)
     q_idx, w = queries(normal, 5, 2, 16, 32)
     inputs = [x.to(device) for x in (q_idx, index_pages, w, table, lengths)]
     got = dsa_kernels.paged_index_scores(*inputs)
@@ -110,6 +111,17 @@ def test_however_many_programs_share_the_pages(programs, device, poisoned, monke
     out = torch.full_like(got, 7.0)
     module.launch(*inputs, out)
     assert_same_bits(out, torch.where(got == -torch.inf, 7.0, got))
+
+
+@pytest.mark.parametrize("first_byte", (1, 4))
+def test_pages_begin_at_any_byte(first_byte, device):
+    """Neither TMA nor, from an odd byte, loads of whole scales can read these."""
+    index_pages, table, lengths, _, _ = cache(normal, [200, 64], 64, 32)
+    q_idx, w = queries(normal, 2, 2, 16, 32)
+    q_idx, pages, w, table, lengths = (x.to(device) for x in (q_idx, index_pages, w, table, lengths))
+    shifted = torch.empty(pages.numel() + first_byte, dtype=torch.uint8, device=device)[first_byte:].view_as(pages)
+    got = dsa_kernels.paged_index_scores(q_idx, shifted.copy_(pages), w, table, lengths)
+    assert_same_bits(got, dsa_kernels.paged_index_scores(q_idx, pages, w, table, lengths))
 
 
 def test_nan_reaches_the_scores(device):
