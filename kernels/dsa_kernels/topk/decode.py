@@ -114,11 +114,35 @@ def _largest(keys, s, count, wanted, floor):
 
 
 @triton.jit
+def _columns(x):
+    """The four columns of a table, each as it lies in the threads' registers.
+
+    Who stores a table at places of no order column by column leaves Triton no layout to choose: 3.7.1 would take one
+    for which pointers and masks go through shared memory, with spills.
+    """
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _scatter(ptr, place, value, mask):
+    """Store a table's values at the places where mask holds."""
+    places, values, masks = _columns(place), _columns(value), _columns(mask)
+    for i in tl.static_range(4):
+        tl.store(ptr + places[i], values[i], masks[i])
+
+
+@triton.jit
 def _store(position, place, mask, positions_ptr, slots_ptr, table_ptr, PAGE: tl.constexpr):
     """Write positions and their slots at the places where mask holds."""
-    page = tl.load(table_ptr + position // PAGE, mask, 0)
-    tl.store(positions_ptr + place, position, mask)
-    tl.store(slots_ptr + place, page * PAGE + position % PAGE, mask)
+    all_positions, places, masks = _columns(position), _columns(place), _columns(mask)
+    for i in tl.static_range(4):
+        s = all_positions[i]
+        page = tl.load(table_ptr + s // PAGE, masks[i], 0)
+        tl.store(positions_ptr + places[i], s, masks[i])
+        tl.store(slots_ptr + places[i], page * PAGE + s % PAGE, masks[i])
 
 
 @triton.jit
@@ -162,8 +186,8 @@ def _select(
             work = work_ptr + t * (3 * CHUNKS + CAP + 1)  # of each chunk: its first entry in the list, and how many
             bound = one
             if n > CAP:
-                j = tl.arange(0, SAMPLE // EACH)[:, None] * EACH + tl.arange(0, EACH)[None, :]
-                at = sampled_place(j // 4 * 4, n, SAMPLE, 4) // 4 * 4 + j % 4
+                run = sampled_place(tl.arange(0, SAMPLE // EACH) * EACH, n, SAMPLE, EACH) // EACH * EACH
+                at = run[:, None] + tl.arange(0, EACH)[None, :]
                 sample = keys_of(_read(row, at, n), at, n)
                 rank = safe_rank(1.0 * k * SAMPLE / n)
                 real = _sum((sample != 0).to(tl.int32))
@@ -179,7 +203,7 @@ def _select(
                 tl.store(work + CHUNKS + chunk, number)
                 place += first
                 entry = (keys.to(tl.uint64) << 32) | s.to(tl.uint64)
-                tl.store(list_ptr + t * CAP + place, entry.to(tl.int64, bitcast=True), kept & (place < CAP))
+                _scatter(list_ptr + t * CAP, place, entry.to(tl.int64, bitcast=True), kept & (place < CAP))
                 x = ahead
             tl.debug_barrier()  # all threads' entries are on their way before the program says that it is done
             if tl.atomic_add(count_ptr + 2 * t + 1, 1, sem="acq_rel") == parts - 1:
@@ -286,7 +310,7 @@ def _tournament(
                         _store_nothing(wanted, width, positions, slots)
                     else:
                         first = node.to(tl.int64) * (span // 2)
-                        tl.store(pairs + first + place, entry.to(tl.int64, bitcast=True), kept)
+                        _scatter(pairs + first, place, entry.to(tl.int64, bitcast=True), kept)
                         tl.debug_barrier()
                         group = node // FAN
                         members = tl.minimum(lists - group * FAN, FAN)
