@@ -36,8 +36,7 @@ SPILLED_BY = {
     "dsa_kernels.topk.sampled._select_sampled": 768,  # lists of 16,384 scores, 32 a thread twice over
     "dsa_kernels.hopper.select_topk._select_topk": 3000,  # above 256K keys: lists of 128 a thread in 128 registers
     "dsa_kernels.hopper.lightning_select._choose": 256,
-    "dsa_kernels.topk.decode._select": 512,  # four warps: chunk, list and sample, 64 a thread
-    "dsa_kernels.topk.decode._tournament": 1536,  # 32 entries of 64 bits a thread, and 128 registers
+    "dsa_kernels.topk.decode._tournament": 640,  # 32 entries of 64 bits a thread, and 128 registers
     "dsa_kernels.paged_index_scores._paged_index_scores": 448,  # four queries, with half of the registers
     "dsa_kernels.paged_sparse_attention._paged_sparse_attention": 192,  # FP8: bytes and their bf16 form side by side
     "dsa_kernels.index_scores._index_scores": 320,  # fp32 without tensor cores: 128 dims of two operands at once

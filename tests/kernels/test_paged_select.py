@@ -110,8 +110,9 @@ def test_a_row_that_defeats_the_sample_is_redone(misled, small, device, poisoned
     assert empty_like is torch.zeros and any(f.shape == (1,) and int(f[0]) == 1 for f in flags)
 
 
-def decode_sample(n, M=4096):
+def decode_sample(n):
     """Where `_select` looks: `bound.sampled_place` in whole groups of four."""
+    M = decode.sample_of(n)
     j = torch.arange(M)
     stretch = j // 4
     shift = (stretch * 2654435761 % 65536) * (n // (M // 4)) // 65536

@@ -7,10 +7,10 @@ ascending order, and as physical slots of a paged cache; -1 stands in the places
 1. Each makes the same bound of the same sample of the row, while the scores of its first chunk are on their way.
 2. Chunk by chunk it appends what reaches the bound, score and position, to the row's list: one atomic addition a chunk
    says where.
-3. The last program to finish takes the list into registers: a threshold bit by bit, among equals the smallest
-   positions. Where a chunk's entries stand in the list was chance, but they stand together and ascend: so the kept
-   ones of each chunk are counted, and go behind those of the chunks before it. Two calls give the same bits, in any
-   batch.
+3. The last program to finish takes the list into registers: a threshold in some rounds of counting, among equals the
+   smallest positions. Where a chunk's entries stand in the list was chance, but they stand together and ascend: so the
+   kept ones of each chunk are counted, and go behind those of the chunks before it. Two calls give the same bits, in
+   any batch.
 A row of one chunk stays in registers and needs no list. A list that holds fewer than k, or was too small, sets the
 row's flag.
 
@@ -32,6 +32,7 @@ from ..runtime import multiprocessors
 from . import radix
 from .bound import LONG, safe_rank, sampled_place
 from .ordering import ordered
+from .tables import columns, largest, places, scatter, threshold_in, total
 
 LARGEST_LISTED_K = 2048
 LARGEST_K = 8192
@@ -59,66 +60,14 @@ def keys_of(x, s, n):
 
 
 @triton.jit
-def _sum(x):
-    return tl.sum(tl.sum(x, 1), 0)
-
-
-@triton.jit
-def _threshold(keys, reached, wanted, enough, floor):
-    """A key that at least `wanted` of the keys reach, not more than `enough` unless equal ones force it; and how many.
-
-    keys: unsigned, 0 is nobody's. floor: a key above 0, which `reached` of them reach, and reached >= wanted. Bit by
-    bit, from the first one in which the largest key and floor differ.
-    """
-    BITS: tl.constexpr = keys.dtype.primitive_bitwidth
-    top = tl.max(tl.max(keys, 1), 0)
-    below = top ^ floor  # becomes a mask: its highest bit and all below
-    for i in tl.static_range(6 if BITS == 64 else 5):
-        below |= below >> (1 << i)
-    threshold = top ^ (top & below)
-    bit = below ^ (below >> 1)
-    while (bit != 0) & (reached > enough):
-        more = _sum((keys >= (threshold | bit)).to(tl.int32))
-        good = more >= wanted
-        threshold = tl.where(good, threshold | bit, threshold)
-        reached = tl.where(good, more, reached)
-        bit >>= 1
-    return tl.maximum(threshold, floor), reached
-
-
-@triton.jit
-def _places(kept):
-    """The number, from 0 on, of each kept element of a table in its order, and how many there are."""
-    kept = kept.to(tl.int32)
-    of_row = tl.sum(kept, 1)
-    upto = tl.cumsum(of_row, 0)
-    return (upto - of_row)[:, None] + tl.cumsum(kept, 1) - kept, tl.sum(of_row, 0)
-
-
-@triton.jit
-def _largest(keys, s, count, wanted, floor):
-    """Which `wanted` of the keys of positions s are largest; of equal ones those of the smallest positions.
-
-    count >= wanted of the keys reach floor > 0.
-    """
-    threshold, reached = _threshold(keys, count, wanted, wanted, floor)
-    kept = keys >= threshold
-    if reached > wanted:
-        tied = keys == threshold
-        ties = _sum(tied.to(tl.int32))
-        room = wanted - (reached - ties)
-        early = tl.where(tied, (0x7FFFFFFF - s).to(tl.uint32), tl.zeros_like(keys))  # the smallest position is largest
-        latest, _ = _threshold(early, ties, room, room, tl.full([], 1, tl.uint32))
-        kept = (keys > threshold) | (tied & (early >= latest))
-    return kept & (wanted > 0)
-
-
-@triton.jit
 def _store(position, place, mask, positions_ptr, slots_ptr, table_ptr, PAGE: tl.constexpr):
     """Write positions and their slots at the places where mask holds."""
-    page = tl.load(table_ptr + position // PAGE, mask, 0)
-    tl.store(positions_ptr + place, position, mask)
-    tl.store(slots_ptr + place, page * PAGE + position % PAGE, mask)
+    all_positions, places, masks = columns(position), columns(place), columns(mask)
+    for i in tl.static_range(4):
+        s = all_positions[i]
+        page = tl.load(table_ptr + s // PAGE, masks[i], 0)
+        tl.store(positions_ptr + places[i], s, masks[i])
+        tl.store(slots_ptr + places[i], page * PAGE + s % PAGE, masks[i])
 
 
 @triton.jit
@@ -153,33 +102,35 @@ def _select(
         x = _read(row, part * CHUNK + offset, n)
         one = tl.full([], 1, tl.uint32)
         if chunks == 1:
-            kept = _largest(keys_of(x, offset, n), offset, n, wanted, one)
-            place, _ = _places(kept)
+            kept = largest(keys_of(x, offset, n), offset, n, wanted, one)
+            place, _ = places(kept)
             _store(offset, place, kept, positions, slots, table, PAGE)
             _store_nothing(wanted, width, positions, slots)
             tl.store(flag_ptr + t, 0)
         else:
-            work = work_ptr + t * (3 * CHUNKS + CAP + 1)  # of each chunk: its first entry in the list, and how many
+            keys_ptr = list_ptr + t * (2 * CAP)  # keys, then positions
+            work = work_ptr + t * (2 * CHUNKS)  # of each chunk: its first entry in the list, then how many
             bound = one
             if n > CAP:
-                j = tl.arange(0, SAMPLE // EACH)[:, None] * EACH + tl.arange(0, EACH)[None, :]
-                at = sampled_place(j // 4 * 4, n, SAMPLE, 4) // 4 * 4 + j % 4
+                run = sampled_place(tl.arange(0, SAMPLE // EACH) * EACH, n, SAMPLE, EACH) // EACH * EACH
+                at = run[:, None] + tl.arange(0, EACH)[None, :]
                 sample = keys_of(_read(row, at, n), at, n)
                 rank = safe_rank(1.0 * k * SAMPLE / n)
-                real = _sum((sample != 0).to(tl.int32))
-                bound, _ = _threshold(sample, real, rank, rank + rank // 8, one)
+                real = total((sample != 0).to(tl.int32))
+                bound, _ = threshold_in(sample, real, rank, rank + rank // 8, one)
             for chunk in range(part, chunks, parts):
                 s = chunk * CHUNK + offset
                 ahead = _read(row, s + parts * CHUNK, n)
                 keys = keys_of(x, s, n)
                 kept = keys >= bound
-                place, number = _places(kept)
+                place, number = places(kept)
                 first = tl.atomic_add(count_ptr + 2 * t, number, sem="relaxed")
                 tl.store(work + chunk, first)
                 tl.store(work + CHUNKS + chunk, number)
                 place += first
-                entry = (keys.to(tl.uint64) << 32) | s.to(tl.uint64)
-                tl.store(list_ptr + t * CAP + place, entry.to(tl.int64, bitcast=True), kept & (place < CAP))
+                kept &= place < CAP
+                scatter(keys_ptr, place, keys.to(tl.int32, bitcast=True), kept)
+                scatter(keys_ptr + CAP, place, s, kept)
                 x = ahead
             tl.debug_barrier()  # all threads' entries are on their way before the program says that it is done
             if tl.atomic_add(count_ptr + 2 * t + 1, 1, sem="acq_rel") == parts - 1:
@@ -192,44 +143,38 @@ def _select(
                 if flag == 0:
                     if count <= CAP // 2:
                         _choose(
-                            list_ptr + t * CAP, work, chunks, count, wanted, bound, positions, slots, table,
-                            CAP // 2 // EACH, EACH, CHUNK, CHUNKS, PAGE,
+                            keys_ptr, work, chunks, count, wanted, bound, positions, slots, table,
+                            CAP // 2, EACH, CAP, CHUNK, CHUNKS, PAGE,
                         )  # fmt: skip
                     else:
                         _choose(
-                            list_ptr + t * CAP, work, chunks, count, wanted, bound, positions, slots, table,
-                            CAP // EACH, EACH, CHUNK, CHUNKS, PAGE,
+                            keys_ptr, work, chunks, count, wanted, bound, positions, slots, table,
+                            CAP, EACH, CAP, CHUNK, CHUNKS, PAGE,
                         )  # fmt: skip
                     _store_nothing(wanted, width, positions, slots)
 
 
 @triton.jit
 def _choose(
-    list_ptr, work, chunks, count, wanted, bound, positions_ptr, slots_ptr, table_ptr,
-    ROWS: tl.constexpr, EACH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PAGE: tl.constexpr,
+    keys_ptr, work, chunks, count, wanted, bound, positions_ptr, slots_ptr, table_ptr,
+    SIZE: tl.constexpr, EACH: tl.constexpr, CAP: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Write the positions of a list's `wanted` largest entries in ascending order, and their slots.
-
-    work: of each chunk its first entry in the list, then how many it has, then room for the places by which its kept
-    entries move, then room for a number for each entry and one more.
-    """
-    i = tl.arange(0, ROWS)[:, None] * EACH + tl.arange(0, EACH)[None, :]
-    entry = tl.load(list_ptr + i, i < count, 0, cache_modifier=".cg").to(tl.uint64, bitcast=True)
-    s = entry.to(tl.int32)
-    kept = _largest((entry >> 32).to(tl.uint32), s, count, wanted, bound)
-    place, _ = _places(kept)  # in the order of the list
-    moves, before = work + 2 * CHUNKS, work + 3 * CHUNKS
-    tl.store(before + i, place, i < count)  # how many are kept before each entry
-    tl.store(before + count, wanted)
-    tl.debug_barrier()  # a thread reads what others have written
+    """Write the positions of a list's `wanted` largest entries in ascending order, and their slots. count <= SIZE."""
+    i = tl.arange(0, SIZE // EACH)[:, None] * EACH + tl.arange(0, EACH)[None, :]
     c = tl.arange(0, CHUNKS)
+    keys = tl.load(keys_ptr + i, i < count, 0, cache_modifier=".cg").to(tl.uint32, bitcast=True)
+    s = tl.load(keys_ptr + CAP + i, i < count, 0, cache_modifier=".cg")
     first = tl.load(work + c, c < chunks, 0, cache_modifier=".cg")
-    size = tl.load(work + CHUNKS + c, c < chunks, 0, cache_modifier=".cg")
-    kept_before = tl.load(before + first, c < chunks, 0)
-    mine = tl.load(before + first + size, c < chunks, 0) - kept_before
-    tl.store(moves + c, tl.cumsum(mine, 0) - mine - kept_before, c < chunks)
-    tl.debug_barrier()
-    place += tl.load(moves + s // CHUNK, kept, 0)
+    end = first + tl.load(work + CHUNKS + c, c < chunks, 0, cache_modifier=".cg")
+    kept = largest(keys, s, count, wanted, bound)
+    place, _ = places(kept)  # in the order of the list
+    flat = tl.reshape(place, [SIZE])
+    before = tl.where(first < count, tl.gather(flat, tl.minimum(first, SIZE - 1), 0), wanted)
+    upto = tl.where(end < count, tl.gather(flat, tl.minimum(end, SIZE - 1), 0), wanted)
+    mine = tl.where(c < chunks, upto - before, 0)
+    moves = tl.cumsum(mine, 0) - mine - before
+    place += tl.reshape(tl.gather(moves, tl.reshape(s // CHUNK, [SIZE]), 0), [SIZE // EACH, EACH])
     _store(s, place, kept, positions_ptr, slots_ptr, table_ptr, PAGE)
 
 
@@ -275,9 +220,9 @@ def _tournament(
                 going = tl.full([], 1, tl.int32)
                 while going != 0:
                     wanted = tl.minimum(k, made)
-                    threshold, _ = _threshold(entry, made, wanted, wanted, one)
+                    threshold, _ = threshold_in(entry, made, wanted, wanted, one)
                     kept = (entry >= threshold) & (wanted > 0)
-                    place, _ = _places(kept)
+                    place, _ = places(kept)
                     tl.debug_barrier()  # all have read what is overwritten now
                     going = (lists > 1).to(tl.int32)
                     if lists == 1:
@@ -286,7 +231,7 @@ def _tournament(
                         _store_nothing(wanted, width, positions, slots)
                     else:
                         first = node.to(tl.int64) * (span // 2)
-                        tl.store(pairs + first + place, entry.to(tl.int64, bitcast=True), kept)
+                        scatter(pairs + first, place, entry.to(tl.int64, bitcast=True), kept)
                         tl.debug_barrier()
                         group = node // FAN
                         members = tl.minimum(lists - group * FAN, FAN)
@@ -299,7 +244,7 @@ def _tournament(
                             at = begin.to(tl.int64) // 2 + i
                             loaded = tl.load(pairs + at, there, 0, cache_modifier=".cg")
                             entry = loaded.to(tl.uint64, bitcast=True)
-                            made = _sum(there.to(tl.int32))
+                            made = total(there.to(tl.int32))
                             lists = tl.cdiv(lists, FAN)
                             arrived += lists
                             node, span = group, span * FAN
@@ -343,6 +288,11 @@ def shape_of(T, S, multiprocessors):
     return chunk, warps, min(triton.cdiv(S, chunk), max(1, multiprocessors // T))
 
 
+def sample_of(S):
+    """How many scores of a row are looked at for its bound: in each so many that some 3000 should reach it."""
+    return 2048 if S <= 32768 else 4096 if S <= 2 * LONG else 8192
+
+
 def launch(scores, page_table, lengths, N, S, page, k, positions, slots, zeros):
     """Write the selection of T rows to positions and slots, int32 [T, width], both contiguous. scores are lost.
 
@@ -362,11 +312,11 @@ def launch(scores, page_table, lengths, N, S, page, k, positions, slots, zeros):
     if listed:
         chunk, warps, programs = shape_of(T, S, many)
         chunks = max(2, triton.next_power_of_2(triton.cdiv(S, chunk)))
-        entries = torch.empty(T, LIST, dtype=torch.int64, device=device)
-        work = torch.empty(T, 3 * chunks + LIST + 1, dtype=torch.int32, device=device)
+        lists = torch.empty(T, 2, LIST, dtype=torch.int32, device=device)
+        work = torch.empty(T, 2, chunks, dtype=torch.int32, device=device)
         _select[(T, programs)](
-            scores, lengths, page_table, positions, slots, entries, work, zeros, flags, N, S, stride, P, k, width,
-            ROWS=chunk // 4, EACH=4, SAMPLE=8192 if S > 2 * LONG else 4096, CAP=LIST, CHUNKS=chunks, PAGE=page,
+            scores, lengths, page_table, positions, slots, lists, work, zeros, flags, N, S, stride, P, k, width,
+            ROWS=chunk // 4, EACH=4, SAMPLE=sample_of(S), CAP=LIST, CHUNKS=chunks, PAGE=page,
             num_warps=warps,
         )  # fmt: skip
         if S <= chunk:
