@@ -151,6 +151,7 @@ CASES = [  # those with "hopper" are for cards of compute capability 9.0
     (paged_select, SMALL, 64, 1 << 15),
     *((paged_sparse_attention, size, kind, "portable") for size in ATTENTION for kind in ("FP8", BF16, FP16, FP32)),
     (paged_sparse_attention, V32, "FP8", "portable", 2, 2048, 16),
+    (paged_sparse_attention, V32, "FP8", "widened"),
     (paged_sparse_attention, SMALL, "FP8", "portable", 1, 2048, 8, None, 1),
     (paged_sparse_attention, V32, BF16, "portable", 1, 2048, 16),
     (paged_sparse_attention, V32, BF16, "portable", 1, 2048, 128, 1),

@@ -1,5 +1,7 @@
 """`dsa_kernels.paged_sparse_attention` and `merge_parts` against equation 2 in float64, on rows packed by hand."""
 
+import sys
+
 import pytest
 import rungs
 import torch
@@ -98,6 +100,21 @@ def test_attention(case, kind, variant, seed, device, poisoned):
     assert_close(out, want_out, tolerance)
     assert_close(lse, want_lse, tolerance)
     assert (out[0, 0] == 0).all() and (lse[0, 0] == -torch.inf).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ("portable", "widened"))
+def test_who_widens(variant, monkeypatch):
+    """The card, where it knows e4m3; the kernel from its bytes on an older one, and when asked to."""
+    seen, kernel = [], sys.modules["dsa_kernels.paged_sparse_attention"]._paged_sparse_attention
+
+    class Noting:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: (seen.append(options["NATIVE"]), kernel[grid](*arguments, **options))
+
+    monkeypatch.setattr(sys.modules["dsa_kernels.paged_sparse_attention"], "_paged_sparse_attention", Noting())
+    dsa_kernels.paged_sparse_attention(*moved(inputs("V3.2's rows", "FP8", 0)[0], "cuda"), variant=variant)
+    assert seen == [variant == "portable" and torch.cuda.get_device_capability() >= (8, 9)]
 
 
 @pytest.mark.parametrize("q_dtype", (FP16, FP32))
