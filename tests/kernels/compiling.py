@@ -253,15 +253,17 @@ def compile_case(number, case, compiled):
     return launches
 
 
+COMPILED = {}  # by this process: Triton compiles a launch once, and ptxas says nothing of it the second time
+
+
 def compile_step(numbers, step):
     """All cases of a step for these cards, in one process, where what two of them launch is compiled once."""
-    compiled = {}
     return [
         launch
         for number in numbers
         for case in CASES
         if case[0] is step and (number == 90 or "hopper" not in case)
-        for launch in compile_case(number, case, compiled)
+        for launch in compile_case(number, case, COMPILED)
     ]
 
 
