@@ -22,11 +22,14 @@ from dsa_ref.contracts import check_paged_index_scores
 from . import cards
 from .index_scores import TRITON_NAMES
 from .rounding import operand
-from .runtime import INTERPRETED, check_runnable, dot_dtype, multiprocessors
+from .runtime import INTERPRETED, check_runnable, dot_dtype, hopper_variant, multiprocessors
 
 SIDE_BY_SIDE = {1: 4, 2: 3}  # programs on a multiprocessor at once, by their queries; 2 of more
 SIDE_BY_SIDE_WITH_TMA = {1: 5, 2: 4}  # which needs fewer registers
 REGISTERS = 65536  # of a multiprocessor
+FEWEST_FOR_HOPPER = (
+    256  # pages that the table has room for; below, a program of Hopper's kernel takes too long to start
+)
 
 
 @triton.jit
@@ -166,26 +169,28 @@ def paged_index_scores(
     int32 [B], the N new tokens included. No gradient.
     Query n of sequence b sees the positions below lengths[b] - N + 1 + n. A score's bits depend on its query, its key,
     N and the card alone. NaN in what a score is made of makes it NaN; what lies behind a length does not matter.
-    variant: "portable", "widened" (FP8 as older cards read it), or None for "portable".
+    variant: "portable", "hopper" (compute capability 9.0; `hopper.paged_index_scores` says for which sizes), "widened"
+    (portable, and FP8 as older cards read it), or None for "hopper" where it can serve and the table has room for many
+    pages, else "portable". The first two give the same bits, unless w has numbers nearer to 0 than 2^-125.
 
     The grid is a function of the shapes, and nothing waits for the GPU while a CUDA graph is captured.
-    Raises: as the reference does; ValueError as `runtime.check_runnable` does, and for a variant that is unknown.
-    Source: SPEC sections 2 and 10.
+    Raises: as the reference does; ValueError as `runtime.check_runnable` does, and for a variant that is unknown
+    or cannot serve these inputs. Source: SPEC sections 2 and 10.
     """
     check_paged_index_scores(q_idx, index_pages, w, page_table, lengths)
     check_runnable(q_idx=q_idx, index_pages=index_pages, w=w)
-    check_variant(variant)
+    hopper = choose(variant, q_idx, index_pages, page_table)
     (B, N), page = q_idx.shape[:2], index_pages.shape[1] // (q_idx.shape[3] + 4)
     shape = B, N, page_table.shape[1] * page
     out = torch.empty(shape, dtype=torch.float32, device=q_idx.device)
-    launch(q_idx, index_pages, w, page_table, lengths, out, fill=True, widened=variant == "widened")
+    launch(q_idx, index_pages, w, page_table, lengths, out, fill=True, widened=variant == "widened", hopper=hopper)
     return out
 
 
-def check_variant(variant):
-    """Raise ValueError for a variant that the two steps on paged index caches do not have."""
-    if variant not in (None, "portable", "widened"):
-        raise ValueError(f'variant must be "portable", "widened" or None, got {variant!r}')
+def choose(variant, q_idx, index_pages, page_table):
+    """Hopper's module, or None for the portable kernel, for both steps on paged index caches."""
+    default = "hopper" if page_table.numel() >= FEWEST_FOR_HOPPER else "portable"
+    return hopper_variant("paged_index_scores", variant, default, q_idx, index_pages, page_table)
 
 
 def tiles(card, N, HP, DP, loaded, multiplied):
@@ -225,14 +230,18 @@ def by_tma(card, values, page, Di, BK):
     return whole and placed and here
 
 
-def launch(q_idx, index_pages, w, page_table, lengths, out, zeros=None, fill=False, widened=False):
+def launch(q_idx, index_pages, w, page_table, lengths, out, zeros=None, fill=False, widened=False, hopper=None):
     """Write the scores that are seen to out, fp32 [B, N, at least P · page], contiguous; with `fill`, -inf to the rest.
 
     From checked arguments. zeros: int32, contiguous, becomes zeros. B · N > 0 unless zeros is None.
+    hopper: the module that `choose` gave.
     """
     (B, N, Hi, Di), P = q_idx.shape, page_table.shape[1]
     page = index_pages.shape[1] // (Di + 4)
     if B == 0:
+        return
+    if hopper:
+        hopper.launch(q_idx, index_pages, w, page_table, lengths, out, zeros, fill)
         return
     HP, DP = triton.next_power_of_2(max(Hi, triton.cdiv(16, triton.next_power_of_2(N)))), triton.next_power_of_2(Di)
     DP = max(32, DP)

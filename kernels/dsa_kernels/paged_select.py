@@ -13,7 +13,7 @@ import torch
 from dsa_ref.contracts import check_paged_select, page_tokens
 
 from . import runtime
-from .paged_index_scores import check_variant
+from .paged_index_scores import choose
 from .paged_index_scores import launch as launch_scores
 from .runtime import check_runnable
 from .topk import decode
@@ -40,11 +40,11 @@ def paged_select(
     beyond that `topk.radix` selects, a program a row.
 
     Raises: as the reference does, but for NaN; ValueError as `runtime.check_runnable` does, and for a variant that is
-    unknown. Source: SPEC sections 2, 4 and 10.
+    unknown or cannot serve these inputs. Source: SPEC sections 2, 4 and 10.
     """
     check_paged_select(q_idx, index_pages, w, k, page_table, lengths)
     check_runnable(q_idx=q_idx, index_pages=index_pages, w=w)
-    check_variant(variant)
+    hopper = choose(variant, q_idx, index_pages, page_table)
     B, N, _, Di = q_idx.shape
     page, device = page_tokens(index_pages, Di), q_idx.device
     S = page_table.shape[1] * page
@@ -58,7 +58,9 @@ def paged_select(
         scores = torch.empty(part.stop - first, N, stride, dtype=torch.float32, device=device)
         zeros = torch.empty(decode.counters(rows, S), dtype=torch.int32, device=device)
         table, ends = page_table[part].contiguous(), lengths[part].contiguous()
-        launch_scores(q_idx[part], index_pages, w[part], table, ends, scores, zeros, widened=variant == "widened")
+        launch_scores(
+            q_idx[part], index_pages, w[part], table, ends, scores, zeros, widened=variant == "widened", hopper=hopper
+        )
         decode.launch(
             scores.view(rows, stride), table, ends, N, S, page, min(k, S), positions[part].view(rows, k),
             slots[part].view(rows, k), zeros,

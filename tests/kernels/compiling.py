@@ -124,6 +124,7 @@ CASES = [  # those with "hopper" are for cards of compute capability 9.0
     (score_and_select, "hopper"),
     (index_scores, V32, E4M3, "hopper"),
     *((select_topk, "hopper", 2048, 2, S) for S in (4096, 1 << 18, LONG)),
+    *((paged_index_scores, V32, "hopper", N, 64, 0, B) for N in (1, 2) for B in (1, 2)),
     (sparse_attention, V32, BF16, "hopper"),
     (sparse_attention, V32, BF16, "hopper", MANY, 16),
     *((index_scores, size, dtype, "portable") for size in INDEXER for dtype in (E4M3, BF16, FP16, FP32)),

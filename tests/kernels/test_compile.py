@@ -32,6 +32,7 @@ SPILLED_BY = {
     # Its four warpgroups share 128 registers a thread; measured faster than versions that spill less.
     "dsa_kernels.hopper.paged_sparse_attention._paged_sparse_attention": 160,
     "dsa_kernels.hopper.paged_sparse_part._paged_sparse_part": 0,
+    "dsa_kernels.hopper.paged_index_scores._paged_index_scores": 0,
     "dsa_kernels.topk.listed.choose": 1200,  # few rows: 1024 threads share a row, and have 64 registers each
     "dsa_kernels.topk.sampled._select_sampled": 768,  # lists of 16,384 scores, 32 a thread twice over
     "dsa_kernels.hopper.select_topk._select_topk": 3000,  # above 256K keys: lists of 128 a thread in 128 registers

@@ -90,7 +90,7 @@ def test_widened(device, poisoned):
     inputs = [x.to(device) for x in (q_idx, index_pages, w, table, lengths)]
     got = dsa_kernels.paged_index_scores(*inputs, variant="widened")
     assert_same_bits(got, dsa_kernels.paged_index_scores(*inputs))
-    with pytest.raises(ValueError, match='variant must be "portable", "widened" or None, got \'fast\''):
+    with pytest.raises(ValueError, match='variant must be "portable", "hopper", "widened" or None, got \'fast\''):
         dsa_kernels.paged_index_scores(*inputs, variant="fast")
 
 

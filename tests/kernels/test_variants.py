@@ -21,6 +21,7 @@ if rungs.has_triton():
     import dsa_kernels
     from dsa_kernels import runtime
     from dsa_kernels.index_scores import launch_portable
+    from dsa_kernels.paged_index_scores import launch as launch_paged_scores
     from dsa_kernels.select_topk import PORTABLE
     from dsa_kernels.topk import radix
 
@@ -141,6 +142,38 @@ def test_few_rows_are_not_for_hopper(hopper, device):
     dsa_kernels.lightning_select(*given[:3], K)
     dsa_kernels.select_topk(small_integers(1, 9).to(device), K)
     assert hopper.asked == []
+
+
+@pytest.mark.parametrize("step", ("paged_index_scores", "paged_select"))
+def test_both_steps_on_paged_caches_choose_the_same(step, device, monkeypatch):
+    asked, refuse = [], []
+
+    def launch(q_idx, index_pages, w, page_table, lengths, out, zeros=None, fill=False):
+        asked.append(step)
+        launch_paged_scores(q_idx, index_pages, w, page_table, lengths, out, zeros, fill)
+
+    module = types.SimpleNamespace(cannot_serve=lambda *inputs: refuse[0] if refuse else None, launch=launch)
+    monkeypatch.setitem(sys.modules, "dsa_kernels.hopper.paged_index_scores", module)
+    monkeypatch.setattr(runtime, "gluon_compiles", lambda: True)
+    monkeypatch.setattr(sys.modules["dsa_kernels.paged_index_scores"], "FEWEST_FOR_HOPPER", 4)
+    q_idx, w = small_integers(2, 1, 4, 8).to(torch.float8_e4m3fn), small_integers(2, 1, 4)
+    pages, table = torch.zeros(3, 16 * 12, dtype=torch.uint8), torch.tensor([[2, 0], [1, -1]], dtype=torch.int32)
+    given = [x.to(device) for x in (q_idx, pages, w, table, torch.tensor([20, 9], dtype=torch.int32))]
+    if step == "paged_select":
+        given.insert(3, K)
+    results = [getattr(dsa_kernels, step)(*given, variant=variant) for variant in ("portable", "hopper", None)]
+    few = [x[:1] if x.shape[0] == 2 else x for x in given if isinstance(x, torch.Tensor)]
+    if step == "paged_select":
+        few.insert(3, K)
+    getattr(dsa_kernels, step)(*few)
+    assert asked == [step, step]
+    for got in results:
+        assert all(map(torch.equal, got, results[0]))
+    refuse.append("needs another day")
+    getattr(dsa_kernels, step)(*given)
+    with pytest.raises(ValueError, match='variant "hopper" needs another day'):
+        getattr(dsa_kernels, step)(*given, variant="hopper")
+    assert asked == [step, step]
 
 
 @pytest.mark.parametrize("variant", ("listed", "sampled", "radix"))
