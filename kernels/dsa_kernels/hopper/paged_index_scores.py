@@ -10,7 +10,7 @@ three warpgroups `score` every third page each:
     score 1 |                 | k · qᵀ | relu · w, sum, store | k · qᵀ of page 4 | ...
     score 2 |                          | k · qᵀ | relu · w, sum, store | k · qᵀ of page 5 | ...
 
-A page of 64 keys and two queries takes 256 clocks of the tensor cores, some 210 instructions of each warp, and 8448
+A page of 64 keys and two queries takes 256 clocks of the tensor cores, some 190 instructions of each warp, and 8448
 bytes, which at 4 TB/s come in 490 clocks. So while one warpgroup multiplies, the others weigh, and neither is waited
 for. q lies in shared memory twice: the next sequence's comes while the last one's pages are still scored.
 
