@@ -287,6 +287,8 @@ def _ranges(k, start, end):
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Memory asked for without a value holds NaN, or the largest integer, instead of lucky zeros."""
+    with torch.device("cpu"):
+        torch.empty(0)  # now torch, not later with these names replaced, notes what a device as a context is for
     with contextlib.ExitStack() as stack:
         for owner, name in (
             (torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"), (np, "empty"), (np, "empty_like"),

@@ -1,6 +1,8 @@
 """The judge is judged: right selections pass, and each kind of wrong one is rejected for its own property."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -266,3 +268,19 @@ def test_controls_refuse_bad_ranges():
             control(0, low, good)
         with pytest.raises(TypeError, match="end must have dtype int32"):
             control(2, low, good.long())
+
+
+def test_poisoned_memory_leaves_the_default_device_to_work():
+    """In a process of its own: torch notes once which functions make tensors."""
+    said = subprocess.run([sys.executable, "-c", POISONED_FIRST], capture_output=True, text=True)
+    assert (said.returncode, said.stdout.split()) == (0, ["meta", "meta"]), said.stderr
+
+
+POISONED_FIRST = """
+import torch
+from dsa_ref import testing
+with testing.poisoned(), torch.device("meta"):
+    print(torch.empty(1).device)
+with torch.device("meta"):
+    print(torch.empty(1).device)
+"""
