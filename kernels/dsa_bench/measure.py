@@ -185,7 +185,8 @@ def _call_ms(run, scratch, count) -> float:
 def ceilings(rounds=ROUNDS):
     """What this card does at best, measured: {"copy": TB/s read and written, "bf16": TFLOP/s, "fp8": TFLOP/s or None}.
 
-    Copy: 1 GiB to 1 GiB, negated on the way, since torch's plain copy is slower than a kernel. Matmuls: 8192³, fp8 with fast accumulation; None where the card has no fp8.
+    Copy: 1 GiB to 1 GiB, negated on the way, since torch's plain copy is slower than a kernel. Matmuls: 8192³, fp8 with
+    fast accumulation; None where the card has no fp8.
     """
     source = torch.ones(COPY_BYTES // 4, device="cuda")
     target = torch.empty_like(source)
