@@ -24,7 +24,8 @@ def check_env(triton=False):
     else:
         print("No GPU here, and none is needed.")
     if has_triton:
-        where = "compiled for the GPU" if torch.cuda.is_available() else "interpreted on the CPU: slow, with the same results"
+        interpreted = "interpreted on the CPU: slow, with the same results"
+        where = "compiled for the GPU" if torch.cuda.is_available() else interpreted
         print(f"Triton {importlib.metadata.version('triton')}, {where}")
     elif triton:
         raise RuntimeError(
