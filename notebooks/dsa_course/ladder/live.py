@@ -51,11 +51,12 @@ def live_ladder(step="index_scores", measured=True) -> LiveFigure:
             )
         ]
         if shown:
+            dropped = Patch(facecolor=DROPPED, edgecolor="black", hatch="///", label="measured, dropped")
             peer_ms = float(np.median([v["peer_ms"] for v in found]))
             axes.axvline(peer_ms, color=OTHERS, linestyle="--", linewidth=1.6)
             handles += [
                 Patch(facecolor=OURS, edgecolor="black", label="measured, kept"),
-                Patch(facecolor=DROPPED, edgecolor="black", hatch="///", label="measured, dropped"),
+                *([dropped] if not all(v["kept"] for v in found) else []),
                 Line2D([], [], color="black", linewidth=3, label="10th to 90th percentile"),
                 Line2D([], [], color=OTHERS, linestyle="--", label=f"{found[0]['peer']}, {peer_ms:.2f} ms"),
             ]

@@ -43,9 +43,9 @@ def versions(step) -> list[dict]:
     return found
 
 
-def ceilings() -> dict:
-    """What the H200 of the record reaches: {"bf16", "fp8": FLOPs a second, "copy": bytes a second, read and write}."""
-    found = _record("h200.json")["steps"]["ceilings"]["ceilings"]
+def ceilings(card="h200") -> dict:
+    """What a card of the records reaches: {"bf16", "fp8": FLOPs a second, "copy": bytes a second, read and written}."""
+    found = _record(f"{card}.json")["steps"]["ceilings"]["ceilings"]
     return {name: 1e12 * value for name, value in found.items()}
 
 

@@ -14,17 +14,22 @@ class Fault(Exception):
 
 
 def passes(phase, parity) -> bool:
-    """Whether a wait for `parity` returns while the barrier is in phase number `phase`: the phase before it is over."""
-    return phase % 2 != parity
+    """Whether a wait for `parity` returns while the barrier is in phase number `phase`: the phase before it is over.
+
+    parity: 0, 1, or None, which waits for nothing.
+    """
+    return parity is None or phase % 2 != parity
 
 
 def act_out(waits, tiles, places, order="filler first") -> list[int]:
     """Send `tiles` tiles through a ring; returns the tiles as they were read.
 
-    waits(i, places) -> (place, parity the filler waits for at `free`, parity the reader waits for at `full`). Three
-    actors: the filler asks for tiles, the memory delivers them, the reader begins and ends a tile. order: one of
-    ORDERS. Raises: Fault where they hang, where a tile is read before it came or while another replaces it, or where
-    a second copy is asked for into a place that still waits for its first.
+    waits(i, places) -> (place, parity the filler waits for at `free`, parity the reader waits for at `full`); None for
+    a parity: no wait. Three actors: the filler asks for tiles, the memory delivers them, the reader begins and ends a
+    tile. order: one of ORDERS.
+
+    Raises: Fault where they hang, where a tile is read before it came or while another replaces it, or where a second
+    copy is asked for into a place that still waits for its first.
     """
     full, free = [0] * places, [0] * places  # the number of each barrier's present phase
     holds = [None] * places  # the tile in the place
