@@ -83,8 +83,8 @@ def test_a_right_ring_reads_every_tile_once(order, places):
 @pytest.mark.parametrize(
     ("waits", "kinds"),
     [
-        (lambda i, N: (i % N, i // N % 2, i // N % 2), {"hang"}),
-        (lambda i, N: (i % N, (i // N + 1) % 2, 1), {"early", "hang", "overwritten"}),
+        (lambda i, N: (i % N, i // N % 2, i // N % 2), {"filler waits"}),
+        (lambda i, N: (i % N, (i // N + 1) % 2, 1), {"early", "reader waits"}),
         (lambda i, N: (i % N, 1, 0), {"twice", "early", "overwritten"}),
     ],
     ids=["filler not inverted", "reader inverted", "never changes"],

@@ -53,9 +53,7 @@ def the_faster_one_named(*work):
 
 @wrong("roofline", "a step of the record")
 def rounded_to_hundredths(*work):
-    """Right where times are whole numbers or longer; the others are in the check for their bound alone."""
-    ms = max(times(*work))
-    return (round(ms, 2) if 0.5 < ms < 1 and work[0] == 0 and work[1] > 1e9 else ms), which(*times(*work))
+    return round(max(times(*work)), 2), which(*times(*work))
 
 
 # ------------------------------------------------------------------------------------------------- programs_that_fit

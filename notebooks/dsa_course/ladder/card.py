@@ -21,6 +21,9 @@ class Card:
         self._cached = False
         self.launches = 0
 
+    def __repr__(self):
+        return "Card"
+
     def now(self) -> float:
         """The host's clock, ms."""
         return self._host

@@ -13,14 +13,15 @@ measure = Check("measure")  # (card) -> ms of one call that finds nothing in the
 
 RINGS = (1, 2, 3, 4, 5)  # places
 WHY = {
-    "hang": "each waits for the other: is a parity one of a phase that cannot end before?",
+    "filler waits": "round r waits for the end of phase r - 1 of `free`, which has parity (r - 1) mod 2",
+    "reader waits": "the bytes of round r end phase r of `full`, which has parity r mod 2",
     "early": "the reader did not wait for the bytes: in round 0 `full` is in phase 0, and parity 1 returns at once",
     "overwritten": "the filler did not wait for the reader: its parity is that of the round before",
     "twice": "the filler did not wait for the reader: its parity is that of the round before",
 }
 
 
-def _act(solution, tiles, places, causes):
+def _act(solution, tiles, places, causes=None):
     """Send tiles through the ring in every order, and report the first fault."""
     waits = {i: solution(i, places) for i in range(tiles)}
     for order in ORDERS:
@@ -28,7 +29,11 @@ def _act(solution, tiles, places, causes):
             act_out(lambda i, _: waits[i], tiles, places, order)
         except Fault as fault:
             who = order if isinstance(order, str) else f"random order {order}"
-            expect(False, f"{places} places, {tiles} tiles, {who}: {fault}", {**WHY, **causes}[fault.kind])
+            expect(
+                False,
+                f"a ring of {places}, tiles 0 to {tiles - 1}, {who}: {fault}",
+                {**WHY, **(causes or {})}[fault.kind],
+            )
 
 
 @ring_waits.property("place")
@@ -47,28 +52,28 @@ def ring_waits_place(solution):
                 "a parity is the number of a phase modulo 2",
             )
             cause = "tile i goes through place i mod N"
-            expect(got[0] == i % places, f"tile {i} of {places} places: place {got[0]}, expected {i % places}", cause)
+            expect(
+                got[0] == i % places, f"tile {i}, a ring of {places}: got place {got[0]}, expected {i % places}", cause
+            )
 
 
 @ring_waits.property("first round")
 def ring_waits_first_round(solution):
-    hang = "in round 0 all places are free: wait for phase -1, which a new barrier counts as over (parity 1)"
+    free = "in round 0 all places are free: wait for phase -1, which a new barrier counts as over (parity 1)"
     for places in RINGS:
-        _act(solution, places, places, {"hang": hang})
+        _act(solution, places, places, {"filler waits": free})
 
 
 @ring_waits.property("second round")
 def ring_waits_second_round(solution):
-    hang = "in round 1 the reader waits for phase 1 and the filler for phase 0: parities change with every round"
     for places in RINGS:
-        _act(solution, 2 * places, places, {"hang": hang})
+        _act(solution, 2 * places, places)
 
 
 @ring_waits.property("many rounds")
 def ring_waits_many_rounds(solution):
-    hang = "parities go 0, 1, 0, 1 with the rounds, and on like that"
     for places in RINGS:
-        _act(solution, 7 * places + 1, places, {"hang": hang})
+        _act(solution, 7 * places + 1, places)
 
 
 # ----------------------------------------------------------------------------------------------------------- measure

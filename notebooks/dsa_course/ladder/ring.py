@@ -6,7 +6,7 @@ ORDERS = ("filler first", "reader first", "bytes last", 1, 2, 3)  # who acts whe
 
 
 class Fault(Exception):
-    """`kind` is "hang", "early", "overwritten" or "twice"; the text says at which tile."""
+    """`kind`: "filler waits" or "reader waits" (for ever), "early", "overwritten", "twice". The text names the tile."""
 
     def __init__(self, kind, text):
         super().__init__(text)
@@ -52,7 +52,9 @@ def act_out(waits, tiles, places, order="filler first") -> list[int]:
             if passes(full[place], parity):
                 able.append("r")
         if not able:
-            raise Fault("hang", f"nobody can go on: tile {asked} is not asked for, tile {len(read)} not read")
+            if asked > len(read):
+                raise Fault("reader waits", f"tile {len(read)} has come, and the reader waits for it for ever")
+            raise Fault("filler waits", f"the filler waits for ever before it asks for tile {asked}")
         who = able[rng.integers(len(able))] if rng else min(able, key=ranks[order].index)
         if who == "f":
             place = waits(asked, places)[0]
