@@ -57,11 +57,11 @@ def test_the_kernels_needs_are_the_books():
     (cell,) = (c for c in nbformat.read(SOURCE / "11_ladder.ipynb", 4).cells if "KERNELS = {" in c.source)
     named = {}
     exec(cell.source.split("for name, need")[0], named)
-    front, scores, attend = (
-        (BOOK / page).read_text(encoding="utf-8")
-        for page in ("README.md", "book/index_scores.md", "book/sparse_attention.md")
+    front = (BOOK / "README.md").read_text(encoding="utf-8")
+    scores, attend, topk = (
+        (BOOK / "book" / page).read_text(encoding="utf-8")
+        for page in ("index_scores.md", "sparse_attention.md", "select_topk.md")
     )
-    topk = (BOOK / "book/select_topk.md").read_text(encoding="utf-8")
     assert "*Registers*: 55\na thread; 8 KiB of shared memory" in front
     assert "128 threads · 128 registers · 4 bytes" in topk and "**Shared memory.** 16 bytes" in topk
     assert "12 · 32 · 168 = 64,512 registers" in scores and "**103,496**" in scores
