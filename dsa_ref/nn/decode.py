@@ -42,15 +42,10 @@ def decode_step(layer, x: Tensor, cache: PagedCache, batch: Batch, indices: Tens
     """
     c, readable = layer.config, values_readable(x)
     B, N, _ = x.shape
-    x, positions, dims = x.flatten(0, 1), batch.positions.flatten(), (c.qk_nope_head_dim, c.qk_rope_head_dim)
+    x, positions = x.flatten(0, 1), batch.positions.flatten()
     with unchecked_values():
         append_latents(layer, layer.kv_a_proj_with_mqa(x), cache, batch.slots, positions)
-        q_latent = layer.q_a_proj(x)
-        norm = layer.q_a_layernorm
-        if is_plain(norm, RMSNorm):
-            q_latent = small_step(layer, "rms_norm")(q_latent, norm.weight, norm.eps)
-        else:
-            q_latent = norm(q_latent)
+        q_latent = query_latent(layer, x)
         q_idx = w = None
         if layer.indexer is not None:
             q_idx, w = index_step(layer, x, q_latent, cache, batch.slots, positions)
@@ -65,18 +60,38 @@ def decode_step(layer, x: Tensor, cache: PagedCache, batch: Batch, indices: Tens
 
         q = layer.q_b_proj(q_latent).unflatten(-1, (c.n_heads, -1))
         W_UK, W_UV = layer._up_projections(q)
-        nope, turning = q.split(dims, dim=-1)
-        query = q.new_empty(B * N, c.n_heads, c.latent_dim, dtype=q.dtype if cache.fp8 else cache.dtype)
-        latent, turned = query.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
-        product_into(latent, nope, W_UK)
-        small_step(layer, "turn_into")(turned, turning, positions, layer.freqs, "interleaved")
+        query = absorbed(layer, q, W_UK, positions, q.dtype if cache.fp8 else cache.dtype)
         step["q"] = query.unflatten(0, (B, N))
     attended = (step["q"], cache.kv_pages, step["slots"], c.softmax_scale, c.kv_lora_rank, cache.splits)
     with unchecked_values() if indices is None else contextlib.nullcontext():  # nobody has looked at shared ones yet
         u, step["lse"] = layer.ops.paged_sparse_attention(*attended)
-    out = u.new_empty(B * N, c.n_heads, c.v_head_dim)
-    product_into(out, u.flatten(0, 1), W_UV.transpose(1, 2))
-    return layer.o_proj(out.flatten(1)).unflatten(0, (B, N)), step
+    return projected(layer, u.flatten(0, 1), W_UV).unflatten(0, (B, N)), step
+
+
+def query_latent(layer, x: Tensor) -> Tensor:
+    """The normed query latent [T, q_lora_rank] of x [T, dim]."""
+    latent, norm = layer.q_a_proj(x), layer.q_a_layernorm
+    if is_plain(norm, RMSNorm):
+        return small_step(layer, "rms_norm")(latent, norm.weight, norm.eps)
+    return norm(latent)
+
+
+def absorbed(layer, q: Tensor, W_UK: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """MQA mode's queries [T, H, D] in dtype, of q [T, H, nope | not yet turned]: each part written where it stays."""
+    c = layer.config
+    nope, turning = q.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
+    query = q.new_empty(len(q), c.n_heads, c.latent_dim, dtype=dtype)
+    latent, turned = query.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
+    product_into(latent, nope, W_UK)
+    small_step(layer, "turn_into")(turned, turning, positions, layer.freqs, "interleaved")
+    return query
+
+
+def projected(layer, u: Tensor, W_UV: Tensor) -> Tensor:
+    """The layer's output [T, dim] of attention over latent rows, u [T, H, latent]."""
+    out = u.new_empty(len(u), len(W_UV), W_UV.shape[1])
+    product_into(out, u, W_UV.transpose(1, 2))
+    return layer.o_proj(out.flatten(1))
 
 
 def append_latents(layer, rows: Tensor, cache: PagedCache, slots: Tensor, positions: Tensor) -> None:

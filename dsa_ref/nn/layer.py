@@ -37,6 +37,7 @@ from .checkpointing import (
 )
 from .decode import check_decode, decode_step, recorded
 from .parts import Indexer, RMSNorm
+from .prefill import prefill_step, serves
 from .wrapped import matrix
 
 STEPS = ("rope", "rotate_quantize", "lightning_select", "sparse_attention")  # of `ops`
@@ -121,7 +122,10 @@ class DSALayer(nn.Module):
         self._check(x, positions, cache, attention, record)
         self._check_shared(indices, positions, cache, attention)
         with all_or_nothing([] if cache is None else [cache], record):
-            y, step = self._attend(x, positions, cache, attention, indices)
+            if serves(self, x, attention):
+                y, step = prefill_step(self, x, positions, cache, indices)
+            else:
+                y, step = self._attend(x, positions, cache, attention, indices)
             if cache is not None and will_be_repeated(y):
                 raise ValueError(CACHE_REPEATED)
             if record is not None and not recorded_before(record, step):

@@ -17,7 +17,8 @@ from .runtime import mode  # first: it decides how triton is imported
 # isort: split
 from dsa_ref.version import __version__ as __version__
 
-from .append import append_index, append_latents, head_weights, index_queries, place_tokens, rms_norm, turn_into
+from .append import append_index, append_latents, index_queries, place_tokens, rms_norm, turn_into
+from .head_weights import head_weights
 from .index_scores import index_scores
 from .lightning_select import lightning_select
 from .paged_index_scores import paged_index_scores

@@ -1,9 +1,8 @@
 """The small steps around a decode step's selection and attention, one launch each: see `dsa_ref.append`.
 
-Schedule: one program a token (`index_queries`: a few heads of one; `head_weights`: one head of one), which reads its
-numbers once into registers, its RoPE partner from cache, and writes bytes where they stay. A step moves some hundred
-bytes a token but for `head_weights`, which reads dim numbers for each head: what counts is one launch for what were
-five to twelve.
+Schedule: one program a token (`index_queries` and `turn_into`: a few heads of one), which reads its numbers once into
+registers, its RoPE partner from cache, and writes bytes where they stay. A step moves some hundred bytes a token: what
+counts is one launch for what were five to twelve.
 
 Bit for bit the reference where fp32 sums allow: rounded to the input's dtype after each of its steps, no multiplication
 fused with an addition, e4m3 rounded in integers. Sums over a row (mean, variance, dot product) have another order.
@@ -20,7 +19,6 @@ import triton.language as tl
 from dsa_ref.contracts import (
     check_append_index,
     check_append_latents,
-    check_head_weights,
     check_index_queries,
     check_place_tokens,
     check_rms_norm,
@@ -31,7 +29,7 @@ from dsa_ref.contracts import (
 
 from .rotate_quantize import NO_FUSION, rotated
 from .rounding import quantized, round_to
-from .runtime import FLOATS, check_runnable
+from .runtime import FLOATS, INTERPRETED, check_runnable
 
 TILE = 128  # values that share a scale in an FP8 row
 
@@ -75,7 +73,7 @@ def _rms_norm(out_ptr, x_ptr, weight_ptr, eps, D, DP: tl.constexpr):
 
 @triton.jit
 def _append_index(
-    pages_ptr, slots_ptr, k_ptr, weight_ptr, bias_ptr, positions_ptr, freqs_ptr, eps, page, page_bytes,
+    pages_ptr, slots_ptr, k_ptr, weight_ptr, bias_ptr, positions_ptr, freqs_ptr, eps, page, page_bytes, scales_at,
     D: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
@@ -98,7 +96,7 @@ def _append_index(
     slot = tl.load(slots_ptr + t).to(tl.int64)
     first, place = slot // page * page_bytes, slot % page
     tl.store(pages_ptr + first + place * D + d[None, :], codes.to(tl.uint8))
-    _store_fp32(pages_ptr + first + page * D + 4 * place + tl.arange(0, 1), scale, tl.arange(0, 1) == 0)
+    _store_fp32(pages_ptr + first + scales_at + 4 * place + tl.arange(0, 1), scale, tl.arange(0, 1) == 0)
 
 
 @triton.jit
@@ -139,21 +137,13 @@ def _append_latents(
 
 
 @triton.jit
-def _head_weights(out_ptr, x_ptr, weight_ptr, heads, dim, DP: tl.constexpr):
-    t, h = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    d = tl.arange(0, DP)
-    x = tl.load(x_ptr + t * dim + d, d < dim, 0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + h * dim + d, d < dim, 0.0).to(tl.float32)
-    tl.store(out_ptr + t * heads + h, tl.sum(x * weight, axis=0))
-
-
-@triton.jit
 def _index_queries(
     out_ptr, w_out_ptr, q_ptr, w_ptr, positions_ptr, freqs_ptr, rows, by_heads, by_dim,
     HEADS: tl.constexpr, D: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    row = first + tl.arange(0, BLOCK)
     d = tl.arange(0, D)[None, :]
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     _, _, partner = _partner(d, R, INTERLEAVED)
@@ -161,7 +151,10 @@ def _index_queries(
     row_ptr = q_ptr + row[:, None] * D
     x = tl.load(row_ptr + d, there[:, None], 0.0).to(tl.float32)
     other = tl.load(row_ptr + partner, there[:, None] & (d < R), 0.0).to(tl.float32)
-    position = tl.load(positions_ptr + row // HEADS, there, 0)[:, None]
+    if HEADS % BLOCK == 0:  # one token's heads: each angle is turned into cos and sin once
+        position = tl.load(positions_ptr + first // HEADS)
+    else:
+        position = tl.load(positions_ptr + row // HEADS, there, 0)[:, None]
     x = round_to(_turned(x, other, position, freqs_ptr, d, R, INTERLEAVED), dtype).to(tl.float32)
     codes, scale = quantized(round_to(rotated(x, D, STEPS, BLOCK), dtype).to(tl.float32))
     tl.store(out_ptr + row[:, None] * D + d, codes.to(tl.uint8), there[:, None])
@@ -176,16 +169,20 @@ def _turn_into(
 ):  # fmt: skip
     t = tl.program_id(1).to(tl.int64)
     h = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
-    d = tl.arange(0, RP)[None, :]
-    _, _, partner = _partner(d, R, INTERLEAVED)
-    mask = (h < heads) & (d < R)
-    row_ptr = x_ptr + t * x_t + h * x_h
-    x, other = tl.load(row_ptr + d, mask, 0.0).to(tl.float32), tl.load(row_ptr + partner, mask, 0.0).to(tl.float32)
-    turned = round_to(
-        _turned(x, other, tl.load(positions_ptr + t), freqs_ptr, d, R, INTERLEAVED), x_ptr.dtype.element_ty
-    )
-    turned = round_to(turned.to(tl.float32), out_ptr.dtype.element_ty)
-    tl.store(out_ptr + t * out_t + h * out_h + d, turned, mask)
+    i = tl.arange(0, RP // 2)[None, :]  # of a pair; no number is loaded twice, so that out may be x
+    if INTERLEAVED:
+        one, two = 2 * i, 2 * i + 1
+    else:
+        one, two = i, i + R // 2
+    mask = (h < heads) & (i < R // 2)
+    row_ptr, out_row = x_ptr + t * x_t + h * x_h, out_ptr + t * out_t + h * out_h
+    a, b = tl.load(row_ptr + one, mask, 0.0).to(tl.float32), tl.load(row_ptr + two, mask, 0.0).to(tl.float32)
+    angle = tl.load(positions_ptr + t).to(tl.float32) * tl.load(freqs_ptr + i, i < R // 2, 0.0)
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    a, b = round_to(a * cos - b * sin, dtype).to(tl.float32), round_to(b * cos + a * sin, dtype).to(tl.float32)
+    tl.store(out_row + one, round_to(a, out_ptr.dtype.element_ty), mask)
+    tl.store(out_row + two, round_to(b, out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -253,7 +250,7 @@ def append_index(
 
     def launch(pages, slots, page):
         _append_index[(T,)](
-            pages, slots, k, weight, bias, positions, freqs, eps, page, page * (D + 4),
+            pages, slots, k, weight, bias, positions, freqs, eps, page, page * (D + 4), page * D,
             D=D, STEPS=D.bit_length() - 1, R=2 * len(freqs), INTERLEAVED=layout == "interleaved", **NO_FUSION,
         )  # fmt: skip
 
@@ -306,25 +303,6 @@ def append_latents(
     launch(kv_pages, slots)
 
 
-def head_weights(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`dsa_ref.head_weights`: x · weightᵀ, fp32 [T, Hi], in fp32, in one launch. No gradient.
-
-    x: bf16, fp16 or fp32 [T, dim]; weight: float [Hi, dim].
-
-    Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does. Source: SPEC
-    section 2, step 6.
-    """
-    check_head_weights(x, weight, FLOATS)
-    check_runnable(x=x.detach())
-    x, weight = x.detach().contiguous(), weight.detach().contiguous()
-    (T, dim), heads = x.shape, len(weight)
-    out = torch.empty(T, heads, dtype=torch.float32, device=x.device)
-    if T:
-        DP = triton.next_power_of_2(dim)
-        _head_weights[(heads, T)](out, x, weight, heads, dim, DP=DP, num_warps=8 if DP > 2048 else 4)
-    return out
-
-
 def index_queries(
     q: torch.Tensor, w: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, layout: str = "half"
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -344,10 +322,11 @@ def index_queries(
     if T:
         rows = T * heads
         block = 2 if rows <= 1024 else max(2, 2048 // D)
+        block = max(2, 65536 // D) if INTERPRETED else block
         _index_queries[(triton.cdiv(rows, block),)](
             q_idx, out, q, w, positions.contiguous(), freqs.contiguous(), rows, heads**-0.5, D**-0.5,
             HEADS=heads, D=D, STEPS=D.bit_length() - 1, R=2 * len(freqs), INTERLEAVED=layout == "interleaved",
-            BLOCK=triton.next_power_of_2(block), **NO_FUSION,
+            BLOCK=min(triton.next_power_of_2(block), triton.next_power_of_2(rows)), **NO_FUSION,
         )  # fmt: skip
     if values_readable(q) and (w.isfinite() & ~out.isfinite()).any():  # a scale was no number
         raise ValueError("q must be finite, got NaN or infinity")
@@ -356,6 +335,7 @@ def index_queries(
 
 def turn_into(out: torch.Tensor, x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, layout: str) -> None:
     """`dsa_ref.turn_into` in one launch: RoPE of x [T, heads, R], written into out [T, heads, R], parts of wider rows.
+    out may be x.
 
     x, out: bf16, fp16 or fp32, with numbers of a head side by side; positions: int [T]; freqs: fp32 [R/2].
 
@@ -369,7 +349,7 @@ def turn_into(out: torch.Tensor, x: torch.Tensor, positions: torch.Tensor, freqs
     x = x.detach() if x.stride(2) == 1 else x.detach().contiguous()
     T, heads, R = x.shape
     RP = triton.next_power_of_2(R)
-    block = min(triton.next_power_of_2(heads), max(1, 256 // RP))
+    block = min(triton.next_power_of_2(heads), max(1, (256 if T * heads <= 1024 and not INTERPRETED else 2048) // RP))
     if T:
         _turn_into[(triton.cdiv(heads, block), T)](
             out, x, positions.contiguous(), freqs.contiguous(), heads, *out.stride()[:2], *x.stride()[:2],
