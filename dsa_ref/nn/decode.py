@@ -89,9 +89,9 @@ def absorbed(layer, q: Tensor, W_UK: Tensor, positions: Tensor, dtype: torch.dty
 
 def projected(layer, u: Tensor, W_UV: Tensor) -> Tensor:
     """The layer's output [T, dim] of attention over latent rows, u [T, H, latent]."""
-    out = u.new_empty(len(u), len(W_UV), W_UV.shape[1])
-    product_into(out, u, W_UV.transpose(1, 2))
-    return layer.o_proj(out.flatten(1))
+    heads = u.new_empty(len(u), len(W_UV), W_UV.shape[1])
+    product_into(heads, u, W_UV.transpose(1, 2))
+    return layer.o_proj(heads.flatten(1))
 
 
 def append_latents(layer, rows: Tensor, cache: PagedCache, slots: Tensor, positions: Tensor) -> None:
@@ -106,18 +106,22 @@ def append_latents(layer, rows: Tensor, cache: PagedCache, slots: Tensor, positi
     write_kv(cache.kv_pages, slots, widened(kv, cache.dtype), c.kv_lora_rank)
 
 
-def index_step(layer, x: Tensor, q_latent: Tensor, cache, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens' index keys into the pages; q_idx [T, Hi, Di] and w fp32 [T, Hi], as they are scored."""
+def index_step(
+    layer, x: Tensor, q_latent: Tensor, cache, slots: Tensor, positions: Tensor, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The tokens' index keys into the pages; of the tokens from `first` on, q_idx [T - first, Hi, Di] and w fp32
+    [T - first, Hi], as they are scored."""
     indexer, c = layer.indexer, layer.config
     norm, heads = indexer.k_norm, indexer.weights_proj
     if not (is_plain(indexer, Indexer) and is_affine(norm) and is_plain(heads) and heads.bias is None):
         q_idx, k_idx, w, q_scale, k_scale = layer._index(x, q_latent, positions)
         write_index(cache.index_pages, slots, k_idx, k_scale)
-        return q_idx, w * q_scale
+        return q_idx[first:], (w * q_scale)[first:]
     k, turning = indexer.wk(x), (positions, layer.freqs, c.index_rope)
     small_step(layer, "append_index")(cache.index_pages, slots, k, norm.weight, norm.bias, norm.eps, *turning)
-    q = indexer.wq_b(q_latent).unflatten(-1, (c.index_n_heads, c.index_head_dim))
-    return small_step(layer, "index_queries")(q, small_step(layer, "head_weights")(x, heads.weight), *turning)
+    q = indexer.wq_b(q_latent[first:]).unflatten(-1, (c.index_n_heads, c.index_head_dim))
+    w = small_step(layer, "head_weights")(x[first:], heads.weight)
+    return small_step(layer, "index_queries")(q, w, positions[first:], layer.freqs, c.index_rope)
 
 
 def check_finite(cache: PagedCache, slots: Tensor, w: Tensor | None) -> None:

@@ -123,7 +123,7 @@ class DSALayer(nn.Module):
         self._check_shared(indices, positions, cache, attention)
         with all_or_nothing([] if cache is None else [cache], record):
             if serves(self, x, attention):
-                y, step = prefill_step(self, x, positions, cache, indices)
+                y, step = prefill_step(self, x, positions, cache, indices, record is not None)
             else:
                 y, step = self._attend(x, positions, cache, attention, indices)
             if cache is not None and will_be_repeated(y):

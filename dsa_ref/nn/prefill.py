@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from ..contracts import check_finite, unchecked_values, values_readable
 from ..precision import autocast_on
 from .cache import LayerCache
-from .decode import SMALL_STEPS, absorbed, append_latents, index_step, projected, query_latent
+from .decode import SMALL_STEPS, absorbed, append_latents, index_step, product_into, query_latent, small_step
 
 
 def serves(layer, x: Tensor, attention: str) -> bool:
@@ -37,9 +37,17 @@ def serves(layer, x: Tensor, attention: str) -> bool:
     )
 
 
-def prefill_step(layer, x: Tensor, positions: Tensor, cache, indices: Tensor | None) -> tuple[Tensor, dict]:
-    """`DSALayer.forward` in sparse mode on checked arguments: the output [T, dim], and the step as `record` gets it."""
+def prefill_step(
+    layer, x: Tensor, positions: Tensor, cache, indices: Tensor | None, recording: bool
+) -> tuple[Tensor, dict]:
+    """`DSALayer.forward` in sparse mode on checked arguments: the output [T, dim], and the step as `record` gets it.
+
+    The first rows may see so few keys that MHA mode is cheaper, see `first_rows`. recording: whether the step is
+    complete, or without what no row of the output needs.
+    """
     c, T, start = layer.config, len(x), row_starts(positions, cache)
+    whole, few = first_rows(layer, T, cache)
+    scored, absorbing = (0, 0) if recording else (whole, few)  # the first row that is
     rows, first = rows_beside(layer, x, cache)
     slots = torch.arange(first, first + T, device=x.device)
     with unchecked_values():
@@ -47,7 +55,7 @@ def prefill_step(layer, x: Tensor, positions: Tensor, cache, indices: Tensor | N
         q_latent = query_latent(layer, x)
         q_idx = w = None
         if layer.indexer is not None:
-            q_idx, w = index_rows(layer, x, q_latent, rows, slots, positions)
+            q_idx, w = index_rows(layer, x, q_latent, rows, slots, positions, scored)
     rows.length += T
     kv, k_idx, k_scale = rows.rows()
     if w is not None and values_readable(w) and c.index_fp8:
@@ -57,17 +65,100 @@ def prefill_step(layer, x: Tensor, positions: Tensor, cache, indices: Tensor | N
     step = {"kv": kv, "start": start, "indices": indices}
     if layer.indexer is not None:
         step |= {"q_idx": q_idx, "k_idx": k_idx, "w": w, "k_scale": k_scale}
-        k = min(c.index_topk, len(k_idx))  # a list has no more places than there are keys
-        step["indices"] = layer.ops.lightning_select(q_idx, k_idx, w, k, k_scale=k_scale, start=start)
+        if scored < T or T == 0:
+            k = min(c.index_topk, len(k_idx))  # a list has no more places than there are keys
+            step["indices"] = layer.ops.lightning_select(q_idx, k_idx, w, k, k_scale=k_scale, start=start[scored:])
 
     q = layer.q_b_proj(q_latent).unflatten(-1, (c.n_heads, -1))
-    W_UK, W_UV = layer._up_projections(kv)
+    W_UK, W_UV = matrices = layer._up_projections(kv)
     with unchecked_values():
-        step["q"] = absorbed(layer, q, W_UK, positions, kv.dtype)
+        step["q"] = absorbed(layer, q[absorbing:], W_UK, positions[absorbing:], kv.dtype)  # before q itself is turned
     with unchecked_values() if indices is None else contextlib.nullcontext():  # nobody has looked at shared ones yet
-        attended = (step["q"], kv, step["indices"], c.softmax_scale, c.kv_lora_rank)
-        u, step["lse"] = layer.ops.sparse_attention(*attended)
-    return projected(layer, u, W_UV), step
+        parts = []
+        if few:
+            turn_queries(layer, q[:few], positions[:few])
+            ranges = None if cache is not None else start[:few]  # a cache holds one sequence: causal is all there is
+            lists = None if whole == few else step["indices"][whole - scored : few - scored]
+            parts = in_mha_mode(layer, q[:few].to(kv.dtype), kv[: len(kv) - T + few], matrices, whole, lists, ranges)
+        if few < T or T == 0:
+            lists = step["indices"][few - scored :]
+            rest = step["q"][few - absorbing :], kv, lists, c.softmax_scale, c.kv_lora_rank
+            u, lse = layer.ops.sparse_attention(*rest)
+            parts.append((None, lse))
+    step["lse"] = parts[0][1] if len(parts) == 1 else torch.cat([lse for _, lse in parts])
+    if whole == T > 0:
+        heads = parts[0][0]
+    else:
+        heads, place = kv.new_empty(T, c.n_heads, c.v_head_dim), 0
+        for out, lse in parts:
+            here = heads[place : place + len(lse)]
+            place += len(lse)
+            if out is None:
+                product_into(here, u, W_UV.transpose(1, 2))
+            else:
+                here.copy_(out)
+    return layer.o_proj(heads.flatten(1)), step
+
+
+def first_rows(layer, T: int, cache) -> tuple[int, int]:
+    """(whole, few): how many of T rows select every key that they may see, and how many attend in MHA mode.
+
+    A row sees at most the cache's keys and the call's up to itself, so both follow from lengths alone. `few` rows see
+    at most `DSAConfig.most_mha_keys`; the first `whole` of them also no more than index_topk, so that nothing has to be
+    scored for them. Lists that another layer has made are not taken for whole. Both are 0 where the heads' keys and
+    values of all tokens so far, which are made for these rows alone, cost more FLOPs than the rows save.
+    """
+    c, before = layer.config, 0 if cache is None else cache.length
+    whole, few = (max(0, min(T, keys - before)) for keys in (min(c.index_topk, c.most_mha_keys), c.most_mha_keys))
+    if layer.indexer is None:
+        whole = 0
+
+    def pairs(count, most):
+        """Of the first `count` rows with the keys that each selects, at most `most`."""
+        return sum(min(most, before + t + 1) for t in range(count))
+
+    head = c.qk_nope_head_dim + c.qk_rope_head_dim
+    saved = 2 * c.n_heads * (c.latent_dim + c.kv_lora_rank) * pairs(few, c.index_topk)
+    saved += 2 * c.index_n_heads * c.index_head_dim * pairs(whole, c.index_topk)
+    spent = 2 * c.n_heads * (head + c.v_head_dim) * pairs(few, before + few)
+    spent += 2 * c.n_heads * c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim) * (before + few)
+    return (whole, few) if saved > spent else (0, 0)
+
+
+def in_mha_mode(layer, q: Tensor, kv: Tensor, matrices, whole: int, lists, start) -> list[tuple[Tensor, Tensor]]:
+    """(heads [rows, H, v], lse [rows, H]) of the first `whole` rows of q, which see all their keys, and of the others,
+    which see what their lists name: whichever there are.
+
+    q: [few, H, nope | rope], turned; kv: [S, D], up to the last row's own key; start: int32 [few], or None for 0.
+    """
+    few, attend = len(q), small_step(layer, "mha_attention")
+    (keys, values), parts = decompressed(layer, kv, *matrices), []
+    for first, last, indices in ((0, whole, None), (whole, few, lists)):
+        if first < last:
+            seen = len(kv) - few + last
+            ranges = None if start is None else start[first:last]
+            these = q[first:last], keys[:seen], values[:seen], layer.config.softmax_scale, indices, ranges
+            parts.append(attend(*these))
+    return parts
+
+
+def turn_queries(layer, q: Tensor, positions: Tensor) -> None:
+    """RoPE of q [T, H, nope | rope] where it stands: MHA mode's queries."""
+    turning = q[..., layer.config.qk_nope_head_dim :]
+    small_step(layer, "turn_into")(turning, turning, positions, layer.freqs, "interleaved")
+
+
+def decompressed(layer, kv: Tensor, W_UK: Tensor, W_UV: Tensor) -> tuple[Tensor, Tensor]:
+    """MHA mode's keys [S, H, nope | rope] and values [S, H, v], each part written where it stays."""
+    c = layer.config
+    latent, turned = kv.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=1)
+    latent = latent[:, None].expand(-1, c.n_heads, -1)
+    keys = kv.new_empty(len(kv), c.n_heads, c.qk_nope_head_dim + c.qk_rope_head_dim)
+    values = kv.new_empty(len(kv), c.n_heads, c.v_head_dim)
+    product_into(keys[..., : c.qk_nope_head_dim], latent, W_UK.transpose(1, 2))
+    keys[..., c.qk_nope_head_dim :] = turned[:, None]
+    product_into(values, latent, W_UV.transpose(1, 2))
+    return keys, values
 
 
 def row_starts(positions: Tensor, cache) -> Tensor:
@@ -88,11 +179,12 @@ def rows_beside(layer, x: Tensor, cache) -> tuple[LayerCache, int]:
 
 
 def index_rows(
-    layer, x: Tensor, q_latent: Tensor, rows: LayerCache, slots: Tensor, positions: Tensor
+    layer, x: Tensor, q_latent: Tensor, rows: LayerCache, slots: Tensor, positions: Tensor, first: int
 ) -> tuple[Tensor, Tensor]:
-    """The tokens' index keys into rows; q_idx [T, Hi, Di] and w fp32 [T, Hi] as they are scored."""
+    """The tokens' index keys into rows; of those from `first` on, q_idx [T - first, Hi, Di] and w fp32 [T - first, Hi]
+    as they are scored."""
     if layer.config.index_fp8:
-        return index_step(layer, x, q_latent, rows, slots, positions)
+        return index_step(layer, x, q_latent, rows, slots, positions, first)
     q_idx, k_idx, w, _, _ = layer._index(x, q_latent, positions)
     rows.k_idx[rows.length : rows.length + len(x)] = k_idx
-    return q_idx, w
+    return q_idx[first:], w[first:]

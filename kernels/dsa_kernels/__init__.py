@@ -21,6 +21,7 @@ from .append import append_index, append_latents, index_queries, place_tokens, r
 from .head_weights import head_weights
 from .index_scores import index_scores
 from .lightning_select import lightning_select
+from .mha_attention import mha_attention
 from .paged_index_scores import paged_index_scores
 from .paged_select import paged_select
 from .paged_sparse_attention import merge_parts, paged_sparse_attention
@@ -37,6 +38,7 @@ __all__ = [
     "index_scores",
     "lightning_select",
     "merge_parts",
+    "mha_attention",
     "mode",
     "paged_index_scores",
     "paged_select",

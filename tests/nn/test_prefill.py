@@ -171,3 +171,123 @@ def test_the_page_of_a_cache_is_one_that_paged_steps_read():
     k_idx, k_scale = dsa_ref.unpack_index(cache.index_pages, TINY.index_head_dim)
     assert_same_bits(k_idx.flatten(0, -2)[:T], cache.k_idx[:T])
     assert_same_bits(k_scale.flatten()[:T], cache.k_scale[:T])
+
+
+LONG = 100  # tokens; with k = 64, MHA mode pays at TINY's sizes
+
+
+def run_long(layer, chunks=(LONG,), cached=True, unchecked=False, recording=True, packed_at=None):
+    """As `run`, for LONG tokens in chunks of these sizes."""
+    x, positions = tokens(layer, LONG)
+    if packed_at:
+        positions[packed_at:] -= packed_at
+    cache = LayerCache(layer.config, LONG, x.dtype, x.device, layer.indexer is not None) if cached else None
+    record, parts, first = [] if recording else None, [], 0
+    with unchecked_values() if unchecked else contextlib.nullcontext():
+        for size in chunks:
+            rows = slice(first, first + size)
+            parts.append(layer(x[rows], positions[rows], cache, record=record))
+            first += size
+    return torch.cat(parts), record, cache
+
+
+@pytest.mark.parametrize("recording", (True, False))
+@pytest.mark.parametrize("cached, chunks, packed_at", [
+    (True, (LONG,), None), (True, (40, 60), None), (True, (64, 36), None), (True, (60, 1, 39), None),
+    (False, (LONG,), None), (False, (LONG,), 30),
+])  # fmt: skip
+@pytest.mark.parametrize("mha_keys", (0, 20, 90))
+def test_rows_that_see_few_keys_attend_in_mha_mode(mha_keys, cached, chunks, packed_at, recording):
+    agree_in_mha_mode(dsa_ref, "cpu", mha_keys, cached, chunks, packed_at, recording)
+
+
+@pytest.mark.rungs("kernels")
+@pytest.mark.parametrize("mha_keys, chunks, recording", [(0, (LONG,), False), (90, (70, 30), True)])
+def test_they_do_so_with_kernels(ops, device, mha_keys, chunks, recording):
+    agree_in_mha_mode(ops, device, mha_keys, True, chunks, None, recording)
+
+
+def agree_in_mha_mode(ops, device, mha_keys, cached, chunks, packed_at, recording):
+    """The answer, the record and the cache are those of a layer that has no such rows."""
+    dtype = torch.float64 if ops is dsa_ref else torch.float32
+    layer = make_layer(ops, dtype, device, index_topk=64, mha_keys=mha_keys)
+    plain = make_layer(ops, dtype, device, index_topk=64, mha_keys=1)
+    got = run_long(layer, chunks, cached, True, recording, packed_at)
+    wanted = run_long(plain, chunks, cached, True, True, packed_at)
+    assert_close(got[0], wanted[0], 1e-10 if ops is dsa_ref else 1e-5)
+    if cached:
+        for one, other in zip(got[2].rows(), wanted[2].rows(), strict=True):
+            assert_same_bits(one, other)
+    for one, other in zip(got[1] or [], wanted[1], strict=bool(got[1])):
+        assert list(one) == list(other)
+        for name in ("q_idx", "k_idx", "w", "k_scale", "q", "kv", "start"):
+            assert_same_bits(one[name], other[name])
+        assert selected(one["indices"]) == selected(other["indices"])
+        assert_close(one["lse"], other["lse"], 1e-5)
+
+
+def calls(layer, chunks=(LONG,), **options):
+    """Which rows each attention and selection got: (step, rows, keys, whether by lists)."""
+    seen = []
+
+    def spy(name, step):
+        def call(q, *args, **named):
+            lists = args[3] is not None if name == "mha_attention" else True
+            seen.append((name, len(q), len(args[0]), lists))
+            return step(q, *args, **named)
+
+        return call
+
+    ops = {name: getattr(layer.ops, name) for name in dir(layer.ops) if not name.startswith("__")}
+    ops |= {name: spy(name, ops[name]) for name in ("mha_attention", "lightning_select", "sparse_attention")}
+    layer.ops = types.SimpleNamespace(**ops)
+    run_long(layer, chunks, recording=False, **options)
+    return seen
+
+
+def test_what_is_scored_and_how_rows_attend():
+    """Up to k keys no row is scored; up to `mha_keys` a row's list is a mask."""
+    assert calls(make_layer(index_topk=64)) == [
+        ("lightning_select", 36, 100, True), ("mha_attention", 64, 64, False), ("sparse_attention", 36, 100, True),
+    ]  # fmt: skip
+    assert calls(make_layer(index_topk=64, mha_keys=90)) == [
+        ("lightning_select", 36, 100, True), ("mha_attention", 64, 64, False), ("mha_attention", 26, 90, True),
+        ("sparse_attention", 10, 100, True),
+    ]  # fmt: skip
+    assert calls(make_layer(index_topk=100)) == [("mha_attention", 100, 100, False)]
+    assert calls(make_layer(index_topk=64, mha_keys=1))[-1] == ("sparse_attention", 100, 100, True)
+
+
+def test_one_token_does_not_take_every_key_apart():
+    """A step of one token would make the keys and values of all tokens before it for itself alone."""
+    seen = calls(make_layer(index_topk=100), (98, 1, 1))
+    assert [name for name, *_ in seen] == ["mha_attention"] + 2 * ["lightning_select", "sparse_attention"]
+
+
+def test_a_layer_that_shares_a_selection_takes_it_as_it_is():
+    """Its lists may leave out keys that the row may see."""
+    layer, plain = (make_layer(dtype=torch.float64, indexer=False, index_topk=64, mha_keys=n) for n in (90, 1))
+    (x, positions), indices = tokens(layer, LONG), torch.arange(LONG, dtype=torch.int32)[:, None] // 2
+    assert_close(layer(x, positions, indices=indices), plain(x, positions, indices=indices), 1e-10)
+    with pytest.raises(ValueError, match="indices must be distinct"):
+        layer(x, positions, indices=indices.repeat(1, 2))
+
+
+@pytest.mark.rungs("reference", "kernels")
+@pytest.mark.parametrize("T, S, lists, ranges", [
+    (6, 6, False, False), (4, 9, False, False), (4, 9, True, False), (5, 5, True, True), (5, 9, False, True),
+    (0, 4, False, False),
+])  # fmt: skip
+def test_mha_attention_is_the_references(ops, device, T, S, lists, ranges):
+    q, k, v = (normal(n, 3, d, seed=i, device=device) for i, (n, d) in enumerate(((T, 12), (S, 12), (S, 8))))
+    indices = torch.stack([torch.arange(S)[:3].roll(t) for t in range(T)]).int().to(device) if lists else None
+    start = end = None
+    if ranges:
+        start = torch.arange(T, dtype=torch.int32, device=device) // 2
+        end = start + torch.tensor([2, 0, 1, 3, 2], dtype=torch.int32, device=device)
+    got = ops.mha_attention(q, k, v, 0.3, indices, start, end)
+    wanted = dsa_ref.mha_attention(q.double(), k.double(), v.double(), 0.3, indices, start, end)
+    for one, other in zip(got, wanted, strict=True):
+        assert one.shape == other.shape and one.dtype == torch.float32
+        assert torch.equal(one == -torch.inf, other == -torch.inf)
+        assert_close(one.clamp(min=-1e9), other.clamp(min=-1e9).float(), 1e-6)
