@@ -1,4 +1,4 @@
-"""What a step launches: Triton's kernels, noted in the interpreter, and torch's operations that a GPU would launch."""
+"""What a step launches: Triton's kernels, interpreted or compiled, and torch's operations that a GPU would launch."""
 
 import contextlib
 
@@ -35,23 +35,36 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def kind_of(value):
+    """What Triton compiles a kernel for: types, and of integers whether they are 1, a multiple of 16, or neither."""
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype}, {'aligned' if value.data_ptr() % 16 == 0 else 'anywhere'}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"i{32 if value < 1 << 31 else 64} {'1' if value == 1 else '16' if value % 16 == 0 else 'n'}"
+    return type(value).__name__
+
+
 @contextlib.contextmanager
 def noted():
-    """Inside, launches are noted: yields (kernels, operations), lists of names. Kernels are (name, specialisation)."""
+    """Inside, launches are noted: yields (kernels, operations). A kernel is its name and what it is compiled for; an
+    operation is its name, "WAIT" for one that makes the host wait."""
     from triton.runtime.interpreter import GridExecutor
+    from triton.runtime.jit import JITFunction
 
-    kernels, call, operations = [], GridExecutor.__call__, Operations()
+    from dsa_kernels.runtime import INTERPRETED
 
-    def launch(self, *args, **kwargs):
-        kinds = [arg.dtype if isinstance(arg, torch.Tensor) else type(arg).__name__ for arg in args]
-        options = {name: value for name, value in kwargs.items() if name.isupper()}
-        kernels.append((self.fn.__name__, str(kinds), str(sorted(options.items(), key=str))))
+    owner, name = (GridExecutor, "__call__") if INTERPRETED else (JITFunction, "run")
+    kernels, launch, operations = [], getattr(owner, name), Operations()
+
+    def noting(self, *args, **kwargs):
+        options = [(key, value) for key, value in kwargs.items() if key not in ("grid", "warmup")]
+        kernels.append((self.fn.__name__, str([kind_of(arg) for arg in args]), str(sorted(options, key=str))))
         with torch.utils._python_dispatch._disable_current_modes():  # how the interpreter moves bytes is its own affair
-            return call(self, *args, **kwargs)
+            return launch(self, *args, **kwargs)
 
-    GridExecutor.__call__ = launch
+    setattr(owner, name, noting)
     try:
         with operations:
             yield kernels, operations.names
     finally:
-        GridExecutor.__call__ = call
+        setattr(owner, name, launch)

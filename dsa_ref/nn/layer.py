@@ -61,7 +61,8 @@ class DSALayer(nn.Module):
     """V3.2's attention layer on packed tokens [T, dim].
 
     ops: the package whose `rope`, `rotate_quantize`, `lightning_select` and `sparse_attention` run (`dsa_ref` or
-    `dsa_kernels`); what has no kernel always runs in the reference.
+    `dsa_kernels`); what has no kernel always runs in the reference. Where it also has the small steps of `decode`, they
+    run in calls that keep no gradient: see `prefill`.
     indexer: False for a layer that shares another layer's selection and has no indexer (`DSAConfig.has_indexer`).
 
     Submodules may be wrapped (adapters, hooks, shards) as long as kv_b_proj stays linear without a bias: see `wrapped`.

@@ -3,7 +3,7 @@
     rows of the cache     kv_a_proj -> norm, RoPE, stored; wk -> norm, RoPE, Hadamard, FP8, stored      2 products
     queries               q_a_proj -> norm -> q_b_proj -> W_UK and RoPE, into one buffer                3 products
     the indexer's queries wq_b -> RoPE, Hadamard, FP8; weights_proj in fp32                             1 product
-    selection, attention  `lightning_select`, `sparse_attention`
+    selection, attention  `lightning_select`, `sparse_attention`; `mha_attention` for rows that see few keys
     output                W_UV -> o_proj                                                                2 products
 
 `DSALayer._attend` is the same step written out, with gradients. Inside `unchecked_values` rows are written straight
@@ -70,33 +70,24 @@ def prefill_step(
             step["indices"] = layer.ops.lightning_select(q_idx, k_idx, w, k, k_scale=k_scale, start=start[scored:])
 
     q = layer.q_b_proj(q_latent).unflatten(-1, (c.n_heads, -1))
-    W_UK, W_UV = matrices = layer._up_projections(kv)
+    W_UK, W_UV = layer._up_projections(kv)
     with unchecked_values():
         step["q"] = absorbed(layer, q[absorbing:], W_UK, positions[absorbing:], kv.dtype)  # before q itself is turned
+    heads, lses = kv.new_empty(T, c.n_heads, c.v_head_dim), []
     with unchecked_values() if indices is None else contextlib.nullcontext():  # nobody has looked at shared ones yet
-        parts = []
         if few:
             turn_queries(layer, q[:few], positions[:few])
             ranges = None if cache is not None else start[:few]  # a cache holds one sequence: causal is all there is
             lists = None if whole == few else step["indices"][whole - scored : few - scored]
-            parts = in_mha_mode(layer, q[:few].to(kv.dtype), kv[: len(kv) - T + few], matrices, whole, lists, ranges)
+            seen = kv[: len(kv) - T + few]
+            lses += in_mha_mode(layer, heads[:few], q[:few].to(kv.dtype), seen, (W_UK, W_UV), whole, lists, ranges)
         if few < T or T == 0:
             lists = step["indices"][few - scored :]
             rest = step["q"][few - absorbing :], kv, lists, c.softmax_scale, c.kv_lora_rank
             u, lse = layer.ops.sparse_attention(*rest)
-            parts.append((None, lse))
-    step["lse"] = parts[0][1] if len(parts) == 1 else torch.cat([lse for _, lse in parts])
-    if whole == T > 0:
-        heads = parts[0][0]
-    else:
-        heads, place = kv.new_empty(T, c.n_heads, c.v_head_dim), 0
-        for out, lse in parts:
-            here = heads[place : place + len(lse)]
-            place += len(lse)
-            if out is None:
-                product_into(here, u, W_UV.transpose(1, 2))
-            else:
-                here.copy_(out)
+            product_into(heads[few:], u, W_UV.transpose(1, 2))
+            lses.append(lse)
+    step["lse"] = lses[0] if len(lses) == 1 else torch.cat(lses)
     return layer.o_proj(heads.flatten(1)), step
 
 
@@ -112,34 +103,41 @@ def first_rows(layer, T: int, cache) -> tuple[int, int]:
     whole, few = (max(0, min(T, keys - before)) for keys in (min(c.index_topk, c.most_mha_keys), c.most_mha_keys))
     if layer.indexer is None:
         whole = 0
+    if not few:
+        return 0, 0
 
     def pairs(count, most):
-        """Of the first `count` rows with the keys that each selects, at most `most`."""
-        return sum(min(most, before + t + 1) for t in range(count))
+        """Of the first `count` rows with the keys that each may see, at most `most`."""
+        growing = max(0, min(count, most - before))
+        return growing * before + growing * (growing + 1) // 2 + (count - growing) * most
 
     head = c.qk_nope_head_dim + c.qk_rope_head_dim
     saved = 2 * c.n_heads * (c.latent_dim + c.kv_lora_rank) * pairs(few, c.index_topk)
-    saved += 2 * c.index_n_heads * c.index_head_dim * pairs(whole, c.index_topk)
+    saved += 2 * c.index_n_heads * c.index_head_dim * pairs(whole, before + whole)
     spent = 2 * c.n_heads * (head + c.v_head_dim) * pairs(few, before + few)
     spent += 2 * c.n_heads * c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim) * (before + few)
     return (whole, few) if saved > spent else (0, 0)
 
 
-def in_mha_mode(layer, q: Tensor, kv: Tensor, matrices, whole: int, lists, start) -> list[tuple[Tensor, Tensor]]:
-    """(heads [rows, H, v], lse [rows, H]) of the first `whole` rows of q, which see all their keys, and of the others,
-    which see what their lists name: whichever there are.
+def in_mha_mode(
+    layer, heads: Tensor, q: Tensor, kv: Tensor, matrices: tuple[Tensor, Tensor], whole: int,
+    lists: Tensor | None, start: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """Write heads [few, H, v] of q [few, H, nope | rope], turned; log-sum-exps [rows, H] of the parts that there are.
 
-    q: [few, H, nope | rope], turned; kv: [S, D], up to the last row's own key; start: int32 [few], or None for 0.
+    The first `whole` rows see all their keys, the others what their lists name. kv: [S, D], up to the last row's own
+    key; matrices: W_UK and W_UV; start: int32 [few], or None for 0.
     """
     few, attend = len(q), small_step(layer, "mha_attention")
-    (keys, values), parts = decompressed(layer, kv, *matrices), []
+    (keys, values), lses = decompressed(layer, kv, *matrices), []
     for first, last, indices in ((0, whole, None), (whole, few, lists)):
         if first < last:
             seen = len(kv) - few + last
             ranges = None if start is None else start[first:last]
             these = q[first:last], keys[:seen], values[:seen], layer.config.softmax_scale, indices, ranges
-            parts.append(attend(*these))
-    return parts
+            heads[first:last], lse = attend(*these)
+            lses.append(lse)
+    return lses
 
 
 def turn_queries(layer, q: Tensor, positions: Tensor) -> None:

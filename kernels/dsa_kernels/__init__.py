@@ -1,5 +1,7 @@
 """The steps of DSA as Triton kernels, with the names, signatures and contracts of `dsa_ref`, only faster. No gradients.
 
+`warm` compiles beforehand what a layer can need.
+
 `dense_attention` and `indexer_loss` have no kernel.
 
 Compiled on a GPU of compute capability 8.0 or newer, interpreted on a CPU; `mode()` says which.
@@ -28,6 +30,7 @@ from .paged_sparse_attention import merge_parts, paged_sparse_attention
 from .rotate_quantize import hadamard, quantize, rope, rotate_quantize
 from .select_topk import select_topk
 from .sparse_attention import sparse_attention
+from .warm import warm
 
 __all__ = [
     "append_index",
@@ -51,4 +54,5 @@ __all__ = [
     "select_topk",
     "sparse_attention",
     "turn_into",
+    "warm",
 ]

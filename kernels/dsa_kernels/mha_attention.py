@@ -45,8 +45,8 @@ def mha_attention(
     if T == 0:
         return q.new_empty(0, q.shape[1], v.shape[2]), q.new_empty(0, q.shape[1], dtype=torch.float32)
     mask = None if causal else visible(T, S, q.device, indices, start, end)
-    heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
-    bias = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)[None, None]
+    heads_first = [x[None].transpose(1, 2) for x in (q, k, v)]
+    bias = None if mask is None else bias_of(mask, q.dtype)
     if not served_by_cudnn(*heads_first, bias, causal):
         return in_fp64(q, k, v, scale, torch.ones(T, S, dtype=torch.bool, device=q.device).tril_() if causal else mask)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -68,6 +68,11 @@ def visible(T, S, device, indices, start, end):
         chosen = torch.zeros(T, S + 1, dtype=torch.bool, device=device)  # -1 goes to the last column
         mask &= chosen.scatter_(1, torch.where(indices < 0, S, indices).long(), True)[:, :S]
     return mask
+
+
+def bias_of(mask, dtype):
+    """What is added to logits, [1, 1, T, S]: finite, since a tile of -inf alone has a softmax of NaN."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min / 2)[None, None]
 
 
 def served_by_cudnn(q, k, v, bias, causal):

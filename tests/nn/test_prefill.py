@@ -291,3 +291,26 @@ def test_mha_attention_is_the_references(ops, device, T, S, lists, ranges):
         assert one.shape == other.shape and one.dtype == torch.float32
         assert torch.equal(one == -torch.inf, other == -torch.inf)
         assert_close(one.clamp(min=-1e9), other.clamp(min=-1e9).float(), 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T, S, lists, ranges", [
+    (256, 256, False, False), (200, 333, False, False), (200, 333, True, False), (64, 300, True, True),
+])  # fmt: skip
+def test_mha_attention_by_cudnn_is_the_references(device, T, S, lists, ranges):
+    """In the sizes of V3.2's heads; rows that see nothing among them."""
+    dsa_kernels = pytest.importorskip("dsa_kernels")
+    shapes = (T, 16, 192), (S, 16, 192), (S, 16, 128)
+    wide = [normal(*shape, seed=i).to(device, torch.bfloat16) for i, shape in enumerate(shapes)]
+    indices = torch.stack([torch.randperm(S)[:40] for _ in range(T)]).int().to(device) if lists else None
+    start = end = None
+    if ranges:
+        start = torch.arange(T, dtype=torch.int32, device=device)
+        end = start + torch.arange(T, dtype=torch.int32, device=device) % 7 * 20
+    got = dsa_kernels.mha_attention(*wide, 192**-0.5, indices, start, end)
+    wanted = dsa_ref.mha_attention(*(x.float() for x in wide), 192**-0.5, indices, start, end)
+    assert got[0].dtype == torch.bfloat16 and got[1].dtype == torch.float32 and got[1].shape == (T, 16)
+    blind = wanted[1] == -torch.inf
+    assert torch.equal(blind, got[1] == -torch.inf) and not got[0][blind].any()
+    assert_close(got[0].float(), wanted[0], 2e-2)
+    assert_close(got[1][~blind], wanted[1][~blind], 1e-2)
