@@ -174,7 +174,7 @@ CALLS = {
     "head_weights": lambda ops: ops.head_weights(row, torch.ones(3, 16)) + 1,
     "index_queries": lambda ops: ops.index_queries(x, torch.ones(5, 2), positions, freqs)[1] * 2,
     "merge_parts": lambda ops: ops.merge_parts(x, x[..., 0])[0] * 2,
-    "mha_attention": lambda ops: ops.mha_attention(x, x, x[..., :12], 0.3, indices)[0] * 2,
+    "mha_attention": lambda ops: ops.mha_attention(x, x, x[..., :12], 0.3, None)[0] * 2,
     "paged_index_scores": lambda ops: ops.paged_index_scores(*paged).relu(),
     "paged_select": lambda ops: ops.paged_select(*paged[:3], 3, *paged[3:])[1].sort().values,
     "paged_sparse_attention": lambda ops: ops.paged_sparse_attention(x[None, :4], kv_pages, places, 0.3, 12)[0] * 2,
