@@ -27,9 +27,7 @@ from .runtime import INTERPRETED, check_runnable, dot_dtype, hopper_variant, mul
 SIDE_BY_SIDE = {1: 4, 2: 3}  # programs on a multiprocessor at once, by their queries; 2 of more
 SIDE_BY_SIDE_WITH_TMA = {1: 5, 2: 4}  # which needs fewer registers
 REGISTERS = 65536  # of a multiprocessor
-FEWEST_FOR_HOPPER = (
-    256  # pages that the table has room for; below, a program of Hopper's kernel takes too long to start
-)
+FEWEST_FOR_HOPPER = 256  # pages that the table has room for; below, Hopper's kernel takes too long to start
 
 
 @triton.jit

@@ -7,6 +7,8 @@ from .dense_attention.check import attention_bytes, attention_flops, bill_growth
 from .gather.check import attended_pairs, gather_rows, gathered_attention, pays_from
 from .gpu_selection.check import lower_bound, ordered_bits, selection_kernel, threshold_select
 from .index_scores.check import counterexample, head_weights, index_scores, zero_probability
+from .ladder.check import programs_that_fit, roofline, time_after
+from .ladder.check_machine import measure, ring_waits
 from .mla.check import absorb, cache_bytes, rope, softmax_scale
 from .online_softmax.check import block_attention, log_sum_exp, merge_parts, online_update
 from .quantize.check import flips, hadamard, quantize, scores_from_fp8

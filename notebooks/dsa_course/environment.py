@@ -24,12 +24,13 @@ def check_env(triton=False):
     else:
         print("No GPU here, and none is needed.")
     if has_triton:
-        where = "compiled for the GPU" if torch.cuda.is_available() else "interpreted on the CPU: slow, but as true"
+        interpreted = "interpreted on the CPU: slow, with the same results"
+        where = "compiled for the GPU" if torch.cuda.is_available() else interpreted
         print(f"Triton {importlib.metadata.version('triton')}, {where}")
     elif triton:
         raise RuntimeError(
             "This notebook writes Triton kernels, and Triton exists for Linux only: use WSL on Windows, or a hosted "
-            "notebook such as Colab. Notebooks 00 to 07, 12 and 15 run here."
+            "notebook such as Colab. Notebooks 00 to 07, 11, 12 and 15 run here."
         )
     else:
         print("No Triton here (it exists for Linux only): cells that compare with the kernels say so and go on.")

@@ -31,7 +31,7 @@ def code_cells(path):
 
 
 def test_there_are_notebooks():
-    assert [path.stem[:2] for path in SOURCES] == [f"{i:02}" for i in range(11)] + ["12", "15"]
+    assert [path.stem[:2] for path in SOURCES] == [f"{i:02}" for i in range(13)] + ["15"]
 
 
 @every_notebook

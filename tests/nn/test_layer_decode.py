@@ -62,7 +62,7 @@ def tolerance(layer, fp8=False):
 
 
 @FP8
-@pytest.mark.parametrize("N", (1, 3, 4))
+@pytest.mark.parametrize("N", (1, 2, 3, 4))
 def test_decode_equals_prefill(ops, device, N, fp8):
     """Step by step, over borders of pages, with k below the length: selections and outputs of one pass over a copy."""
     layer, count, first = make_layer(ops, device), 12 + 2 * N, 12
