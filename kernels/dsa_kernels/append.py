@@ -47,9 +47,15 @@ def _partner(d, R: tl.constexpr, INTERLEAVED: tl.constexpr):
 @triton.jit
 def _turned(x, other, position, freqs_ptr, d, R: tl.constexpr, INTERLEAVED: tl.constexpr):
     """x after RoPE on the first R dims, fp32, not yet rounded; other: the partners' values where d < R."""
-    pair, first, _ = _partner(d, R, INTERLEAVED)
+    pair, _, _ = _partner(d, R, INTERLEAVED)
     angle = position.to(tl.float32) * tl.load(freqs_ptr + pair, d < R, 0.0)
-    cos, sin = tl.cos(angle), tl.sin(angle)
+    return _turned_by(x, other, tl.cos(angle), tl.sin(angle), d, R, INTERLEAVED)
+
+
+@triton.jit
+def _turned_by(x, other, cos, sin, d, R: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The same from the cosine and the sine of each dim's angle."""
+    _, first, _ = _partner(d, R, INTERLEAVED)
     return tl.where(d < R, tl.where(first, x * cos - other * sin, x * cos + other * sin), x)
 
 
@@ -139,8 +145,8 @@ def _append_latents(
 @triton.jit
 def _index_queries(
     out_ptr, w_out_ptr, q_ptr, w_ptr, positions_ptr, freqs_ptr, rows, by_heads, by_dim,
-    HEADS: tl.constexpr, D: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCK
     row = first + tl.arange(0, BLOCK)
@@ -152,10 +158,17 @@ def _index_queries(
     x = tl.load(row_ptr + d, there[:, None], 0.0).to(tl.float32)
     other = tl.load(row_ptr + partner, there[:, None] & (d < R), 0.0).to(tl.float32)
     if HEADS % BLOCK == 0:  # one token's heads: each angle is turned into cos and sin once
-        position = tl.load(positions_ptr + first // HEADS)
+        i = tl.arange(0, RP // 2)
+        freq = tl.load(freqs_ptr + i, i < R // 2, 0.0)
+        angle = tl.load(positions_ptr + first // HEADS).to(tl.float32) * freq
+        pair, _, _ = _partner(tl.arange(0, D), R, INTERLEAVED)
+        pair = tl.minimum(pair, RP // 2 - 1)
+        cos, sin = tl.gather(tl.cos(angle), pair, 0), tl.gather(tl.sin(angle), pair, 0)
+        x = _turned_by(x, other, cos[None, :], sin[None, :], d, R, INTERLEAVED)
     else:
         position = tl.load(positions_ptr + row // HEADS, there, 0)[:, None]
-    x = round_to(_turned(x, other, position, freqs_ptr, d, R, INTERLEAVED), dtype).to(tl.float32)
+        x = _turned(x, other, position, freqs_ptr, d, R, INTERLEAVED)
+    x = round_to(x, dtype).to(tl.float32)
     codes, scale = quantized(round_to(rotated(x, D, STEPS, BLOCK), dtype).to(tl.float32))
     tl.store(out_ptr + row[:, None] * D + d, codes.to(tl.uint8), there[:, None])
     w = tl.load(w_ptr + row, there, 0.0)
@@ -325,8 +338,8 @@ def index_queries(
         block = max(2, 65536 // D) if INTERPRETED else block
         _index_queries[(triton.cdiv(rows, block),)](
             q_idx, out, q, w, positions.contiguous(), freqs.contiguous(), rows, heads**-0.5, D**-0.5,
-            HEADS=heads, D=D, STEPS=D.bit_length() - 1, R=2 * len(freqs), INTERLEAVED=layout == "interleaved",
-            BLOCK=min(triton.next_power_of_2(block), triton.next_power_of_2(rows)), **NO_FUSION,
+            HEADS=heads, D=D, STEPS=D.bit_length() - 1, R=2 * len(freqs), RP=triton.next_power_of_2(2 * len(freqs)),
+            INTERLEAVED=layout == "interleaved", BLOCK=min(triton.next_power_of_2(block), triton.next_power_of_2(rows)), **NO_FUSION,
         )  # fmt: skip
     if values_readable(q) and (w.isfinite() & ~out.isfinite()).any():  # a scale was no number
         raise ValueError("q must be finite, got NaN or infinity")
