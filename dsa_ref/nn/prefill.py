@@ -134,7 +134,13 @@ def first_rows(layer, T: int, cache) -> tuple[int, int]:
 
 
 def in_mha_mode(
-    layer, q: Tensor, kv: Tensor, matrices: tuple[Tensor, Tensor], whole: int, lists: Tensor | None, start: Tensor | None
+    layer,
+    q: Tensor,
+    kv: Tensor,
+    matrices: tuple[Tensor, Tensor],
+    whole: int,
+    lists: Tensor | None,
+    start: Tensor | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Heads [rows, H, v] and log-sum-exps [rows, H] of q [few, H, nope | rope], turned, in the parts that there are.
 
