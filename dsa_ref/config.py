@@ -40,6 +40,7 @@ class DSAConfig:
     max_seq_len: int = 163840  # YaRN needs this to exceed original_seq_len
     mscale: float = 1.0  # config.json's mscale_all_dim; 0: no correction of the softmax scale
     index_rope: str = "half"  # the indexer's RoPE layout: "half" (V3.2) or "interleaved" (GLM-5)
+    mha_keys: int = 0  # in inference, rows that see no more keys attend in MHA mode; 0: index_topk; 1: as good as none
     index_pattern: str = ""  # a letter a layer: "F" has an indexer, "S" shares a selection; "": all have one
 
     def __post_init__(self) -> None:
@@ -49,8 +50,9 @@ class DSAConfig:
             value, (kind, types) = getattr(self, field.name), kinds[field.type]
             if not isinstance(value, types) or isinstance(value, bool) != (field.type is bool):
                 raise TypeError(f"{field.name} must be {kind}, got {value!r}")
-            if field.type is int and value < 1:
-                raise ValueError(f"{field.name} must be at least 1, got {value}")
+            least = 0 if field.name == "mha_keys" else 1
+            if field.type is int and value < least:
+                raise ValueError(f"{field.name} must be at least {least}, got {value}")
             if field.name == "rope_factor" and value < 1:
                 raise ValueError(f"rope_factor must be at least 1 (no YaRN), got {value!r}")
             if field.type is float and not 0 < value < math.inf and (field.name, value) != ("mscale", 0):
@@ -89,6 +91,15 @@ class DSAConfig:
     def yarn(self) -> bool:
         """Whether RoPE's frequencies, and with them the softmax scale, are YaRN's."""
         return self.rope_factor > 1 and self.max_seq_len > self.original_seq_len
+
+    @property
+    def most_mha_keys(self) -> int:
+        """How many keys a row may see to attend in MHA mode, where `DSALayer` has a choice: `mha_keys`, or index_topk.
+
+        Up to index_topk keys nothing is left out, and no score is needed. Beyond, the selection becomes a mask, and by
+        FLOPs MHA mode stays cheaper up to k · 278,528 / 81,920, some 7 K keys in V3.2's sizes.
+        """
+        return self.mha_keys or self.index_topk
 
     @property
     def latent_dim(self) -> int:

@@ -105,12 +105,12 @@ def check_dense_attention(q, kv, scale, v_dim, start, end) -> None:
     check_ranges(len(q), len(kv), q.device, start, end)
 
 
-def check_mha_attention(q, k, v, scale, indices, start, end) -> None:
+def check_mha_attention(q, k, v, scale, indices, start, end, floats=FLOATS) -> None:
     """Arguments of `mha_attention`."""
     check_shapes(q=(q, "T H Dq"), k=(k, "S H Dq"), v=(v, "S H Dv"), indices=(indices, "T k | None"))
     check_dtype("k", k, (q.dtype,))
     check_dtype("v", v, (q.dtype,))
-    check_dtype("q", q, FLOATS)
+    check_dtype("q", q, floats)
     check_scale(scale, q.dtype)
     if indices is not None:
         check_indices(indices, len(k))

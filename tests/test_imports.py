@@ -30,6 +30,7 @@ STEPS = (
     "indexer_loss"
 ).split()
 DECODE = "paged_index_scores paged_select paged_sparse_attention".split()  # in dsa_kernels; dsa_ref.decode has all
+OWN_FILE = "head_weights mha_attention warm".split()  # in dsa_kernels; in dsa_ref they stand beside other steps
 
 
 class Row(NamedTuple):
@@ -119,15 +120,25 @@ TABLE = [
         "dsa_kernels.topk.* dsa_kernels/step dsa_kernels.paged_index_scores",
         "torch triton",
     ),
+    Row("dsa_kernels.head_weights", "dsa_ref.contracts dsa_kernels.runtime dsa_kernels/step", "torch triton"),
+    Row("dsa_kernels.mha_attention", "dsa_ref.contracts dsa_kernels.runtime", "torch"),
     Row(
         "dsa_kernels.append",
         "dsa_ref.contracts dsa_kernels.runtime dsa_kernels.rounding dsa_kernels/step",
         "torch triton",
     ),
+    Row(  # it calls the steps
+        "dsa_kernels.warm",
+        "dsa_ref.config dsa_ref.contracts dsa_kernels.runtime dsa_kernels/step dsa_kernels.append "
+        "dsa_kernels.head_weights dsa_kernels.mha_attention dsa_kernels.paged_select "
+        "dsa_kernels.paged_sparse_attention",
+        "torch",
+    ),
     Row(
         "dsa_kernels",
-        "dsa_ref.version dsa_kernels.runtime dsa_kernels/step dsa_kernels.append dsa_kernels.paged_index_scores "
-        "dsa_kernels.paged_select dsa_kernels.paged_sparse_attention",
+        "dsa_ref.version dsa_kernels.runtime dsa_kernels/step dsa_kernels.append dsa_kernels.head_weights "
+        "dsa_kernels.mha_attention dsa_kernels.paged_index_scores dsa_kernels.paged_select "
+        "dsa_kernels.paged_sparse_attention dsa_kernels.warm",
         "",
     ),
     # the bench, which knows the reference as a user does
@@ -144,7 +155,7 @@ TABLE = [
 PUBLIC = ("dsa_bench",)  # may take from a package of the reference only what its __all__ names
 DYNAMIC = {"import_module", "__import__"}  # to be called directly, so that what is imported can be read off
 SHADOWED = {f"{package}.{step}" for package in ("dsa_ref", "dsa_kernels") for step in STEPS}  # there, the function
-SHADOWED |= {f"dsa_kernels.{step}" for step in DECODE}
+SHADOWED |= {f"dsa_kernels.{step}" for step in DECODE + OWN_FILE}
 
 
 def modules():

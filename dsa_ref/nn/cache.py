@@ -18,6 +18,8 @@ class LayerCache:
     config: the layer's DSAConfig; capacity: in tokens; dtype: the layer's weights' dtype.
     kv [capacity, D] in dtype, k_idx [capacity, Di] (float8_e4m3fn with `index_fp8`, else dtype), k_scale fp32
     [capacity]; `length` tokens are filled. indexer: False for a layer without one: k_idx and k_scale are None.
+    FP8 keys and their scales lie in one page of uint8, `index_pages`, and kv is one page too, `kv_pages`, so that
+    `append_index` and `append_latents` write here as they do into a PagedCache.
 
     Raises: TypeError for a capacity that is no int or a dtype that is no float, ValueError for a capacity below 1.
     """
@@ -36,13 +38,37 @@ class LayerCache:
         if not isinstance(indexer, bool):
             raise TypeError(f"indexer must be a bool, got {indexer!r}")
         self.capacity, self.length = capacity, 0
-        index_dtype = E4M3 if config.index_fp8 else dtype
         with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside
             self.kv = torch.zeros(capacity, config.latent_dim, dtype=dtype, device=device)
-            self.k_idx = self.k_scale = None
-            if indexer:
-                self.k_idx = torch.zeros(capacity, config.index_head_dim, dtype=index_dtype, device=device)
+            self.k_idx = self.k_scale = self.index_pages = None
+            if indexer and config.index_fp8:
+                page = -(-capacity // 16) * 16  # scales begin at a multiple of 16 bytes
+                self.index_pages = torch.zeros(
+                    1, page * (config.index_head_dim + 4), dtype=torch.uint8, device=self.kv.device
+                )
+                self._view_page(config.index_head_dim)
+                self.k_scale.fill_(1.0)
+            elif indexer:
+                self.k_idx = torch.zeros(capacity, config.index_head_dim, dtype=dtype, device=device)
                 self.k_scale = torch.ones(capacity, dtype=torch.float32, device=device)
+
+    def _view_page(self, index_dim: int) -> None:
+        """k_idx and k_scale as parts of the page: the keys of all its tokens, then their scales."""
+        codes = self.index_pages.shape[1] // (index_dim + 4) * index_dim
+        self.k_idx = self.index_pages[0, :codes].view(E4M3).view(-1, index_dim)[: self.capacity]
+        self.k_scale = self.index_pages[0, codes:].view(torch.float32)[: self.capacity]
+
+    @property
+    def kv_pages(self) -> Tensor:
+        """kv as one page [1, capacity, D]."""
+        return self.kv[None]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of latent rows."""
+        return self.kv.dtype
+
+    fp8 = False  # latent rows are never FP8 rows, as they may be in a PagedCache
 
     def append(
         self, kv: Tensor, k_idx: Tensor | None, k_scale: Tensor | None
@@ -81,15 +107,17 @@ class LayerCache:
             raise ValueError(f"k_scale must be {'given for' if scaled else 'None without'} FP8 keys in k_idx")
         self.check_room(kv.shape[0])
         check_finite(OF_NEW_TOKENS, kv=kv, k_idx=k_idx, k_scale=k_scale)
-        end = self.length + kv.shape[0]
-        new = slice(self.length, end)
-        stored = []
+        new = slice(self.length, self.length + kv.shape[0])
         for rows, held in ((kv, self.kv), (k_idx, self.k_idx), (k_scale, self.k_scale)):
             if rows is not None:
                 held[new] = rows
-            stored.append(None if rows is None else held[:end])
-        self.length = end
-        return tuple(stored)
+        self.length = new.stop
+        return self.rows()
+
+    def rows(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """All rows so far, as views: (kv, k_idx, k_scale), k_scale None where keys are not FP8, as in `append`."""
+        k_scale = None if self.index_pages is None else self.k_scale[: self.length]
+        return self.kv[: self.length], None if self.k_idx is None else self.k_idx[: self.length], k_scale
 
     def check_room(self, count: int) -> None:
         """Raise ValueError unless `count` more tokens have room."""
@@ -106,13 +134,18 @@ class LayerCache:
         self.length = length
 
     def __getstate__(self) -> dict:
-        """What is copied and pickled: FP8 keys as bytes, since torch's tensors of FP8 cannot be unpickled."""
-        keys = self.k_idx  # None without an indexer
-        return vars(self) | {"k_idx": None if keys is None else (keys.dtype, keys.view(torch.uint8))}
+        """What is copied and pickled: of FP8 keys the page of bytes, since torch's tensors of FP8 cannot be unpickled.
+
+        Where k_idx is None without an indexer, and where it is a tensor of its own, it is copied as it is.
+        """
+        if self.index_pages is None:
+            return dict(vars(self))
+        return vars(self) | {"k_idx": self.k_idx.shape[1], "k_scale": None}
 
     def __setstate__(self, state: dict) -> None:
-        packed = state["k_idx"]
-        vars(self).update(state | {"k_idx": None if packed is None else packed[1].view(packed[0])})
+        vars(self).update(state)
+        if self.index_pages is not None:
+            self._view_page(state["k_idx"])
 
 
 def truncate_caches(caches: Iterable[LayerCache], length: int) -> None:

@@ -28,7 +28,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PREFIXES = ("model.", "")  # of a model with a language head, and of one without
 YARN = ("rope_factor", "beta_fast", "beta_slow", "original_seq_len", "mscale")
-NOT_IN_THE_FILE = ("index_fp8", "max_seq_len")  # ours to choose, and without effect of its own
+NOT_IN_THE_FILE = ("index_fp8", "max_seq_len", "mha_keys")  # ours to choose, and without effect of its own
 
 
 def load_layer(

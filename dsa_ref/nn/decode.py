@@ -42,15 +42,10 @@ def decode_step(layer, x: Tensor, cache: PagedCache, batch: Batch, indices: Tens
     """
     c, readable = layer.config, values_readable(x)
     B, N, _ = x.shape
-    x, positions, dims = x.flatten(0, 1), batch.positions.flatten(), (c.qk_nope_head_dim, c.qk_rope_head_dim)
+    x, positions = x.flatten(0, 1), batch.positions.flatten()
     with unchecked_values():
         append_latents(layer, layer.kv_a_proj_with_mqa(x), cache, batch.slots, positions)
-        q_latent = layer.q_a_proj(x)
-        norm = layer.q_a_layernorm
-        if is_plain(norm, RMSNorm):
-            q_latent = small_step(layer, "rms_norm")(q_latent, norm.weight, norm.eps)
-        else:
-            q_latent = norm(q_latent)
+        q_latent = query_latent(layer, x)
         q_idx = w = None
         if layer.indexer is not None:
             q_idx, w = index_step(layer, x, q_latent, cache, batch.slots, positions)
@@ -65,18 +60,38 @@ def decode_step(layer, x: Tensor, cache: PagedCache, batch: Batch, indices: Tens
 
         q = layer.q_b_proj(q_latent).unflatten(-1, (c.n_heads, -1))
         W_UK, W_UV = layer._up_projections(q)
-        nope, turning = q.split(dims, dim=-1)
-        query = q.new_empty(B * N, c.n_heads, c.latent_dim, dtype=q.dtype if cache.fp8 else cache.dtype)
-        latent, turned = query.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
-        product_into(latent, nope, W_UK)
-        small_step(layer, "turn_into")(turned, turning, positions, layer.freqs, "interleaved")
+        query = absorbed(layer, q, W_UK, positions, q.dtype if cache.fp8 else cache.dtype)
         step["q"] = query.unflatten(0, (B, N))
     attended = (step["q"], cache.kv_pages, step["slots"], c.softmax_scale, c.kv_lora_rank, cache.splits)
     with unchecked_values() if indices is None else contextlib.nullcontext():  # nobody has looked at shared ones yet
         u, step["lse"] = layer.ops.paged_sparse_attention(*attended)
-    out = u.new_empty(B * N, c.n_heads, c.v_head_dim)
-    product_into(out, u.flatten(0, 1), W_UV.transpose(1, 2))
-    return layer.o_proj(out.flatten(1)).unflatten(0, (B, N)), step
+    return projected(layer, u.flatten(0, 1), W_UV).unflatten(0, (B, N)), step
+
+
+def query_latent(layer, x: Tensor) -> Tensor:
+    """The normed query latent [T, q_lora_rank] of x [T, dim]."""
+    latent, norm = layer.q_a_proj(x), layer.q_a_layernorm
+    if is_plain(norm, RMSNorm):
+        return small_step(layer, "rms_norm")(latent, norm.weight, norm.eps)
+    return norm(latent)
+
+
+def absorbed(layer, q: Tensor, W_UK: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """MQA mode's queries [T, H, D] in dtype, of q [T, H, nope | not yet turned]: each part written where it stays."""
+    c = layer.config
+    nope, turning = q.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
+    query = q.new_empty(len(q), c.n_heads, c.latent_dim, dtype=dtype)
+    latent, turned = query.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
+    product_into(latent, nope, W_UK)
+    small_step(layer, "turn_into")(turned, turning, positions, layer.freqs, "interleaved")
+    return query
+
+
+def projected(layer, u: Tensor, W_UV: Tensor) -> Tensor:
+    """The layer's output [T, dim] of attention over latent rows, u [T, H, latent]."""
+    heads = u.new_empty(len(u), len(W_UV), W_UV.shape[1])
+    product_into(heads, u, W_UV.transpose(1, 2))
+    return layer.o_proj(heads.flatten(1))
 
 
 def append_latents(layer, rows: Tensor, cache: PagedCache, slots: Tensor, positions: Tensor) -> None:
@@ -91,18 +106,22 @@ def append_latents(layer, rows: Tensor, cache: PagedCache, slots: Tensor, positi
     write_kv(cache.kv_pages, slots, widened(kv, cache.dtype), c.kv_lora_rank)
 
 
-def index_step(layer, x: Tensor, q_latent: Tensor, cache, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens' index keys into the pages; q_idx [T, Hi, Di] and w fp32 [T, Hi], as they are scored."""
+def index_step(
+    layer, x: Tensor, q_latent: Tensor, cache, slots: Tensor, positions: Tensor, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The tokens' index keys into the pages; of the tokens from `first` on, q_idx [T - first, Hi, Di] and w fp32
+    [T - first, Hi], as they are scored."""
     indexer, c = layer.indexer, layer.config
     norm, heads = indexer.k_norm, indexer.weights_proj
     if not (is_plain(indexer, Indexer) and is_affine(norm) and is_plain(heads) and heads.bias is None):
         q_idx, k_idx, w, q_scale, k_scale = layer._index(x, q_latent, positions)
         write_index(cache.index_pages, slots, k_idx, k_scale)
-        return q_idx, w * q_scale
+        return q_idx[first:], (w * q_scale)[first:]
     k, turning = indexer.wk(x), (positions, layer.freqs, c.index_rope)
     small_step(layer, "append_index")(cache.index_pages, slots, k, norm.weight, norm.bias, norm.eps, *turning)
-    q = indexer.wq_b(q_latent).unflatten(-1, (c.index_n_heads, c.index_head_dim))
-    return small_step(layer, "index_queries")(q, small_step(layer, "head_weights")(x, heads.weight), *turning)
+    q = indexer.wq_b(q_latent[first:]).unflatten(-1, (c.index_n_heads, c.index_head_dim))
+    w = small_step(layer, "head_weights")(x[first:], heads.weight)
+    return small_step(layer, "index_queries")(q, w, positions[first:], layer.freqs, c.index_rope)
 
 
 def check_finite(cache: PagedCache, slots: Tensor, w: Tensor | None) -> None:

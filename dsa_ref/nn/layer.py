@@ -37,6 +37,7 @@ from .checkpointing import (
 )
 from .decode import check_decode, decode_step, recorded
 from .parts import Indexer, RMSNorm
+from .prefill import prefill_step, serves
 from .wrapped import matrix
 
 STEPS = ("rope", "rotate_quantize", "lightning_select", "sparse_attention")  # of `ops`
@@ -60,7 +61,8 @@ class DSALayer(nn.Module):
     """V3.2's attention layer on packed tokens [T, dim].
 
     ops: the package whose `rope`, `rotate_quantize`, `lightning_select` and `sparse_attention` run (`dsa_ref` or
-    `dsa_kernels`); what has no kernel always runs in the reference.
+    `dsa_kernels`); what has no kernel always runs in the reference. Where it also has the small steps of `decode`, they
+    run in calls that keep no gradient: see `prefill`.
     indexer: False for a layer that shares another layer's selection and has no indexer (`DSAConfig.has_indexer`).
 
     Submodules may be wrapped (adapters, hooks, shards) as long as kv_b_proj stays linear without a bias: see `wrapped`.
@@ -121,7 +123,10 @@ class DSALayer(nn.Module):
         self._check(x, positions, cache, attention, record)
         self._check_shared(indices, positions, cache, attention)
         with all_or_nothing([] if cache is None else [cache], record):
-            y, step = self._attend(x, positions, cache, attention, indices)
+            if serves(self, x, attention):
+                y, step = prefill_step(self, x, positions, cache, indices, record is not None)
+            else:
+                y, step = self._attend(x, positions, cache, attention, indices)
             if cache is not None and will_be_repeated(y):
                 raise ValueError(CACHE_REPEATED)
             if record is not None and not recorded_before(record, step):

@@ -1,5 +1,7 @@
 """The steps of DSA as Triton kernels, with the names, signatures and contracts of `dsa_ref`, only faster. No gradients.
 
+`warm` compiles beforehand what a layer can need.
+
 `dense_attention` and `indexer_loss` have no kernel.
 
 Compiled on a GPU of compute capability 8.0 or newer, interpreted on a CPU; `mode()` says which.
@@ -17,15 +19,18 @@ from .runtime import mode  # first: it decides how triton is imported
 # isort: split
 from dsa_ref.version import __version__ as __version__
 
-from .append import append_index, append_latents, head_weights, index_queries, place_tokens, rms_norm, turn_into
+from .append import append_index, append_latents, index_queries, place_tokens, rms_norm, turn_into
+from .head_weights import head_weights
 from .index_scores import index_scores
 from .lightning_select import lightning_select
+from .mha_attention import mha_attention
 from .paged_index_scores import paged_index_scores
 from .paged_select import paged_select
 from .paged_sparse_attention import merge_parts, paged_sparse_attention
 from .rotate_quantize import hadamard, quantize, rope, rotate_quantize
 from .select_topk import select_topk
 from .sparse_attention import sparse_attention
+from .warm import warm
 
 __all__ = [
     "append_index",
@@ -36,6 +41,7 @@ __all__ = [
     "index_scores",
     "lightning_select",
     "merge_parts",
+    "mha_attention",
     "mode",
     "paged_index_scores",
     "paged_select",
@@ -48,4 +54,5 @@ __all__ = [
     "select_topk",
     "sparse_attention",
     "turn_into",
+    "warm",
 ]

@@ -90,6 +90,11 @@ def indexer_vectors(size, dtype):
     dsa_kernels.hadamard(x)
 
 
+def head_weights_of_many(size, dtype, narrow):
+    heads, _ = INDEXER[size]
+    dsa_kernels.head_weights(torch.zeros(1024, 64, dtype=dtype), torch.ones(heads, 64, dtype=narrow))
+
+
 def small_steps(size, dtype, fp8, T=3, page=64):
     (heads, dim), (H, D, v_dim) = INDEXER[size], ATTENTION[size]
     R, slots, positions = D - v_dim, torch.arange(T), torch.arange(T)
@@ -134,6 +139,7 @@ CASES = [  # those with "hopper" are for cards of compute capability 9.0
     (sparse_attention, V32, BF16, "portable", 2, 16),
     (sparse_attention, SMALL, BF16, "portable", 2, 8, 100),  # fewer keys than places in a list
     *((indexer_vectors, size, dtype) for size in INDEXER for dtype in (BF16, FP32)),
+    *((head_weights_of_many, size, *both) for size in INDEXER for both in ((BF16, BF16), (BF16, FP32), (FP32, FP32))),
     *((small_steps, size, dtype, fp8) for size in INDEXER for dtype in (BF16, FP32) for fp8 in (True, False)),
     *(
         (paged_index_scores, size, variant, N)
@@ -237,7 +243,7 @@ def compile_case(number, case, compiled):
             (cards, "card_of", lambda tensor: cards.KNOWN[number]),
             (torch, "empty", torch.zeros),  # no kernel runs, so that flags must not be what lay in memory
             (
-                sys.modules["dsa_kernels.lightning_select"],
+                sys.modules["dsa_kernels.flagged"],
                 "values_readable",
                 lambda tensor: False,
             ),  # as in a graph: rows are redone in any case

@@ -63,16 +63,20 @@ def test_without_key_scales(device):
     assert torch.equal(fused, portable)
 
 
+@pytest.mark.parametrize("at_once", (5, T))
 @pytest.mark.parametrize("case", ("equal", "one list", "beside the sample"))
-def test_rows_that_defeat_it_are_redone(device, case):
+def test_rows_that_defeat_it_are_redone(device, case, at_once, monkeypatch):
+    """Some rows at a time, or all."""
+    monkeypatch.setattr(dsa_kernels.runtime, "REDONE_AT_ONCE", at_once << 16)
     q_idx, k_idx, w, k_scale = given(device)
-    from dsa_kernels.hopper.lightning_select import sampled_keys
+    from dsa_kernels.topk.sample import sampled_keys
 
     key = torch.arange(S, device=device)
     favoured = key % 64 == 5
     if case == "beside the sample":
         favoured = key % 8 == 0
-        favoured[sampled_keys(S, device)] = False
+        ends = torch.zeros(1, dtype=torch.int32, device=device)
+        favoured[sampled_keys(k_idx, key.float(), ends, ends)[1].long()] = False  # scales number the keys here
     inputs = q_idx, k_idx, w.abs(), torch.where(favoured, 64 * k_scale, k_scale)
     if case == "equal":
         inputs = q_idx, k_idx, torch.zeros_like(w), k_scale

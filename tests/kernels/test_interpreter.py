@@ -174,6 +174,7 @@ CALLS = {
     "head_weights": lambda ops: ops.head_weights(row, torch.ones(3, 16)) + 1,
     "index_queries": lambda ops: ops.index_queries(x, torch.ones(5, 2), positions, freqs)[1] * 2,
     "merge_parts": lambda ops: ops.merge_parts(x, x[..., 0])[0] * 2,
+    "mha_attention": lambda ops: ops.mha_attention(x, x, x[..., :12], 0.3, None)[0] * 2,
     "paged_index_scores": lambda ops: ops.paged_index_scores(*paged).relu(),
     "paged_select": lambda ops: ops.paged_select(*paged[:3], 3, *paged[3:])[1].sort().values,
     "paged_sparse_attention": lambda ops: ops.paged_sparse_attention(x[None, :4], kv_pages, places, 0.3, 12)[0] * 2,
@@ -181,7 +182,7 @@ CALLS = {
     "rms_norm": lambda ops: ops.rms_norm(row, weight, 1e-6) + 1,
     "turn_into": lambda ops: stored(ops.turn_into, x[..., :8], x[..., 8:], positions, freqs, "half"),
 }
-assert CALLS.keys() == {*dsa_kernels.__all__} - {"mode"}
+assert CALLS.keys() == {*dsa_kernels.__all__} - {"mode", "warm"}
 for name in names or CALLS:
     call = CALLS[name]
     compiled = torch.compile(call, backend="aot_eager")

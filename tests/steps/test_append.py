@@ -124,6 +124,37 @@ def test_head_weights_are_products_in_fp32(ops, device):
         assert_close(got, x.double() @ weight.to(dtype).double().T, 1e-6)
 
 
+@pytest.mark.parametrize("T", (16, 1024, 1030))
+@pytest.mark.rungs("kernels")
+def test_head_weights_of_many_tokens(ops, device, T):
+    """One product of all, and a token's bits do not depend on how many others there are, on either side of 1024."""
+    x, weight = normal(T, 200, dtype=torch.bfloat16, device=device), normal(10, 200, seed=1, device=device)
+    for dtype in (torch.float32, torch.bfloat16):
+        if T == 16:
+            got = ops.head_weights(x, weight.to(dtype))
+            assert_same_bits(got[7:9], ops.head_weights(x[7:9], weight.to(dtype)))
+        else:
+            got = ops.head_weights(x, weight.to(dtype))
+            assert_same_bits(got[:1024], ops.head_weights(x[:1024], weight.to(dtype)))
+        wanted = x[: len(got)].double() @ weight.to(dtype).double().T
+        assert got.dtype == torch.float32
+        assert_close(got, wanted, 2e-6)
+
+
+@pytest.mark.parametrize("layout", ("half", "interleaved"))
+@pytest.mark.parametrize("T, heads", [(3, 5), (1, 130), (9, 128)])
+def test_turning_in_place(ops, device, layout, T, heads):
+    """A query's own last columns: no pair may be read after it was written."""
+    q, positions = normal(T, heads, 24, device=device), places(T, device)[1]
+    wanted, before = q[..., 8:].clone(), q[..., :8].clone()
+    ops.turn_into(wanted, q[..., 8:], positions, freqs(16, device), layout)
+    ops.turn_into(q[..., 8:], q[..., 8:], positions, freqs(16, device), layout)
+    assert_same_bits(q[..., 8:], wanted)
+    assert_same_bits(q[..., :8], before)
+    assert_close(wanted, dsa_ref.rope(wanted * 0 + normal(T, heads, 24, device=device)[..., 8:], positions,
+                                      freqs(16, device), layout), 1e-6)  # fmt: skip
+
+
 @pytest.mark.parametrize("layout", ("half", "interleaved"))
 def test_turning_into_the_columns_of_a_buffer(ops, device, layout):
     heads = normal(3, 5, 40, dtype=torch.bfloat16, device=device)

@@ -66,11 +66,19 @@ def test_the_list_of_int_fields_is_not_empty():
     assert {"dim", "n_heads", "index_topk", "max_seq_len"} <= set(INTS)
 
 
-@pytest.mark.parametrize("name", INTS)
+@pytest.mark.parametrize("name", sorted(set(INTS) - {"mha_keys"}))
 @pytest.mark.parametrize("value, error", [(0, ValueError), (-8, ValueError), (2.0, TypeError), (True, TypeError)])
 def test_sizes(name, value, error):
     with pytest.raises(error, match=name):
         dataclasses.replace(TINY, **{name: value})
+
+
+@pytest.mark.parametrize("value, error", [(-1, ValueError), (2.0, TypeError), (True, TypeError)])
+def test_how_many_keys_a_row_in_mha_mode_sees(value, error):
+    with pytest.raises(error, match="mha_keys"):
+        dataclasses.replace(TINY, mha_keys=value)
+    assert TINY.most_mha_keys == TINY.index_topk and V32.most_mha_keys == 2048
+    assert dataclasses.replace(TINY, mha_keys=5).most_mha_keys == 5
 
 
 @pytest.mark.parametrize("name, value", [("qk_rope_head_dim", 7), ("index_head_dim", 24), ("index_head_dim", 4)])
