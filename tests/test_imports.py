@@ -71,6 +71,7 @@ TABLE = [
         "dsa_ref.config dsa_ref.contracts dsa_ref.blocks dsa_ref/step",
         "numpy torch",
     ),
+    Row("dsa_ref.bill", "dsa_ref.config dsa_ref.contracts dsa_ref.cost", ""),
     Row("dsa_ref.records", "", "torch"),
     Row(
         "dsa_ref",
