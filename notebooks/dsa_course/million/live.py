@@ -181,15 +181,16 @@ def draw_curves(axes, data, scale=1.0):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def handles():
+def handles(data):
     """The legend of `draw_curves`."""
+    made_up = any(point["extrapolated"] for point in data["points"])
     return [
         Line2D([], [], color=GREEN, linestyle="--", linewidth=2, label="dense, predicted"),
         Line2D([], [], color=BLUE, linewidth=2, label="DSA, predicted"),
         Line2D([], [], color=GREY, linestyle=":", label="half of dense"),
         Line2D([], [], **_mark("s", GREEN), label="dense, recorded"),
         Line2D([], [], **_mark("o", BLUE), label="DSA, recorded"),
-        Line2D([], [], marker="s", markerfacecolor="white", color=GREEN, linestyle="none", label="dense, extrapolated"),
+        *([Line2D([], [], **_mark("s", "white"), label="dense, extrapolated")] if made_up else []),
         Line2D([], [], color="black", linestyle=(0, (2, 2)), linewidth=0.9, label="equal"),
         Line2D([], [], color="black", linewidth=0.9, label="half the cost"),
     ]
@@ -215,7 +216,7 @@ def _live_bill(name, compute, what, **controls):
         )
         draw_curves(axes, data, dollars_per_million(1.0, data["layers"], data["price"]))
         axes.set_title(f"{what(data)}: {reached(data)}", fontsize=10)
-        figure.legend(handles=handles(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+        figure.legend(handles=handles(data), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
         return figure
 
     def describe(data):
@@ -290,5 +291,5 @@ def still_curves() -> tuple[Figure, str]:
         axes.set(xlabel="position, tokens in the context", ylabel="ms of one layer for 1000 tokens")
         axes.tick_params(axis="x", labelrotation=45)
         said.append(f"{name}: {reached(data)}")
-    figure.legend(handles=handles(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(handles=handles(found[0][1]), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure, "Cost of a layer against the position, DSA and dense attention, log-log. " + "; ".join(said)
