@@ -11,18 +11,35 @@ from dsa_ref.config import TINY, V32
 K, M = 1 << 10, 1 << 20
 
 
+# Steps that took longer than their own kernels did in the profile: the clock fell. What the model leaves out.
+SLOWED = [("dense", 64, 128 * K)]
+
+
 def missed(phase, config=V32, card=bill.H200):
-    """The recorded points of a phase that the model misses by more than 10 %."""
-    return [p for p in points(phase, config, card) if not abs(p["predicted"] / p["ms"] - 1) <= 0.1]
+    """The recorded points of a phase, but for SLOWED, that the model misses by more than 10 %."""
+    return [
+        (p["attention"], p["tokens"], p["position"], p["predicted"] / p["ms"])
+        for p in points(phase, config, card)
+        if not abs(p["predicted"] / p["ms"] - 1) <= 0.1 and (p["attention"], p["tokens"], p["position"]) not in SLOWED
+    ]
 
 
 @pytest.mark.parametrize("phase, least", [("prefill", 30), ("decode", 36)])
 def test_every_recorded_point_is_predicted_within_10_percent(phase, least):
     found = points(phase)
     assert len(found) >= least and {p["position"] for p in found} >= {4 * K, 128 * K, M}
-    assert [(p["attention"], p["tokens"], p["position"], p["predicted"] / p["ms"]) for p in missed(phase)] == []
+    assert missed(phase) == []
     attentions = bill.PREFILL if phase == "prefill" else bill.DECODE
     assert {p["attention"] for p in found} == set(attentions)
+
+
+@pytest.mark.parametrize("attention, B, S", SLOWED)
+def test_a_slowed_step_is_missed_only_by_what_its_kernels_do_not_take(attention, B, S):
+    (row,) = (row for row in step("decode")["rows"] if (row["batch"], row["position"]) == (B, S))
+    result = row["results"]["DSA" if attention == "DSA" else row["dense"]]
+    kernels = sum(found["us"] for found in result["parts"].values())
+    assert result["us"] > 1.2 * kernels
+    assert 1e6 * sum(bill.decode_seconds(V32, B, S, attention).values()) == pytest.approx(kernels, rel=0.1)
 
 
 WRONG = {  # what the model counts instead, and in which phase it must show
