@@ -85,7 +85,7 @@ def main(arguments=None) -> int:
     if log:
         steps = json.loads(log.read_text())["steps"]
     if {"prefill", "decode"} <= set(steps):
-        bill = account.made_up(steps["prefill"]["rows"], steps["decode"]["rows"])
+        bill = account.made_up(steps["prefill"]["rows"], steps["decode"]["rows"], steps.get("prompt"))
         print(*lines.bill(bill, options.price), sep="\n")
         if log:
             records.merge(log, {"bill": {"provenance": provenance} | bill}, ceilings)

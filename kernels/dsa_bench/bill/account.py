@@ -80,13 +80,22 @@ def fastest(results, unit):
     return min(right, key=right.get, default=None)
 
 
-def made_up(prefill, decode):
-    """The bill of measured rows of "prefill" and "decode": ms per 1000 tokens, and where DSA costs half of dense."""
+def made_up(prefill, decode, prompt=None):
+    """The bill of measured rows of "prefill" and "decode": ms per 1000 tokens, and where DSA costs half of dense.
+
+    prompt: a whole prompt by DSA as it was measured, to be set beside the sum of the chunks that stand for it here.
+    """
     chunks, steps = prefill_lines(prefill), decode_lines(decode)
     half = {"prefill": halved(chunks, "times"), "prompt": halved(chunks, "prompt_times")}
     for batch in dict.fromkeys(line["batch"] for line in steps):
         half[f"decode, batch {batch}"] = halved([line for line in steps if line["batch"] == batch], "times")
-    return {"layers": LAYERS, "prefill": chunks, "decode": steps, "half": half}
+    made = {"layers": LAYERS, "prefill": chunks, "decode": steps, "half": half}
+    points = {row["position"]: row["results"]["DSA"].get("ms") for row in prefill}
+    if prompt and all(points.values()):
+        tokens = prompt["chunk"] * len(prompt["chunks_ms"])
+        summed = prompt_ms(points, tokens, prompt["chunk"])
+        made["prompt"] = {"tokens": tokens, "measured_ms": prompt["total_ms"], "summed_ms": summed}
+    return made
 
 
 def prefill_lines(rows):

@@ -45,7 +45,7 @@ LAST = {"prefill": prefill, "prompt": prompt, "decode": decode}
 def timed(result, unit):
     """A result's time with its spread, and DSA's speed over it."""
     if unit not in result:
-        return f"{result['verdict']}: {result['note']}"[:90]
+        return f"{result['verdict']}: {result['note']}"[:75]
     text = f"{result[unit]:9.2f} {unit}"
     if f"{unit}_10" in result:
         text += f" ({result[f'{unit}_10']:.2f} to {result[f'{unit}_90']:.2f})"
@@ -85,6 +85,11 @@ def bill(made, price):
         found.append(
             f"decode {line['batch']:>2} x {size(line['position']):>5}: DSA {money(line['dsa_ms'], price)}, dense "
             f"{money(line['dense_ms'], price)} = {line['times']:.2f}x ({line['dense']})"
+        )
+    if prompt := made.get("prompt"):
+        measured, summed = (prompt[name] / 1e3 for name in ("measured_ms", "summed_ms"))
+        found.append(
+            f"a prompt of {size(prompt['tokens'])} by DSA: {measured:.2f} s measured, {summed:.2f} s by its chunks"
         )
     for what, half in made["half"].items():
         found.append(f"half the cost, {what}: {reached(half)}")
