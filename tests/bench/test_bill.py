@@ -214,9 +214,20 @@ def test_parts_and_what_a_layer_takes_beside_them(bench):
         "scores and selection": 40.0, "attention": 31.0, "products": 25.0, "small": 2.0, "merge": 1.5, "other": 0.5
     }  # fmt: skip
     assert found["launches"] == 16 and found["parts"]["attention"]["launches"] == 4
+    long = (
+        "void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<at::native::lerp_tensor_kernel("
+    )
+    named = account.parts([{"name": long, "launches": 1.0, "us": 1.0}])
+    assert named["kernels"][0]["name"].startswith("lerp_tensor_kernel") and "merge" in named["parts"]
     ratio = account.ratio(0.12, found["parts"])
     assert ratio["essential_ms"] == pytest.approx(0.096) and ratio["ratio"] == pytest.approx(1.25)
     assert account.ratio(1.0, {})["ratio"] is None
+
+
+def test_the_chunk_that_waits_is_named(bench):
+    worst = bench("bill.account").worst
+    assert worst([9.0, 2.0, 2.0, 6.0, 4.0, 4.0]) == {"chunk": 3, "times": pytest.approx(2.0)}
+    assert worst([1.0, 2.0]) is None
 
 
 def test_a_prompt_is_the_sum_of_its_chunks(bench):
@@ -244,6 +255,8 @@ def test_where_dsa_costs_half(bench):
     rows = made_rows({4096: (4.0, 2.0), 8192: (4.0, 4.0), 16384: (4.0, 12.0)})
     bill = account.made_up(rows, [])
     assert bill["half"]["prefill"] == {"position": 11585, "between": [8192, 16384]}  # 8192 · 2^(1/2)
+    assert bill["half"]["prefill, dense, heads made"] == bill["half"]["prefill"]
+    assert "prefill, dense, heads kept" not in bill["half"] and bill["prefill"][1]["all"] == {"dense, heads made": 1.0}
     assert bill["half"]["prompt"] == {"position": None, "between": None}  # (2 + 4 + 8 + 12) / 16
     last = bill["prefill"][-1]
     assert last["dense"] == "dense, heads made" and last["dsa_ms"] == pytest.approx(4.0 / 4.096)

@@ -24,8 +24,10 @@ from . import account, decode, lines, prefill
 
 K = 1 << 10
 POSITIONS = tuple(n * K for n in (2, 4, 8, 12, 16, 32, 64, 128, 256, 512, 1024))
-BATCHES = (1, 8)
-SHAPES = tuple((B, n * K) for B in BATCHES for n in (4, 8, 16, 32, 64, 128, 256, 512, 1024))
+MOST_TOKENS = 8 << 20  # of all sequences of a decode step together
+SHAPES = tuple(
+    (B, n * K) for B in decode.SPLITS for n in (4, 8, 16, 32, 64, 128, 256, 512, 1024) if B * n * K <= MOST_TOKENS
+)
 QUICK_MOST = 32 * K
 ROUNDS = 7
 SECTIONS = ("prefill", "prompt", "decode")

@@ -18,7 +18,10 @@ PARTS = {  # of a step, by the names of their kernels; the first that matches
     "small": r"_append|_rms_norm|_index_queries|_turn_into|_place_tokens|_fused",
 }
 ESSENTIAL = ("attention", "scores and selection", "products")
-NAME = 80  # characters of a kernel's name
+NAME = 80  # characters of a kernel's name, without what all of torch's names begin with
+PREFIXES = re.compile(
+    r"void |at::native::|\(anonymous namespace\)::|gpu_kernel_impl_nocast<|elementwise_kernel<[\d, ]+"
+)
 
 
 def parts(kernels):
@@ -29,7 +32,7 @@ def parts(kernels):
         made = sums.setdefault(part, {"us": 0.0, "launches": 0})
         made["us"] += kernel["us"]
         made["launches"] += kernel["launches"]
-    short = [kernel | {"name": kernel["name"][:NAME]} for kernel in kernels]
+    short = [kernel | {"name": PREFIXES.sub("", kernel["name"])[:NAME]} for kernel in kernels]
     return {"launches": sum(kernel["launches"] for kernel in kernels), "parts": sums, "kernels": short}
 
 
@@ -74,10 +77,21 @@ def _measured(result):
     return result is not None and "ms" in result and not result.get("extrapolated")
 
 
+def worst(times):
+    """{"chunk", "times"}: the chunk that takes longest against the mean of its two neighbours."""
+    beside = [2 * own / (before + after) for before, own, after in zip(times, times[1:], times[2:], strict=False)]
+    return {"chunk": beside.index(max(beside)) + 1, "times": max(beside)} if beside else None
+
+
+def right(results, unit):
+    """{who: time} of the right dense results that have one in `unit`, "ms" or "us"."""
+    return {who: r[unit] for who, r in results.items() if who != "DSA" and r["verdict"] == "right" and unit in r}
+
+
 def fastest(results, unit):
-    """The name of the fastest right dense result in `unit` ("ms" or "us"), None without one."""
-    right = {who: r[unit] for who, r in results.items() if who != "DSA" and r["verdict"] == "right" and unit in r}
-    return min(right, key=right.get, default=None)
+    """The name of the fastest right dense result in `unit`, None without one."""
+    found = right(results, unit)
+    return min(found, key=found.get, default=None)
 
 
 def made_up(prefill, decode, prompt=None):
@@ -87,6 +101,9 @@ def made_up(prefill, decode, prompt=None):
     """
     chunks, steps = prefill_lines(prefill), decode_lines(decode)
     half = {"prefill": halved(chunks, "times"), "prompt": halved(chunks, "prompt_times")}
+    for who in dict.fromkeys(who for line in chunks for who in line["all"]):
+        found = [{"position": line["position"], who: line["all"][who]} for line in chunks if who in line["all"]]
+        half[f"prefill, {who}"] = halved(found, who)
     for batch in dict.fromkeys(line["batch"] for line in steps):
         half[f"decode, batch {batch}"] = halved([line for line in steps if line["batch"] == batch], "times")
     made = {"layers": LAYERS, "prefill": chunks, "decode": steps, "half": half}
@@ -108,6 +125,7 @@ def prefill_lines(rows):
         both = {"dsa": row["results"]["DSA"]["ms"], "dense": row["results"][name]["ms"]}
         line = {"position": position, "dense": name, "times": both["dense"] / both["dsa"]}
         line["extrapolated"] = row["results"][name]["extrapolated"]
+        line["all"] = {who: row["results"][who]["ms"] / both["dsa"] for who in right(row["results"], "ms")}
         for who, ms in both.items():
             line[f"{who}_ms"] = 1e3 * ms / row["tokens"]
             points[who][position] = ms

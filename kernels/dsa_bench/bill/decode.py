@@ -17,7 +17,7 @@ from ..run import free, judge
 from . import account, dense
 from .prefill import DSA, ROW_ERROR
 
-SPLITS = {1: (16, 64, 128), 8: (4, 16, 64)}  # of our kernel over all slots, by batch
+SPLITS = {1: (16, 64, 128), 8: (4, 16, 64), 64: (1, 4, 16)}  # of our kernel over all slots, by batch
 FP8_ROW_ERROR = 5e-2  # of a latent row in FP8
 REPEATS = 3
 FLASHMLA = "dense, FlashMLA, bf16"

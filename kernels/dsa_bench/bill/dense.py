@@ -25,7 +25,8 @@ def store(layer, x, pages, slots, positions):
     """The latent rows of x [T, dim], normed and turned, into pages."""
     norm = layer.kv_a_layernorm
     rows = layer.kv_a_proj_with_mqa(x)
-    dsa_kernels.append_latents(pages, slots, rows, norm.weight, norm.eps, positions, layer.freqs)
+    with dsa_ref.unchecked_values():  # as in DSA's layer: the slots are right by construction
+        dsa_kernels.append_latents(pages, slots, rows, norm.weight, norm.eps, positions, layer.freqs)
 
 
 def queries(layer, x):

@@ -36,7 +36,15 @@ def prompt(made):
     """A whole prompt."""
     times = made["chunks_ms"]
     text = f"prompt of {size(made['chunk'] * len(times))}: {made['total_ms'] / 1e3:.2f} s in {len(times)} chunks"
-    return ["", text + f", the last {times[-1]:.1f} ms; peak {made['peak_gib']:.2f} GiB"]
+    found = [
+        "",
+        text + f", the last {times[-1]:.1f} ms; peak {made['peak_gib']:.2f} GiB; warm in {made['warm_s']:.0f} s",
+    ]
+    if worst := made["worst"]:
+        found.append(
+            f"      chunk {worst['chunk']} takes {worst['times']:.2f} times its neighbours' mean, the most of all"
+        )
+    return found
 
 
 LAST = {"prefill": prefill, "prompt": prompt, "decode": decode}
@@ -79,7 +87,7 @@ def bill(made, price):
             f"DSA {money(line[f'{kind}dsa_ms'], price)}, dense {money(line[f'{kind}dense_ms'], price)}"
             for kind in ("", "prompt_")
         )
-        found.append(f"prefill {size(line['position']):>5}: {chunk}{star}= {line['times']:.2f}x")
+        found.append(f"prefill {size(line['position']):>5}: {chunk}{star}= {line['times']:.2f}x ({line['dense']})")
         found.append(f"       a prompt up to there: {prompt}{star}= {line['prompt_times']:.2f}x")
     for line in made["decode"]:
         found.append(

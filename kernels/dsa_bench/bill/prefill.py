@@ -5,8 +5,11 @@ cache many times have equal scores. Calls are timed as they are made, from Pytho
 takes is part of a layer's time.
 """
 
+import time
+
 import torch
 
+import dsa_kernels
 import dsa_ref
 from dsa_ref import cost
 from dsa_ref.testing import Failed, compare_selection
@@ -18,6 +21,7 @@ from . import account, dense
 
 CHUNK = 4096
 REPEATS = 3
+PROFILED_MS = 60.0
 LONGEST_MS = 2000.0  # a chunk that is expected to take longer is extrapolated
 SPARE_BYTES = 12 << 30  # left for a call's temporaries where heads are kept
 ROW_ERROR = 2e-2  # of an output row, and of a latent row: bf16
@@ -138,7 +142,7 @@ def row_of(chunk, rounds, expected_ms, repeats=REPEATS):
     timings = measure.time_calls(running, rounds)
     for who, timing in timings.items():
         low, high = timing.spread()
-        kernels = decode_layer.kernels_of(calls[who], 2)
+        kernels = decode_layer.kernels_of(calls[who], max(2, round(PROFILED_MS / timing.ms)))
         results[who] |= {"ms": timing.ms, "ms_10": low, "ms_90": high, "timed": timing.how}
         results[who] |= {"peak_gib": peak_gib(chunk, who, calls[who])} | account.parts(kernels)
         if who == DSA:
@@ -201,9 +205,13 @@ def measure_rows(layer, cache, positions, rounds, done):
 
 
 def whole_prompt(layer, tokens, chunk=CHUNK, seed=9):
-    """A prompt of so many tokens, each chunk of fresh rows: {"chunk", "chunks_ms", "total_ms", "peak_gib"}."""
+    """A prompt of so many tokens, each chunk of fresh rows: {"chunk", "chunks_ms", "total_ms", "worst", "peak_gib",
+    "warm_s"}; the last is what it takes to compile, or load, all that a prompt can need, before it begins."""
     free()
-    device = layer.q_a_proj.weight.device
+    device, began = layer.q_a_proj.weight.device, time.perf_counter()
+    dsa_kernels.warm(layer.config, tokens, chunk, batches=(), device=device)
+    warm_s = time.perf_counter() - began
+    free()
     generator = torch.Generator(device).manual_seed(seed)
     torch.cuda.reset_peak_memory_stats()
     cache = dsa_ref.LayerCache(layer.config, tokens, torch.bfloat16, device)
@@ -219,4 +227,5 @@ def whole_prompt(layer, tokens, chunk=CHUNK, seed=9):
     torch.cuda.synchronize()
     times = [before.elapsed_time(after) for before, after in pairs]
     peak = torch.cuda.max_memory_allocated() / 2**30
-    return {"chunk": chunk, "chunks_ms": times, "total_ms": sum(times), "peak_gib": peak}
+    facts = {"total_ms": sum(times), "worst": account.worst(times), "peak_gib": peak, "warm_s": warm_s}
+    return {"chunk": chunk, "chunks_ms": times} | facts
