@@ -106,6 +106,8 @@ def test_a_wrong_chunk_of_ours_is_refused(bench, chunk, monkeypatch):
     index, append = kernels.index_queries, kernels.append_index
     refused("index_queries", lambda q, *rest: index(q.flip(1), *rest), "indexer's query")
     refused("append_index", lambda pages, slots, k, *rest: append(pages, slots, k.flip(0), *rest), "index key")
+    heads = kernels.head_weights
+    refused("head_weights", lambda x, weight: heads(x, weight).flip(1), "heads' weights")
     with pytest.raises(Wrong, match="other bits"):
         chunk.check(1.1 * chunk.dsa(), prefill.DSA)
 

@@ -90,15 +90,16 @@ class Chunk:
             raise checks.Wrong("the output of a recorded call has other bits")
         step, layer = record[0], self.layer
         latent = layer.q_a_layernorm(layer.q_a_proj(self.x))
-        q, k, _ = layer.indexer(self.x, latent)
+        q, k, w = layer.indexer(self.x, latent)
         k, scale = dsa_ref.rotate_quantize(k, self.positions, layer.freqs)
         T, S = len(k), self.position
         got = step["k_idx"][S - T :].float() * step["k_scale"][S - T :, None]
         _near("an index key of the cache", got, k.float() * scale[:, None], INDEX_ERROR)
-        q, _ = dsa_ref.rotate_quantize(q[rows], self.positions[rows], layer.freqs)
-        _near("an indexer's query", step["q_idx"].view(torch.uint8)[rows].view(q.dtype).float(), q.float(), INDEX_ERROR)
-        start, end = (bound[rows] for bound in causal_ranges(T, S, self.x.device))
+        q, scale = dsa_ref.rotate_quantize(q[rows], self.positions[rows], layer.freqs)
         queries = step["q_idx"].view(torch.uint8)[rows].view(q.dtype)
+        _near("an indexer's query", queries.float(), q.float(), INDEX_ERROR)
+        _near("the heads' weights", step["w"][rows], w[rows] * scale, INDEX_ERROR)
+        start, end = (bound[rows] for bound in causal_ranges(T, S, self.x.device))
         want = dsa_ref.index_scores(queries, step["k_idx"], step["w"][rows], step["k_scale"], start, end)
         try:
             most = min(layer.config.index_topk, S)
@@ -186,19 +187,17 @@ def measure_rows(layer, cache, positions, rounds, done):
     kept, rows = kept_heads(layer, cache, max(positions)), []
     for position in positions:
         chunk = Chunk(layer, cache, position, kept)
-        tokens = len(chunk.x)
-        expected = {
-            who: result["ms"]
+        guesses = {
+            who: account.extrapolated(rows, layer.config, len(chunk.x), position, who, who == KEPT)
             for who in (MADE, KEPT)
-            if (result := account.extrapolated(rows, layer.config, tokens, position, who, who == KEPT))
         }
-        row = row_of(chunk, rounds, expected)
-        for who in (MADE, KEPT):
-            made = account.extrapolated(rows, layer.config, tokens, position, who, who == KEPT)
-            if who not in row["results"] and made:
-                row["results"][who] = made
+        guesses = {who: guess for who, guess in guesses.items() if guess}
+        row = row_of(chunk, rounds, {who: guess["ms"] for who, guess in guesses.items()})
+        for who, guess in guesses.items():
+            if who not in row["results"]:
+                row["results"][who] = guess
                 if "ms" in row["results"][DSA]:
-                    made["speed"] = made["ms"] / row["results"][DSA]["ms"]
+                    guess["speed"] = guess["ms"] / row["results"][DSA]["ms"]
         rows.append(row)
         done(rows)
     return rows
