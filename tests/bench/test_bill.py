@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import types
 
 import pytest
 import rungs
@@ -230,6 +231,26 @@ def test_the_chunk_that_waits_is_named(bench):
     worst = bench("bill.account").worst
     assert worst([9.0, 2.0, 2.0, 6.0, 4.0, 4.0]) == {"chunk": 3, "times": pytest.approx(2.0)}
     assert worst([1.0, 2.0]) is None
+
+
+def test_what_is_compiled_meanwhile_is_named(bench):
+    import triton
+
+    names, kept = [], triton.knobs.compilation.listener
+    with pytest.raises(KeyError), bench("bill.prefill").compilations(names):
+        triton.knobs.compilation.listener(src=types.SimpleNamespace(name="_fused"), metadata={}, cache_hit=False)
+        raise KeyError
+    assert names == ["_fused"] and triton.knobs.compilation.listener is kept
+    made = {
+        "chunk": 4096,
+        "chunks_ms": [5.0] * 4,
+        "total_ms": 20.0,
+        "worst": {"chunk": 1, "times": 1.0},
+        "peak_gib": 3.0,
+    }
+    text = bench("bill.lines").prompt(made | {"warm_s": 1.0, "compiled": [{"chunk": 2, "kernel": "_fused"}] * 9})
+    assert "prompt of 16K: 0.02 s in 4 chunks" in text[1] and "compiled meanwhile: _fused in chunk 2" in text[-1]
+    assert all(len(line) <= 120 for line in text)
 
 
 def test_a_prompt_is_the_sum_of_its_chunks(bench):

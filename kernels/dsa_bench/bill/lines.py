@@ -44,6 +44,9 @@ def prompt(made):
         found.append(
             f"      chunk {worst['chunk']} takes {worst['times']:.2f} times its neighbours' mean, the most of all"
         )
+    if made["compiled"]:
+        names = ", ".join(f"{entry['kernel']} in chunk {entry['chunk']}" for entry in made["compiled"])
+        found.append(f"      compiled meanwhile: {names}"[:120])
     return found
 
 

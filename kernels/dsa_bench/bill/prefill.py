@@ -5,9 +5,11 @@ cache many times have equal scores. Calls are timed as they are made, from Pytho
 takes is part of a layer's time.
 """
 
+import contextlib
 import time
 
 import torch
+import triton
 
 import dsa_kernels
 import dsa_ref
@@ -21,7 +23,7 @@ from . import account, dense
 
 CHUNK = 4096
 REPEATS = 3
-PROFILED_MS = 60.0
+PROFILED_MS = 200.0  # of calls in a row, most of them at the clock that the card settles on
 LONGEST_MS = 2000.0  # a chunk that is expected to take longer is extrapolated
 SPARE_BYTES = 12 << 30  # left for a call's temporaries where heads are kept
 ROW_ERROR = 2e-2  # of an output row, and of a latent row: bf16
@@ -203,9 +205,21 @@ def measure_rows(layer, cache, positions, rounds, done):
     return rows
 
 
+@contextlib.contextmanager
+def compilations(names):
+    """Inside, the names of kernels that Triton compiles, or loads from its cache on disk, are appended to `names`."""
+    kept = triton.knobs.compilation.listener
+    triton.knobs.compilation.listener = lambda **said: names.append(said["src"].name)
+    try:
+        yield
+    finally:
+        triton.knobs.compilation.listener = kept
+
+
 def whole_prompt(layer, tokens, chunk=CHUNK, seed=9):
     """A prompt of so many tokens, each chunk of fresh rows: {"chunk", "chunks_ms", "total_ms", "worst", "peak_gib",
-    "warm_s"}; the last is what it takes to compile, or load, all that a prompt can need, before it begins."""
+    "warm_s", "compiled"}: the seconds that `warm` takes before, and the kernels that were compiled or loaded all the
+    same, [{"chunk", "kernel"}]."""
     free()
     device, began = layer.q_a_proj.weight.device, time.perf_counter()
     dsa_kernels.warm(layer.config, tokens, chunk, batches=(), device=device)
@@ -214,8 +228,8 @@ def whole_prompt(layer, tokens, chunk=CHUNK, seed=9):
     generator = torch.Generator(device).manual_seed(seed)
     torch.cuda.reset_peak_memory_stats()
     cache = dsa_ref.LayerCache(layer.config, tokens, torch.bfloat16, device)
-    pairs = []
-    with dsa_ref.unchecked_values():
+    pairs, names, compiled = [], [], []
+    with compilations(names), dsa_ref.unchecked_values():
         for first in range(0, tokens, chunk):
             positions = torch.arange(first, min(tokens, first + chunk), device=device)
             x = torch.randn(len(positions), layer.config.dim, generator=generator, device=device).to(torch.bfloat16)
@@ -223,8 +237,11 @@ def whole_prompt(layer, tokens, chunk=CHUNK, seed=9):
             pairs[-1][0].record()
             layer(x, positions, cache)
             pairs[-1][1].record()
+            compiled += [{"chunk": first // chunk, "kernel": name} for name in names]
+            names.clear()
     torch.cuda.synchronize()
     times = [before.elapsed_time(after) for before, after in pairs]
     peak = torch.cuda.max_memory_allocated() / 2**30
-    facts = {"total_ms": sum(times), "worst": account.worst(times), "peak_gib": peak, "warm_s": warm_s}
+    facts = {"total_ms": sum(times), "worst": account.worst(times), "peak_gib": peak}
+    facts |= {"warm_s": warm_s, "compiled": compiled}
     return {"chunk": chunk, "chunks_ms": times} | facts
