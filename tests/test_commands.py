@@ -32,7 +32,7 @@ def commands():
         "evaluate": (evaluate.main, [], "--log"),
         "traps": (traps.main, [], "--log"),
     }
-    for name in ("__main__", "exact", "layer_cpu"):
+    for name in ("__main__", "exact", "layer_cpu", "bill.__main__"):
         if importlib.util.find_spec("triton"):
             found[f"dsa_bench {name}"] = (lambda arguments, name=name: bench(name).main(arguments), [], "--log")
     return found

@@ -38,15 +38,12 @@ def _fill(out_ptr, t, first, last, T, S, BQ: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def _index_scores(
-    q_ptr, k_ptr, w_ptr, k_scale_ptr, start_ptr, end_ptr, redo_ptr, out_ptr, T, S, Hi, Di, chunk,
-    REDO: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    q_ptr, k_ptr, w_ptr, k_scale_ptr, start_ptr, end_ptr, out_ptr, T, S, Hi, Di, chunk,
+    HP: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     DOT: tl.constexpr, SCALED: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * BQ + tl.arange(0, BQ)
     d = tl.arange(0, DP)
-    if REDO:  # the rows that are to be scored again
-        if tl.max(tl.load(redo_ptr + t, t < T, 0), axis=0) == 0:
-            return
     start = tl.load(start_ptr + t, t < T, S)
     end = tl.load(end_ptr + t, t < T, 0)
 
@@ -160,10 +157,9 @@ def tiles(card, HP, DP, loaded, multiplied):
     return max(columns, HP), BK, 8 if many else 4
 
 
-def launch_portable(q_idx, k_idx, w, k_scale, start, end, redo=None, widened=False):
+def launch_portable(q_idx, k_idx, w, k_scale, start, end, widened=False):
     """Scores [T, S] from checked arguments: pick tiles and run the kernel of this file.
 
-    With redo, int32 [T], blocks of queries none of which has a redo but 0 are left out: what they give is undefined.
     widened: take FP8 as bytes also on a card that could multiply it.
     """
     (T, Hi, Di), S = q_idx.shape, k_idx.shape[0]
@@ -184,8 +180,8 @@ def launch_portable(q_idx, k_idx, w, k_scale, start, end, redo=None, widened=Fal
     chunk = triton.cdiv(triton.cdiv(S, chunks), BK) * BK
     _index_scores[(triton.cdiv(T, BQ), triton.cdiv(S, chunk))](
         q_idx.contiguous(), k_idx.contiguous(), w.contiguous(), w if k_scale is None else k_scale.contiguous(),
-        start.contiguous(), end.contiguous(), start if redo is None else redo, out, T, S, Hi, Di, chunk,
-        REDO=redo is not None, HP=HP, DP=DP, BQ=BQ, BK=BK, DOT=getattr(tl, TRITON_NAMES[dot_dtype(q_idx)]),
+        start.contiguous(), end.contiguous(), out, T, S, Hi, Di, chunk,
+        HP=HP, DP=DP, BQ=BQ, BK=BK, DOT=getattr(tl, TRITON_NAMES[dot_dtype(q_idx)]),
         SCALED=k_scale is not None, WHOLE=DP == Di, STAGES=3, num_warps=warps,
     )  # fmt: skip
     return out

@@ -1,20 +1,18 @@
 """Score and select: some rows at a time, two kernels that meet in a buffer of at most `runtime.SCORES_AT_ONCE` scores.
 
 On Hopper, for many queries and long rows, one kernel does both without a score matrix; see `hopper.lightning_select`.
-The rows that it flags are redone here by two portable kernels, which need no luck.
+The rows that it flags are redone by `flagged.select_again`, which needs no luck.
 """
 
 import torch
 
-from dsa_ref.contracts import check_count, check_index_scores, row_ranges, values_readable
+from dsa_ref.contracts import check_count, check_index_scores, row_ranges
 
-from . import runtime
+from . import flagged, runtime
 from .index_scores import launch as launch_scores
-from .index_scores import launch_portable
 from .runtime import FLOATS, check_runnable, hopper_variant
 from .select_topk import launch as launch_selection
 from .select_topk import padded, refuse_nan
-from .topk import radix
 
 
 @torch.no_grad()
@@ -35,8 +33,7 @@ def lightning_select(
     variant: "hopper" (what `index_scores` needs, and at most 2048 of at least 24,576 keys) is the fused kernel;
     "portable" is portable `index_scores`, then portable `select_topk`; "widened" is its scores, and then portable, too;
     None is "hopper" where it can serve and has `runtime.FEWEST_FOR_HOPPER` queries, else the two steps, each as it
-    chooses by itself. All give the same set. Rows that the fused kernel flags are redone by the portable scores and
-    "radix".
+    chooses by itself. All give the same set.
 
     Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does, and for a
     variant that is unknown or cannot serve these inputs. Source: SPEC sections 2 and 4.
@@ -53,13 +50,9 @@ def lightning_select(
     hopper = hopper_variant("lightning_select", variant, default, q_idx, k_scale, S, width)
     out = torch.empty(T, width, dtype=torch.int32, device=q_idx.device)
     if hopper and T:
+        start, end = start.contiguous(), end.contiguous()
         nan, redo = hopper.lightning_select(q_idx, k_idx, w, width, k_scale, start, end, out)
-        refuse_nan(nan)
-        if not values_readable(redo) or redo.any():
-            for part in _parts(T, runtime.REDONE_AT_ONCE // S):
-                ranges = start[part].contiguous(), end[part].contiguous()
-                scores = launch_portable(q_idx[part], k_idx, w[part], k_scale, *ranges, redo[part])
-                radix.launch(scores, width, *ranges, out[part], nan[part], redo[part])
+        flagged.select_again(q_idx, k_idx, w, width, k_scale, start, end, redo, out, nan)
     else:
         nan = torch.zeros(T, dtype=torch.int32, device=q_idx.device)
         for part in _parts(T, runtime.SCORES_AT_ONCE // S):

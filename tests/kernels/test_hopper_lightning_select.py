@@ -66,13 +66,14 @@ def test_without_key_scales(device):
 @pytest.mark.parametrize("case", ("equal", "one list", "beside the sample"))
 def test_rows_that_defeat_it_are_redone(device, case):
     q_idx, k_idx, w, k_scale = given(device)
-    from dsa_kernels.hopper.lightning_select import sampled_keys
+    from dsa_kernels.topk.sample import sampled_keys
 
     key = torch.arange(S, device=device)
     favoured = key % 64 == 5
     if case == "beside the sample":
         favoured = key % 8 == 0
-        favoured[sampled_keys(S, device)] = False
+        ends = torch.zeros(1, dtype=torch.int32, device=device)
+        favoured[sampled_keys(k_idx, key.float(), ends, ends)[1].long()] = False  # scales number the keys here
     inputs = q_idx, k_idx, w.abs(), torch.where(favoured, 64 * k_scale, k_scale)
     if case == "equal":
         inputs = q_idx, k_idx, torch.zeros_like(w), k_scale

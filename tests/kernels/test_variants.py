@@ -116,7 +116,7 @@ def test_portable_asks_nothing_of_hopper(step, hopper, device):
 @pytest.mark.parametrize("step", FAKES)
 @pytest.mark.parametrize("variant", ("hopper", None))
 def test_hopper_runs_where_it_can_serve(step, variant, hopper, device):
-    """Rows that the fused kernel flags are redone by the portable scores and "radix", so nobody else is asked."""
+    """Rows that the fused kernel flags are redone by `flagged`, so nobody else is asked."""
     run(step, variant, device)
     assert hopper.asked == hopper.looked == [step]
 
@@ -185,13 +185,12 @@ def test_an_algorithm_by_name_is_what_runs(variant, hopper, device, monkeypatch)
     assert hopper.asked == hopper.looked == []
 
 
-@pytest.mark.parametrize("variant, tunable", [("portable", "SCORES_AT_ONCE"), ("hopper", "REDONE_AT_ONCE")])
-def test_lightning_select_takes_some_rows_at_a_time(variant, tunable, hopper, device, monkeypatch):
-    """Seven rows, two at once: sizes are read when the step is called. The stand-in itself runs "radix" first."""
-    monkeypatch.setattr(runtime, tunable, 2 * S)
+def test_lightning_select_takes_some_rows_at_a_time(hopper, device, monkeypatch):
+    """Seven rows, two at once: sizes are read when the step is called."""
+    monkeypatch.setattr(runtime, "SCORES_AT_ONCE", 2 * S)
     ran = noted(monkeypatch)
-    run("lightning_select", variant, device)
-    assert ran.count("radix") == {"portable": 4, "hopper": 1 + 4}[variant]
+    run("lightning_select", "portable", device)
+    assert ran.count("radix") == 4
 
 
 def test_nan_is_told_by_its_row(device, monkeypatch):

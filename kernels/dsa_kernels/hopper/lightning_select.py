@@ -23,6 +23,7 @@ from triton.experimental.gluon import language as gl
 
 from ..topk.bound import LOWEST, bound_of_sample, safe_rank
 from ..topk.listed import LARGEST_LISTED_K, ROWS_AT_ONCE
+from ..topk.sample import sampled_keys
 from . import index_scores
 from .aggregate import aggregate
 from .index_scores import BK, BQ, QUERIES, SCORES, fetch, open_block, row_pointer, visible_tiles, walk
@@ -131,13 +132,6 @@ def _choose(entry_ptr, half_ptr, count_ptr, start_ptr, end_ptr, out_ptr, nan_ptr
     choose(entries, halves, counts, full, start, end, k, out_ptr + t * k, nan_ptr + t, redo_ptr + t, HALF, True)
 
 
-def sampled_keys(S, device):
-    """int64, ascending: one key of each of M equal stretches, at places without a period that data could share."""
-    M = max(2048, min(32768, triton.next_power_of_2(S // 64)))
-    edges = torch.arange(M + 1, device=device) * S // M
-    return edges[:-1] + (torch.arange(M, device=device) * 2654435761 % 65536) * edges.diff() // 65536
-
-
 def cannot_serve(q_idx, k_scale, S, k):
     """Why this variant cannot select for these queries, or None."""
     if k > LARGEST_LISTED_K:
@@ -155,15 +149,14 @@ def lightning_select(q_idx, k_idx, w, k, k_scale, start, end, out):
     T, S = len(q_idx), len(k_idx)
     start, end, w = start.contiguous(), end.contiguous(), w.float().contiguous()
     nan, redo = (torch.empty(T, dtype=torch.int32, device=out.device) for _ in range(2))
-    sample = sampled_keys(S, out.device)
+    k_idx, k_scale = k_idx.contiguous(), None if k_scale is None else k_scale.contiguous()
+    sample, sample_scale, first, last = sampled_keys(k_idx, k_scale, start, end)
     M = len(sample)
-    first, last = (torch.searchsorted(sample, x.long()).int() for x in (start, end))
-    sample_keys, sample_scales = k_idx[sample], None if k_scale is None else k_scale[sample]
     for t in range(0, T, ROWS_AT_ONCE):
         part = slice(t, t + ROWS_AT_ONCE)
         rows = len(q_idx[part])
         scores = torch.empty(rows, M, device=out.device)
-        index_scores.index_scores(q_idx[part], sample_keys, w[part], sample_scales, first[part], last[part], scores)
+        index_scores.index_scores(q_idx[part], sample, w[part], sample_scale, first[part], last[part], scores)
         bound = torch.empty(rows, device=out.device)
         _bound[(rows,)](
             scores, first[part], last[part], start[part], end[part], bound, k, M=M, ALL=BK.value * CAP.value // 2,

@@ -14,11 +14,8 @@ ascending order, and as physical slots of a paged cache; -1 stands in the places
 A row of one chunk stays in registers and needs no list. A list that holds fewer than k, or was too small, sets the
 row's flag.
 
-`_tournament`, the second launch, looks at the flags and ends if there is none. It needs no luck: a chunk's k largest
-are found, then those of some chunks' lists together, and so on, each time by the last of the programs that made them.
-Its entries are score and position in one number, so that there are no ties; lists stay in ascending order of position.
-They lie in the memory of the scores that they were made of, which are lost. Where k is above LARGEST_LISTED_K all rows
-take this way, and above LARGEST_K `radix` selects.
+`_tournament`, the second launch, looks at the flags and ends if there is none. It needs no luck, see
+`topk.tournament`. Where k is above LARGEST_LISTED_K all rows take this way, and above LARGEST_K `radix` selects.
 
 Bytes: 4 a score, read once, and the sample's sectors once a program; some 3000 to 7000 entries of 8 bytes written and
 read, which stay in L2. NaN counts as larger than +inf, or smaller than -inf if its sign bit is set.
@@ -31,8 +28,8 @@ import triton.language as tl
 from ..runtime import multiprocessors
 from . import radix
 from .bound import LONG, safe_rank, sampled_place
-from .ordering import ordered
-from .tables import columns, largest, places, scatter, threshold_in, total
+from .tables import largest, places, scatter, threshold_in, total
+from .tournament import keys_of, play, read, store, store_nothing
 
 LARGEST_LISTED_K = 2048
 LARGEST_K = 8192
@@ -45,39 +42,6 @@ def seen_by(len_ptr, t, N, S):
     """How many positions row t sees: query t % N of sequence t // N, whose length counts the N new tokens."""
     length = tl.minimum(tl.load(len_ptr + t // N), S)
     return tl.maximum(length - N + 1 + (t % N).to(tl.int32), 0)
-
-
-@triton.jit
-def _read(row_ptr, s, n):
-    """Scores at s, in whole groups of four, so that a thread can load four at once; behind n comes what is there."""
-    return tl.load(row_ptr + s, s // 4 < (n + 3) // 4, 0.0)
-
-
-@triton.jit
-def keys_of(x, s, n):
-    """Scores as integers of their order, from 1 on; 0 from the end n of the row on."""
-    return tl.where(s < n, tl.maximum(ordered(x), 1), 0)
-
-
-@triton.jit
-def _store(position, place, mask, positions_ptr, slots_ptr, table_ptr, PAGE: tl.constexpr):
-    """Write positions and their slots at the places where mask holds."""
-    all_positions, places, masks = columns(position), columns(place), columns(mask)
-    for i in tl.static_range(4):
-        s = all_positions[i]
-        page = tl.load(table_ptr + s // PAGE, masks[i], 0)
-        tl.store(positions_ptr + places[i], s, masks[i])
-        tl.store(slots_ptr + places[i], page * PAGE + s % PAGE, masks[i])
-
-
-@triton.jit
-def _store_nothing(wanted, width, positions_ptr, slots_ptr):
-    """-1 in the places from `wanted` to `width`."""
-    for place0 in range(wanted, width, 1024):
-        place = place0 + tl.arange(0, 1024)
-        nothing = tl.full([1024], -1, tl.int32)
-        tl.store(positions_ptr + place, nothing, place < width)
-        tl.store(slots_ptr + place, nothing, place < width)
 
 
 @triton.jit
@@ -99,13 +63,13 @@ def _select(
         positions, slots = positions_ptr + t * width, slots_ptr + t * width
         table = table_ptr + t // N * P
         offset = tl.arange(0, ROWS)[:, None] * EACH + tl.arange(0, EACH)[None, :]
-        x = _read(row, part * CHUNK + offset, n)
+        x = read(row, part * CHUNK + offset, n)
         one = tl.full([], 1, tl.uint32)
         if chunks == 1:
             kept = largest(keys_of(x, offset, n), offset, n, wanted, one)
             place, _ = places(kept)
-            _store(offset, place, kept, positions, slots, table, PAGE)
-            _store_nothing(wanted, width, positions, slots)
+            store(offset, place, kept, positions, slots, table, PAGE)
+            store_nothing(wanted, width, positions, slots, PAGE)
             tl.store(flag_ptr + t, 0)
         else:
             keys_ptr = list_ptr + t * (2 * CAP)  # keys, then positions
@@ -114,13 +78,13 @@ def _select(
             if n > CAP:
                 run = sampled_place(tl.arange(0, SAMPLE // EACH) * EACH, n, SAMPLE, EACH) // EACH * EACH
                 at = run[:, None] + tl.arange(0, EACH)[None, :]
-                sample = keys_of(_read(row, at, n), at, n)
+                sample = keys_of(read(row, at, n), at, n)
                 rank = safe_rank(1.0 * k * SAMPLE / n)
                 real = total((sample != 0).to(tl.int32))
                 bound, _ = threshold_in(sample, real, rank, rank + rank // 8, one)
             for chunk in range(part, chunks, parts):
                 s = chunk * CHUNK + offset
-                ahead = _read(row, s + parts * CHUNK, n)
+                ahead = read(row, s + parts * CHUNK, n)
                 keys = keys_of(x, s, n)
                 kept = keys >= bound
                 place, number = places(kept)
@@ -151,7 +115,7 @@ def _select(
                             keys_ptr, work, chunks, count, wanted, bound, positions, slots, table,
                             CAP, EACH, CAP, CHUNK, CHUNKS, PAGE,
                         )  # fmt: skip
-                    _store_nothing(wanted, width, positions, slots)
+                    store_nothing(wanted, width, positions, slots, PAGE)
 
 
 @triton.jit
@@ -175,7 +139,7 @@ def _choose(
     mine = tl.where(c < chunks, upto - before, 0)
     moves = tl.cumsum(mine, 0) - mine - before
     place += tl.reshape(tl.gather(moves, tl.reshape(s // CHUNK, [SIZE]), 0), [SIZE // EACH, EACH])
-    _store(s, place, kept, positions_ptr, slots_ptr, table_ptr, PAGE)
+    store(s, place, kept, positions_ptr, slots_ptr, table_ptr, PAGE)
 
 
 @triton.jit
@@ -194,9 +158,6 @@ def _tournament(
         some = tl.max(tl.load(flag_ptr + every, every < T, 0), 0) != 0
     if some:
         SIZE: tl.constexpr = ROWS * EACH
-        FAN: tl.constexpr = SIZE // KP
-        offset = tl.arange(0, ROWS)[:, None] * EACH + tl.arange(0, EACH)[None, :]
-        one = tl.full([], 1, tl.uint64)
         programs = tl.num_programs(0)
         turn = tl.program_id(0)  # how many chunks go to other programs before the next one of this
         for row_number in range(0, T):
@@ -204,52 +165,13 @@ def _tournament(
             flag = 1 if ALL else tl.load(flag_ptr + t)
             n = seen_by(len_ptr, t, N, S)
             chunks = tl.maximum(tl.cdiv(n, SIZE), 1) * flag
-            row, pairs = scores_ptr + t * stride, pair_ptr + t * (stride // 2)
-            positions, slots = positions_ptr + t * width, slots_ptr + t * width
-            table = table_ptr + t // N * P
             chunk = turn
             while chunk < chunks:
-                # The chunk's k largest. Each list is made of `span` scores; the row has `lists`.
-                s = chunk * SIZE + offset
-                keys = keys_of(_read(row, s, n), s, n).to(tl.uint64)
-                entry = tl.where(keys != 0, (keys << 32) | (0x7FFFFFFF - s).to(tl.uint64), 0)
-                node, lists = chunk, chunks
-                arrived = arrived_ptr + t * (2 * (stride // SIZE) + 2)
-                made = tl.minimum(n - chunk * SIZE, SIZE)
-                span = tl.full([], SIZE, tl.int32)
-                going = tl.full([], 1, tl.int32)
-                while going != 0:
-                    wanted = tl.minimum(k, made)
-                    threshold, _ = threshold_in(entry, made, wanted, wanted, one)
-                    kept = (entry >= threshold) & (wanted > 0)
-                    place, _ = places(kept)
-                    tl.debug_barrier()  # all have read what is overwritten now
-                    going = (lists > 1).to(tl.int32)
-                    if lists == 1:
-                        position = 0x7FFFFFFF - (entry & 0x7FFFFFFF).to(tl.int32)
-                        _store(position, place, kept, positions, slots, table, PAGE)
-                        _store_nothing(wanted, width, positions, slots)
-                    else:
-                        first = node.to(tl.int64) * (span // 2)
-                        scatter(pairs + first, place, entry.to(tl.int64, bitcast=True), kept)
-                        tl.debug_barrier()
-                        group = node // FAN
-                        members = tl.minimum(lists - group * FAN, FAN)
-                        if tl.atomic_add(arrived + group, 1, sem="acq_rel") == members - 1:
-                            tl.store(arrived + group, 0)
-                            member, i = offset // KP, offset % KP
-                            begin = (group * FAN + member) * span
-                            size = tl.minimum(tl.minimum(n - begin, span), k)
-                            there = (member < members) & (i < size)
-                            at = begin.to(tl.int64) // 2 + i
-                            loaded = tl.load(pairs + at, there, 0, cache_modifier=".cg")
-                            entry = loaded.to(tl.uint64, bitcast=True)
-                            made = total(there.to(tl.int32))
-                            lists = tl.cdiv(lists, FAN)
-                            arrived += lists
-                            node, span = group, span * FAN
-                        else:
-                            going = going * 0
+                play(
+                    chunk, n, 0, scores_ptr + t * stride, pair_ptr + t * (stride // 2),
+                    arrived_ptr + t * (2 * (stride // SIZE) + 2), positions_ptr + t * width, slots_ptr + t * width,
+                    table_ptr + t // N * P, k, width, ROWS, EACH, KP, PAGE,
+                )  # fmt: skip
                 chunk += programs
             turn = chunk - chunks
 
