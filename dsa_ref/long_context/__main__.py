@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run, print the table, and write the record; arguments as on the command line."""
     parser = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", choices=("small", "v32"), default="small",
-                        help="the trained small model, or one layer of DeepSeek-V3.2's sizes (default %(default)s)")  # fmt: skip
+                        help="the trained small model, or one layer of V3.2's sizes (default %(default)s)")  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help="one layer of the sizes in a model's config.json instead")
     parser.add_argument("--tokens", type=positive, help="tokens to prefill (default 65536; one layer: 1048576)")
     parser.add_argument("--chunk", type=positive, help="tokens a call (default 1024; one layer: 4096)")
@@ -115,7 +115,8 @@ class Show:
             self.due = 1 << what["end"].bit_length()
             peak = "" if what["peak_bytes"] is None else f"{what['peak_bytes'] / GIB:.2f}"
             self.clear()
-            print(f"{what['end']:12,}{what['ms']:12.1f}{what['us_per_token']:12.1f}{peak:>12}", flush=True)
+            each = 1e3 * what["ms"] / (what["end"] - what["first"])
+            print(f"{what['end']:12,}{what['ms']:12.1f}{each:12.1f}{peak:>12}", flush=True)
         done = what["end"] / self.tokens
         passed = time.perf_counter() - self.began
         self.bar(f"[{'#' * int(30 * done):30}] {what['end']:,} of {self.tokens:,} tokens, {passed:.0f} s")
@@ -145,11 +146,9 @@ class Show:
         if checked is None:
             print("checked: nothing")
             return
-        print(
-            f"checked: {len(checked['positions'])} rows, of each layer, from {checked['positions'][0]} to "
-            f"{checked['positions'][-1]:,}: selections as the contract says, scores within {checked['scores_error']:.0e} "
-            f"and outputs within {checked['output_error']:.0e} of the reference"
-        )
+        rows, (scores, output) = checked["positions"], (checked[f"{name}_error"] for name in ("scores", "output"))
+        print(f"checked against the reference: {len(rows)} rows of each layer, from {rows[0]} to {rows[-1]:,}: selections "
+              f"follow the contract, scores differ by {scores:.0e}, outputs by {output:.0e}")  # fmt: skip
 
 
 if __name__ == "__main__":

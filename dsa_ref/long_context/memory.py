@@ -60,9 +60,7 @@ def check_memory(needed: dict[str, int], free: int | None, device: torch.device)
 def bytes_free(device: torch.device) -> int | None:
     """Bytes that can still be had on the device: a GPU's free memory, a CPU's available one; None where nobody says."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-            device
-        )  # by torch, for the next tensors
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch
         return torch.cuda.mem_get_info(device)[0] + kept
     try:
         lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

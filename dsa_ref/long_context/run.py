@@ -52,13 +52,14 @@ def read_long_context(
     chunk into blocks of its own, so a chunk's length hardly matters; 1024 tokens show how far it is.
 
     progress: called as progress(event, what): ("needs", the bytes with "free" and "tokens") before anything is made;
-    ("warming", {}) and ("warm", {"seconds"}) where kernels are compiled first; ("chunk", one of "chunks"); ("decoding", {}).
+    ("warming", {}) and ("warm", {"seconds"}) where kernels are compiled first; ("chunk", one of "chunks"); at the end
+    ("decoding", {}).
 
-    Returns "sizes", "layers", "ops", "dtype", "tokens", "chunk", "needs" (bytes), "free" (bytes, or None), "cache_bytes"
-    and "page_bytes" a token and layer, "warm_seconds" (None without warm), "chunks": [{"end": position, "ms",
-    "us_per_token", "peak_bytes"}], "prefill_seconds", "decode": {"tokens", "us_per_token", "captured"} or None, "checked":
-    {"positions", "scores_error", "output_error"} (the largest) or None, "peak_bytes" (of a GPU's tensors, of a CPU's
-    process).
+    Returns "sizes", "layers", "dtype", "ops", "tokens", "chunk", "threads" (of torch on a CPU), "needs" and "free"
+    (bytes; free may be None), "warm_seconds" (None without), "chunks": [{"first", "end": positions, "ms", "peak_bytes":
+    so far}], "prefill_seconds", "cache_bytes" and "page_bytes": of a token in a layer, "decode": {"tokens",
+    "us_per_token": the median, "captured"} or None, "checked": {"positions", "scores_error", "output_error": the
+    largest} or None, "peak_bytes": of a GPU's tensors, or of a CPU's process.
 
     Raises: before any work ValueError or TypeError for what it cannot do, and ValueError where memory will not do;
     testing.Failed for a wrong row.
@@ -101,8 +102,7 @@ def read_long_context(
         with unchecked_values():
             out = subject.forward(given, positions, caches, None)
         seconds = now(device) - began
-        per_token = seconds / len(given) * 1e6
-        figures = {"end": first + len(given), "ms": seconds * 1e3, "us_per_token": per_token}
+        figures = {"first": first, "end": first + len(given), "ms": round(seconds * 1e3, 3)}
         chunks.append(figures | {"peak_bytes": peak_bytes(device)})
         told("chunk", chunks[-1])
         checker.check_chunk(subject, given, positions, caches, out)
@@ -110,7 +110,8 @@ def read_long_context(
 
     result = {
         "sizes": sizes.name, "layers": sizes.layers, "dtype": str(sizes.dtype).removeprefix("torch."),
-        "ops": getattr(ops, "__name__", type(ops).__name__), "tokens": tokens, "chunk": chunk, "needs": needs,
+        "ops": getattr(ops, "__name__", type(ops).__name__), "tokens": tokens, "chunk": chunk,
+        "threads": torch.get_num_threads(), "needs": needs,
         "free": free, "cache_bytes": sum(part.nbytes for part in (caches[0].kv, caches[0].index_pages)) // tokens,
         "warm_seconds": warm_seconds, "chunks": chunks, "prefill_seconds": sum(part["ms"] for part in chunks) / 1e3,
     }  # fmt: skip
@@ -220,9 +221,7 @@ class Checker:
         place = rows[0].position
         most, error = OUTPUT[rows[0].kv.dtype], relative_error(timed, again)
         if not error <= most:
-            what = (
-                f"position {place}: the timed output is {error:.1e} off the one with a record, expected at most {most}"
-            )
+            what = f"position {place}: the timed output is {error:.1e} off the recorded one, expected at most {most}"
             raise Failed(what, "two launches race, or one reads memory that nobody wrote", "repeatable")
         for i, (twin, row) in enumerate(zip(self.twins, rows, strict=True)):
             for name, error in check_row(twin, row, f"position {place}, layer {i}").items():

@@ -1,4 +1,4 @@
-"""What reads the context: one layer with random weights on random numbers, or the trained small model on source code."""
+"""What reads the context: one layer with random weights on random numbers, or the trained small model on text."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..config import V32, DSAConfig
-from ..nn import DSALayer, ModelConfig, SmallModel, load_small_model
+from ..nn import DSALayer, SmallModel, load_small_model
 from ..nn.layer import Ops
 from ..training.corpus import load_corpus
 
