@@ -57,18 +57,21 @@ def check_memory(needed: dict[str, int], free: int | None, device: torch.device)
         )
 
 
-def bytes_free(device: torch.device) -> int | None:
-    """Bytes that can still be had on the device: a GPU's free memory, a CPU's available one; None where nobody says."""
+def bytes_free(device: torch.device, root: str = "/") -> int | None:
+    """Bytes that can still be had on the device: a GPU's free memory, a CPU's available one; None where nobody says.
+
+    root: where Linux says so; a container's limit counts too.
+    """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch
         return torch.cuda.mem_get_info(device)[0] + kept
     try:
-        lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = pathlib.Path(root, "proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # not Linux
         return None
-    try:  # a container's limit, which the line above does not know
-        group = pathlib.Path("/sys/fs/cgroup")
+    try:
+        group = pathlib.Path(root, "sys/fs/cgroup")
         limit, used = (int((group / f"memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
         return min(free, max(0, limit - used))
     except (OSError, ValueError):  # no limit is the word "max"

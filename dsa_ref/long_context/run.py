@@ -58,8 +58,8 @@ def read_long_context(
     Returns "sizes", "layers", "dtype", "ops", "tokens", "chunk", "threads" (of torch on a CPU), "needs" and "free"
     (bytes; free may be None), "warm_seconds" (None without), "chunks": [{"first", "end": positions, "ms", "peak_bytes":
     so far}], "prefill_seconds", "cache_bytes" and "page_bytes": of a token in a layer, "decode": {"tokens",
-    "us_per_token": the median, "captured"} or None, "checked": {"positions", "scores_error", "output_error": the
-    largest} or None, "peak_bytes": of a GPU's tensors, or of a CPU's process.
+    "us_per_token": the median, "captured"} or None, "checked": {"positions", "errors": the largest, see
+    `check_row`} or None, "peak_bytes": of a GPU's tensors, or of a CPU's process.
 
     Raises: before any work ValueError or TypeError for what it cannot do, and ValueError where memory will not do;
     testing.Failed for a wrong row.
@@ -175,7 +175,7 @@ class Checker:
     def __init__(self, layers, positions: list[int]) -> None:
         self.layers, self.positions = layers, positions
         self.twins = [written_out(layer) for layer in layers] if positions else []
-        self.checked, self.errors = [], {"scores": 0.0, "output": 0.0}
+        self.checked, self.errors = [], {}
 
     def check_chunk(self, subject, given: Tensor, positions: Tensor, caches, out: Tensor) -> None:
         """Run the chunk once more with a record, if it has rows to check, and check them."""
@@ -210,20 +210,20 @@ class Checker:
         self._check(rows, out, again)
 
     def summary(self) -> dict | None:
-        """{"positions", "scores_error", "output_error"}, or None where nothing was checked."""
+        """{"positions", "errors"}, or None where nothing was checked."""
         if not self.twins:
             return None
-        return {"positions": self.checked} | {f"{name}_error": most for name, most in self.errors.items()}
+        return {"positions": self.checked, "errors": self.errors}
 
     def _check(self, rows: list[Row], timed: Tensor, again: Tensor) -> None:
         """Check one token's row in each layer, and that the timed output is the one of the run that was recorded: not
         to the bit, since the order of a list, and with it of a sum, may differ."""
         place = rows[0].position
+        for i, (twin, row) in enumerate(zip(self.twins, rows, strict=True)):
+            for name, error in check_row(twin, row, f"position {place}, layer {i}").items():
+                self.errors[name] = max(self.errors.get(name, 0.0), error)
         most, error = OUTPUT[rows[0].kv.dtype], relative_error(timed, again)
         if not error <= most:
             what = f"position {place}: the timed output is {error:.1e} off the recorded one, expected at most {most}"
             raise Failed(what, "two launches race, or one reads memory that nobody wrote", "repeatable")
-        for i, (twin, row) in enumerate(zip(self.twins, rows, strict=True)):
-            for name, error in check_row(twin, row, f"position {place}, layer {i}").items():
-                self.errors[name] = max(self.errors[name], error)
         self.checked.append(place)

@@ -1,9 +1,9 @@
 """A few rows of a long context against the reference: selection by its contract, output with that selection.
 
-The layer's step written out runs once more for one row, with the reference's ops, on the cache up to that row. What it
-computes must be what the layer had: the scores of all keys so far, and with the layer's selection the output. The
-selection itself is judged by the scores of the layer's own vectors, since scores that differ in their last bits have
-other keys at the threshold.
+For one row the layer's step written out runs once more with the reference's ops, on the cache up to that row. What it
+computes must be what the layer had: the row's own keys, the scores of all keys so far, and with the layer's selection
+the output. The selection itself is judged by the scores of the layer's own vectors, since scores that differ in their
+last bits have other keys at the threshold.
 """
 
 import contextlib
@@ -21,8 +21,10 @@ from ..nn import DSALayer, LayerCache
 from ..testing import Failed, compare_selection, relative_error
 
 TIED = 1e-3  # of a row's largest score: what two ways of adding may change; FP8 tensor cores add with fewer bits
-SCORES = {torch.bfloat16: 5e-2, torch.float32: 2e-2}  # of all scores of a row: one of many values rounds to another FP8
-OUTPUT = {torch.bfloat16: 2e-2, torch.float32: 1e-3}  # of a row's output, by the weights' dtype
+# Relative errors that are allowed, by the weights' dtype. A number that another sum rounds to the next FP8 value moves
+# keys and scores; latent rows in pages, beside weights in bf16, are FP8 themselves.
+KEYS = SCORES = {torch.bfloat16: 5e-2, torch.float32: 2e-2}
+OUTPUT = {torch.bfloat16: 2e-2, torch.float32: 1e-3}
 WRITTEN_OUT = ("rope", "rotate_quantize", "hadamard", "quantize", "sparse_attention")  # no small steps: no fused path
 
 
@@ -71,13 +73,13 @@ def written_out(layer: DSALayer) -> DSALayer:
 
 @torch.no_grad()
 def check_row(twin: DSALayer, row: Row, where: str) -> dict[str, float]:
-    """Pass for a right row, and say how far it is from the reference: {"scores": ..., "output": ...}, relative errors.
+    """Pass for a right row, and say how far it is from the reference: {"keys", "scores", "output"}: relative errors.
 
     twin: what `written_out` made of the row's layer; where: what a message calls the row.
 
-    Raises: Failed, whose property is "finite" (NaN or infinity in the keys or in what the row had), "scores" (the
-    indexer's vectors are not the reference's), one of `compare_selection`'s (the selection is not its contract's), or
-    "output".
+    Raises: Failed, whose property is "finite" (NaN or infinity in the keys or in what the row had), "keys" (the row's
+    latent or index key is not the reference's), "vectors" (the indexer's query is not: all scores differ), one of
+    `compare_selection`'s (the selection is not its contract's), or "output".
     """
     S, dtype = row.position + 1, row.kv.dtype
     scores = index_scores(row.q_idx[None], row.k_idx, row.w[None], row.k_scale)
@@ -94,11 +96,19 @@ def check_row(twin: DSALayer, row: Row, where: str) -> dict[str, float]:
     y = twin(row.x[None], torch.tensor([row.position], device=row.x.device), cache, record=record)[0]
     (step,) = record
     expected = index_scores(step["q_idx"], step["k_idx"], step["w"], step["k_scale"])
-    errors = {"scores": relative_error(scores, expected), "output": relative_error(row.y, y)}
-    for name, most in (("scores", SCORES[dtype]), ("output", OUTPUT[dtype])):
+    index_keys = (keys["k_idx"][-1].float() * keys["k_scale"][-1] for keys in (vars(row), step))
+    errors = {
+        "keys": max(relative_error(row.kv[-1], step["kv"][-1]), relative_error(*index_keys)),
+        "scores": relative_error(scores, expected),
+        "output": relative_error(row.y, y),
+    }
+    for name, most, broken, cause in (
+        ("keys", KEYS[dtype], "keys", "the position, the norm or the rounding of a cached row"),
+        ("scores", SCORES[dtype], "vectors", "the position or the rounding of the indexer's query, or its weights"),
+        ("output", OUTPUT[dtype], "output", "attention does not take what was selected, or with another scale"),
+    ):
         if not errors[name] <= most:
-            cause = "the row's projections or positions" if name == "scores" else "attention, or a key's latent row"
-            raise Failed(f"{where}: relative error {errors[name]:.1e}, expected at most {most}", cause, name)
+            raise Failed(f"{where}: {name} differ by {errors[name]:.1e}, expected at most {most}", cause, broken)
     return errors
 
 
