@@ -8,6 +8,7 @@ The command line of `read_long_context`: the table goes to stdout as it comes, p
 
 import argparse
 import importlib
+import os
 import sys
 
 import torch
@@ -67,6 +68,9 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         show.clear()
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the table has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at the exit
+        sys.exit(1)
     except Failed as failure:
         show.clear()
         sys.exit(f"{parser.prog}: wrong: {failure}")

@@ -78,10 +78,13 @@ def bytes_free(device: torch.device, root: str = "/") -> int | None:
         return free
 
 
-def peak_bytes(device: torch.device) -> int | None:
-    """The most that torch has held on a GPU, or this process on a CPU, so far; None where nobody says."""
+def take_peak(device: torch.device) -> int | None:
+    """The most bytes that torch has held on a GPU since the last call, or this process on a CPU since it began; None
+    where nobody says."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        largest = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return largest
     try:
         import resource
     except ImportError:  # Windows

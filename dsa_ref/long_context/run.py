@@ -20,7 +20,7 @@ from ..nn.layer import Ops
 from ..page_table import PageTable
 from ..paged_cache import PagedCache
 from ..testing import Failed, relative_error
-from .memory import PAGE_SIZE, PIECE, bytes_free, bytes_needed, check_memory, in_fp8, peak_bytes
+from .memory import PAGE_SIZE, PIECE, bytes_free, bytes_needed, check_memory, in_fp8, take_peak
 from .spot_check import OUTPUT, Row, check_row, inputs_and_outputs, rows_to_check, written_out
 from .subject import DEFAULTS, make_subject, sizes_of
 
@@ -52,14 +52,14 @@ def read_long_context(
     chunk into blocks of its own, so a chunk's length hardly matters; 1024 tokens show how far it is.
 
     progress: called as progress(event, what): ("needs", the bytes with "free" and "tokens") before anything is made;
-    ("warming", {}) and ("warm", {"seconds"}) where kernels are compiled first; ("chunk", one of "chunks"); at the end
+    ("warming", {}) and ("warm", {"seconds", "peak_bytes"}) where kernels are compiled first; ("chunk", one of "chunks"); at the end
     ("decoding", {}).
 
     Returns "sizes", "layers", "dtype", "ops", "tokens", "chunk", "threads" (of torch on a CPU), "needs" and "free"
     (bytes; free may be None), "warm_seconds" (None without), "chunks": [{"first", "end": positions, "ms", "peak_bytes":
-    so far}], "prefill_seconds", "cache_bytes" and "page_bytes": of a token in a layer, "decode": {"tokens",
+    of the chunk on a GPU, of the process so far on a CPU}], "prefill_seconds", "cache_bytes" and "page_bytes": of a token in a layer, "decode": {"tokens",
     "us_per_token": the median, "captured"} or None, "checked": {"positions", "errors": the largest, see
-    `check_row`} or None, "peak_bytes": of a GPU's tensors, or of a CPU's process.
+    `check_row`} or None, "peak_bytes": {"warm", "chunks", "checks", "decode"}, as far as there is one.
 
     Raises: before any work ValueError or TypeError for what it cannot do, and ValueError where memory will not do;
     testing.Failed for a wrong row.
@@ -79,8 +79,15 @@ def read_long_context(
     told("needs", needs | {"free": free, "tokens": tokens})
     check_memory(needs, free, device)
 
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    peaks = {}
+
+    def peak(phase: str) -> int | None:
+        taken = take_peak(device)
+        if taken is not None:
+            peaks[phase] = max(taken, peaks.get(phase, 0))
+        return taken
+
+    take_peak(device)  # what was before is nobody's
     subject = make_subject(sizes, tokens + decode, ops, device, seed)
     warm_seconds = None
     if device.type == "cuda" and hasattr(ops, "warm"):
@@ -89,7 +96,7 @@ def read_long_context(
         ops.warm(sizes.config, tokens + decode, chunk, [(1, 1)] if decode else [], PAGE_SIZE, sizes.dtype,
                  in_fp8(sizes), device)  # fmt: skip
         warm_seconds = now(device) - began
-        told("warm", {"seconds": warm_seconds})
+        told("warm", {"seconds": warm_seconds, "peak_bytes": peak("warm")})
 
     layers = subject.layers
     checker = Checker(layers, rows_to_check(tokens, chunk, check, seed))
@@ -103,9 +110,10 @@ def read_long_context(
             out = subject.forward(given, positions, caches, None)
         seconds = now(device) - began
         figures = {"first": first, "end": first + len(given), "ms": round(seconds * 1e3, 3)}
-        chunks.append(figures | {"peak_bytes": peak_bytes(device)})
+        chunks.append(figures | {"peak_bytes": peak("chunks")})
         told("chunk", chunks[-1])
         checker.check_chunk(subject, given, positions, caches, out)
+        peak("checks")
         del given, out
 
     result = {
@@ -119,7 +127,8 @@ def read_long_context(
     if decode:
         told("decoding", {})
         result |= _decode(subject, sizes, caches, decode, ops, checker)
-    return result | {"checked": checker.summary(), "peak_bytes": peak_bytes(device)}
+        peak("decode")
+    return result | {"checked": checker.summary(), "peak_bytes": peaks}
 
 
 def now(device: torch.device) -> float:
@@ -130,7 +139,8 @@ def now(device: torch.device) -> float:
 
 
 def _decode(subject, sizes, caches, decode, ops, checker) -> dict:
-    """Read `decode` more tokens one by one from pages, into which the caches' rows go first."""
+    """Decode from pages, into which the caches' rows go first. The new tokens are the subject's next ones, so that a
+    step costs what it costs and nothing is drawn."""
     held, device = caches[0].length, caches[0].kv.device
     longest = held + decode
     table = PageTable(-(-longest // PAGE_SIZE), 1, longest, PAGE_SIZE, device)

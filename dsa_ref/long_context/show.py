@@ -65,6 +65,9 @@ class Show:
         self.clear()
         each = f"{result['tokens'] / result['prefill_seconds']:,.0f} tokens/s"
         print(f"prefill: {result['tokens']:,} tokens in {result['prefill_seconds']:.1f} s, {each}")
+        if result["peak_bytes"]:
+            parts = ", ".join(f"{most / GIB:.2f} ({phase})" for phase, most in result["peak_bytes"].items())
+            print(f"peak memory in GiB: {parts}")
         print(f"cache: {result['cache_bytes']} bytes a token and layer, {result['layers']} layer(s)")
         if result["decode"] is not None:
             decode, how = result["decode"], "replayed from a CUDA graph" if result["decode"]["captured"] else "eager"
