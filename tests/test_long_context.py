@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import types
 
 import pytest
@@ -45,7 +46,7 @@ def test_a_layer_reads_decodes_and_is_right():
     assert result["checked"]["positions"][-2:] == [39, 41]  # the last token that was read, and the last decoded
     assert {0, 1, 3, 7, 15, 31} < set(result["checked"]["positions"])
     assert max(result["checked"]["errors"].values()) < 1e-4 and result["decode"]["captured"] is False
-    assert list(result["peak_bytes"]) == ["chunks", "checks", "decode"]
+    assert list(result["peak_bytes"]) == ([] if sys.platform == "win32" else ["chunks", "checks", "decode"])
     json.dumps(result)
     unchecked = read(check=0, decode=0)
     assert unchecked["checked"] is unchecked["decode"] is unchecked["page_bytes"] is None

@@ -52,14 +52,15 @@ def read_long_context(
     chunk into blocks of its own, so a chunk's length hardly matters; 1024 tokens show how far it is.
 
     progress: called as progress(event, what): ("needs", the bytes with "free" and "tokens") before anything is made;
-    ("warming", {}) and ("warm", {"seconds", "peak_bytes"}) where kernels are compiled first; ("chunk", one of "chunks"); at the end
-    ("decoding", {}).
+    ("warming", {}) and ("warm", {"seconds", "peak_bytes"}) where kernels are compiled first; ("chunk", one of "chunks");
+    at the end ("decoding", {}).
 
     Returns "sizes", "layers", "dtype", "ops", "tokens", "chunk", "threads" (of torch on a CPU), "needs" and "free"
     (bytes; free may be None), "warm_seconds" (None without), "chunks": [{"first", "end": positions, "ms", "peak_bytes":
-    of the chunk on a GPU, of the process so far on a CPU}], "prefill_seconds", "cache_bytes" and "page_bytes": of a token in a layer, "decode": {"tokens",
-    "us_per_token": the median, "captured"} or None, "checked": {"positions", "errors": the largest, see
-    `check_row`} or None, "peak_bytes": {"warm", "chunks", "checks", "decode"}, as far as there is one.
+    of the chunk on a GPU, of the process so far on a CPU}], "prefill_seconds", "cache_bytes" and "page_bytes": of a
+    token in a layer, "decode": {"tokens", "us_per_token": the median, "captured"} or None, "checked": {"positions",
+    "errors": the largest, see `check_row`} or None, "peak_bytes": {"warm", "chunks", "checks", "decode"}, as far as
+    there is one.
 
     Raises: before any work ValueError or TypeError for what it cannot do, and ValueError where memory will not do;
     testing.Failed for a wrong row.
