@@ -52,8 +52,8 @@ def read_long_context(
     chunk into blocks of its own, so a chunk's length hardly matters; 1024 tokens show how far it is.
 
     progress: called as progress(event, what): ("needs", the bytes with "free" and "tokens") before anything is made;
-    ("warming", {}) and ("warm", {"seconds", "peak_bytes"}) where kernels are compiled first; ("chunk", one of "chunks");
-    at the end ("decoding", {}).
+    ("warming", {}) and ("warm", {"seconds", "peak_bytes"}) where kernels are compiled first; ("chunk", one of
+    "chunks"); ("decoding", {}).
 
     Returns "sizes", "layers", "dtype", "ops", "tokens", "chunk", "threads" (of torch on a CPU), "needs" and "free"
     (bytes; free may be None), "warm_seconds" (None without), "chunks": [{"first", "end": positions, "ms", "peak_bytes":
