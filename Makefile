@@ -42,11 +42,12 @@ test-browser: $(INSTALLED)  ## move every notebook's slider in JupyterLab (needs
 test-install: $(INSTALLED)  ## install our wheel beside Hugging Face's kernels in a new environment (needs PyPI)
 	$(VENV_PYTHON) -m pytest -s -m install tests/test_install.py
 
-course: $(INSTALLED)  ## execute every notebook, then make the learner edition and the README's picture
+course: $(INSTALLED)  ## execute every notebook, then make the learner edition and the README's pictures and tables
 	$(VENV_PYTHON) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False \
 		--ExecutePreprocessor.record_timing=False notebooks/solutions/*.ipynb
 	$(VENV_PYTHON) -m notebooks.maintain.learner
 	$(VENV_PYTHON) -m notebooks.maintain.pictures
+	$(VENV_PYTHON) -m notebooks.maintain.tables
 
 learner: $(INSTALLED)  ## make the learner edition, notebooks/*.ipynb, from notebooks/solutions/
 	$(VENV_PYTHON) -m notebooks.maintain.learner

@@ -1,9 +1,10 @@
 """What each step must compute and read, counted from a config before anything is timed.
 
-A multiply and an add are two FLOPs. Only the steps whose cost grows with the context are counted: scoring, the two
-products of attention, and cache reads. Projections cost the same in sparse and dense attention.
+A multiply and an add are two FLOPs. `prefill_cost` and `decode_bytes` have the steps whose cost grows with the context:
+scoring, the two products of attention, cache reads. `matrices` has the rest of a layer; `dsa_ref.bill` makes seconds
+and money of all of it.
 
-Source: SPEC sections 3 and 6.
+Source: SPEC sections 2, 3 and 6.
 """
 
 import dataclasses
@@ -30,6 +31,24 @@ def mqa_flops_per_pair(config: DSAConfig) -> int:
 def mha_flops_per_pair(config: DSAConfig) -> int:
     """One query against one key in decompressed (MHA) mode: H dots of width nope + rope, H value rows."""
     return 2 * config.n_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+
+
+def matrices(config: DSAConfig) -> dict[str, int]:
+    """Elements of each matrix of a layer; every token costs twice as many FLOPs in each.
+
+    "kv_b" is W_UK and W_UV together. What begins with "index_" is the indexer's; dense attention has none of it.
+    """
+    c = config
+    return {
+        "q_a": c.dim * c.q_lora_rank,
+        "q_b": c.q_lora_rank * c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim),
+        "kv_a": c.dim * c.latent_dim,
+        "kv_b": c.kv_lora_rank * c.n_heads * (c.qk_nope_head_dim + c.v_head_dim),
+        "o": c.n_heads * c.v_head_dim * c.dim,
+        "index_q": c.q_lora_rank * c.index_n_heads * c.index_head_dim,
+        "index_k": c.dim * c.index_head_dim,
+        "index_weights": c.dim * c.index_n_heads,
+    }
 
 
 def causal_pairs(T: int, S: int, limit: int | None = None) -> int:
@@ -90,6 +109,11 @@ def fp8_kv_bytes_per_token(config: DSAConfig) -> int:
 def bf16_kv_bytes_per_token(config: DSAConfig) -> int:
     """One token in the bf16 KV cache (1152 in V3.2)."""
     return BF16_BYTES * config.latent_dim
+
+
+def head_bytes_per_token(config: DSAConfig) -> int:
+    """One token's keys and values of all heads, as MHA mode reads them, in bf16 (81,920 in V3.2)."""
+    return BF16_BYTES * config.n_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,3 +183,17 @@ def roofline_seconds(flops: float, bytes: float, flops_per_second: float, bytes_
         if not rate > 0:
             raise ValueError(f"{name} must be positive, got {rate}")
     return max(flops / flops_per_second, bytes / bytes_per_second)
+
+
+def dollars_per_million(ms_per_1000: float, layers: int, price: float) -> float:
+    """What a million tokens cost, in whatever `price` is: milliseconds of one layer for 1000 tokens, on one GPU.
+
+    1 ms for 1000 tokens is 1 s for a million. price: of a GPU for an hour. Only what is counted costs: here, attention.
+
+    Raises: ValueError for negative or infinite numbers, and as `check_count` for layers.
+    """
+    check_count("layers", layers)
+    for name, value in (("ms_per_1000", ms_per_1000), ("price", price)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+    return ms_per_1000 * layers * price / 3600

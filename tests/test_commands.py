@@ -14,6 +14,8 @@ import torch
 
 from dsa_course.traps import __main__ as traps
 from dsa_ref import TINY, records
+from dsa_ref.long_context import __main__ as long_context
+from dsa_ref.long_context import run as long_context_run
 from dsa_ref.nn import ModelConfig, SmallModel
 from dsa_ref.nn.model import save_small_model
 from dsa_ref.training import evaluate, train
@@ -31,8 +33,9 @@ def commands():
         "train log": (train.main, ["--weights", "w.safetensors"], "--log"),
         "evaluate": (evaluate.main, [], "--log"),
         "traps": (traps.main, [], "--log"),
+        "long context": (long_context.main, [], "--log"),
     }
-    for name in ("__main__", "exact", "layer_cpu"):
+    for name in ("__main__", "exact", "layer_cpu", "bill.__main__"):
         if importlib.util.find_spec("triton"):
             found[f"dsa_bench {name}"] = (lambda arguments, name=name: bench(name).main(arguments), [], "--log")
     return found
@@ -51,6 +54,7 @@ def refused(monkeypatch, tmp_path, capsys):
 
     for module, name in ((train, "load_corpus"), (evaluate, "load_small_model"), (traps, "load_corpus")):
         monkeypatch.setattr(module, name, nothing)
+    monkeypatch.setattr(long_context_run, "make_subject", nothing)
     monkeypatch.setattr(traps, "run_tests", nothing)
     monkeypatch.setattr(subprocess, "run", nothing)
 
@@ -90,6 +94,8 @@ COUNTS = [
     ("evaluate", ["--windows", "0"], "--windows"),
     ("evaluate", ["--k", "4", "0"], "--k"),
     ("traps", ["--windows", "none"], "--windows"),
+    ("long context", ["--tokens", "0"], "--tokens"),
+    ("long context", ["--chunk", "-1"], "--chunk"),
 ]
 
 
@@ -104,6 +110,13 @@ OTHERS = [
     ("train log", ["--log", "w.safetensors"], "--weights and --log must be two files"),
     ("train log", ["--log", "x.json", "--device", "nonsense"], "--device must be one that torch can use here"),
     ("evaluate", ["--log", "x.json", "--length", "100", "--k", "4", "100"], "--k must be below --length 100"),
+    ("long context", ["--decode", "-1"], "decode must be at least 0, got -1"),
+    ("long context", ["--device", "meta"], "--device must be one that torch can use here, got meta"),
+    (
+        "long context",
+        ["--config", "missing.json"],
+        "--config must be a config.json of DeepSeek-V3.2's or GLM-5's family",
+    ),
     ("traps", [], "one of --log and --tests must say what to do"),
     ("traps", ["--log", "x.json", "--length", "64"], "--length must be above k = 64"),
 ]

@@ -71,6 +71,7 @@ TABLE = [
         "dsa_ref.config dsa_ref.contracts dsa_ref.blocks dsa_ref/step",
         "numpy torch",
     ),
+    Row("dsa_ref.bill", "dsa_ref.config dsa_ref.contracts dsa_ref.cost", ""),
     Row("dsa_ref.records", "", "torch"),
     Row(
         "dsa_ref",
@@ -89,6 +90,12 @@ TABLE = [
         "dsa_ref dsa_ref.config dsa_ref.precision dsa_ref.contracts dsa_ref/step dsa_ref.testing dsa_ref.records "
         "dsa_ref.nn.* dsa_ref.training.*",
         "torch",
+    ),
+    Row(
+        "dsa_ref.long_context.*",
+        "dsa_ref dsa_ref.config dsa_ref.contracts dsa_ref/step dsa_ref.page_table dsa_ref.paged_cache dsa_ref.testing "
+        "dsa_ref.records dsa_ref.nn.* dsa_ref.training.corpus dsa_ref.long_context.*",
+        "torch ?",  # dsa_kernels, where the command line asks for them
     ),
     # the kernels, which share only sizes and argument checks with the reference
     Row("dsa_kernels.cards", "", "torch triton"),

@@ -57,31 +57,34 @@ def filled_cache(config, B, S, device="cuda"):
     return cache, table.batch(sequences, 1)
 
 
-@torch.no_grad()
-def layer_case(B, S, device="cuda", config=V32):
-    config = dataclasses.replace(config, max_seq_len=max(config.max_seq_len, S))
-    layer = random_layer(config, device)
-    cache, batch = filled_cache(config, B, S, device)
-    generator = torch.Generator(device).manual_seed(1)
-    x = torch.randn(B, 1, config.dim, generator=generator, device=device).to(torch.bfloat16)
+class LayerStep:
+    """A decode step of one new token of each of B sequences of S positions, called as `CapturedStep` captures it."""
 
-    rows = torch.arange(B, device=device)
+    def __init__(self, B, S, device="cuda", config=V32):
+        config = dataclasses.replace(config, max_seq_len=max(config.max_seq_len, S))
+        self.layer = random_layer(config, device)
+        self.cache, self.batch = filled_cache(config, B, S, device)
+        generator = torch.Generator(device).manual_seed(1)
+        self.x = torch.randn(B, 1, config.dim, generator=generator, device=device).to(torch.bfloat16)
+        self.rows = torch.arange(B, device=device)
 
-    def step(record=None):
-        """As `CapturedStep` captures it: where the tokens stand is computed inside."""
-        table = cache.table
-        where = layer.ops.place_tokens(table.table, table.lengths, rows, 1, table.page_size)
-        return layer.decode(x, cache, dataclasses.replace(batch, **dict(zip(PLACES, where, strict=True))), record)
+    @torch.no_grad()
+    def __call__(self, record=None):
+        """The output [B, 1, dim]; where the tokens stand is computed inside."""
+        table = self.cache.table
+        where = self.layer.ops.place_tokens(table.table, table.lengths, self.rows, 1, table.page_size)
+        batch = dataclasses.replace(self.batch, **dict(zip(PLACES, where, strict=True)))
+        return self.layer.decode(self.x, self.cache, batch, record)
 
-    def check(out, own):
-        record = []
-        step(record)
+    def check(self, out, own):
+        record, layer, batch = [], self.layer, self.batch
+        self(record)
         selection = record[0]["indices"], record[0]["slots"]
-        given = record[0]["q_idx"], cache.index_pages, record[0]["w"], batch.page_table, batch.lengths
+        given = record[0]["q_idx"], self.cache.index_pages, record[0]["w"], batch.page_table, batch.lengths
         checks.check_paged_selection(*selection, given, inputs.PAGE, own)
         layer.ops = types.SimpleNamespace(**vars(dsa_ref) | {"paged_select": lambda *_: selection})
         try:
-            want = step().float()
+            want = self().float()
         finally:
             layer.ops = dsa_kernels
         error = checks.row_errors(out.flatten(0, 1).float(), want.flatten(0, 1))
@@ -89,13 +92,16 @@ def layer_case(B, S, device="cuda", config=V32):
             raise checks.Wrong(f"relative error {error.nan_to_num(torch.inf).max():.1e} of the reference's step")
         return f"relative error {error.max():.1e} of the reference's step"
 
-    weights = sum(weight.numel() * weight.element_size() for weight in layer.parameters())
+
+def layer_case(B, S, device="cuda", config=V32):
+    step = LayerStep(B, S, device, config)
+    weights = sum(weight.numel() * weight.element_size() for weight in step.layer.parameters())
     return DecodeCase(
         work=weights + B * cost.decode_bytes(config, S).dsa,
         unit="TB/s",
         ceiling="copy",
         ours={"ours": step, "ours, eager": step},
-        check=check,
+        check=step.check,
         peers={},
         as_they_are={"ours, eager": "eager"},
         profiled=step,

@@ -95,6 +95,15 @@ def time_decode(calls, rounds=ROUNDS, lead_ms=ROUND_MS, round_ms=ROUND_MS, as_th
     return {name: {"warm": warms[name], "cold": colds[name]} for name in calls}
 
 
+def time_calls(calls, rounds=ROUNDS, round_ms=ROUND_MS):
+    """{name: Timing} as `time_together`, of calls as Python makes them: not captured, the cache as they leave it.
+
+    For calls of milliseconds, which do not fit the L2 cache, and whose host time is to count.
+    """
+    prepared = {name: (call, "eager") for name, call in calls.items()}
+    return _in_turns(prepared, lambda run, count: _call_ms(run, None, count), rounds, LEAD_MS, round_ms)
+
+
 def floor(rounds=ROUNDS):
     """{"warm_us", "cold_us"}: what a kernel that does next to nothing takes when it is timed like a decode step."""
     one = torch.zeros(1, device="cuda")

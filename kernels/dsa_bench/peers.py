@@ -276,5 +276,7 @@ class FlashMLADense(_Planned):
         super().__init__()
         self.before = q, kv_pages.unsqueeze(2), FLASHMLA_V, lengths, page_table, scale, False
 
-    def __call__(self):
-        return self.call(*self.before, after=())
+    def __call__(self, q=None):
+        """q: other queries of the same shape than those given first."""
+        first, *rest = self.before
+        return self.call(first if q is None else q, *rest, after=())

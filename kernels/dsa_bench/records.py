@@ -25,6 +25,12 @@ def decode_log(gpu):
     return found and found.with_name(f"decode_{found.name}")
 
 
+def layer_log(gpu):
+    """Where figures of a whole layer go, None for a card that has no file."""
+    found = default_log(gpu)
+    return found and found.with_name(f"layer_{found.name}")
+
+
 def ladder_log():
     """Where the ladder's figures go, on any card."""
     return figures_folder() / "ladder.json"

@@ -9,6 +9,9 @@ from .gpu_selection.check import lower_bound, ordered_bits, selection_kernel, th
 from .index_scores.check import counterexample, head_weights, index_scores, zero_probability
 from .ladder.check import programs_that_fit, roofline, time_after
 from .ladder.check_machine import measure, ring_waits
+from .ladder.check_profile import predict_table, read_profile
+from .million.check import chunk_ms, dollars, half_from
+from .million.check_limits import most_tokens, needed_keys
 from .mla.check import absorb, cache_bytes, rope, softmax_scale
 from .online_softmax.check import block_attention, log_sum_exp, merge_parts, online_update
 from .quantize.check import flips, hadamard, quantize, scores_from_fp8

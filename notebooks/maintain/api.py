@@ -13,10 +13,12 @@ PACKAGES = {  # in the page's order: what the heading says, and the file
     "dsa_kernels": "kernels/dsa_kernels/__init__.py",
     "dsa_ref.nn": "dsa_ref/nn/__init__.py",
     "dsa_ref.nn.generate": "dsa_ref/nn/generate.py",
+    "dsa_ref.long_context": "dsa_ref/long_context/__init__.py",
     "dsa_ref.training.corpus": "dsa_ref/training/corpus.py",
     "dsa_ref.training.train": "dsa_ref/training/train.py",
     "dsa_ref.training.evaluate": "dsa_ref/training/evaluate.py",
     "dsa_ref.cost": "dsa_ref/cost.py",
+    "dsa_ref.bill": "dsa_ref/bill.py",
     "dsa_ref.testing": "dsa_ref/testing.py",
     "dsa_ref.records": "dsa_ref/records.py",
 }

@@ -1,12 +1,14 @@
-"""Make the README's two pictures: `python -m notebooks.maintain.pictures`; `make course` does.
+"""Make the README's pictures: `python -m notebooks.maintain.pictures`; `make course` does.
 
-`figures/selection.png` is copied out of the executed course, `figures/recall.png` is drawn from its record.
+`figures/selection.png` is copied out of the executed course, `figures/recall.png` and `figures/cost.png` are drawn from
+their records.
 """
 
 import base64
 
 import nbformat
 
+from dsa_course.million.live import still_curves
 from dsa_course.viz import png, recall_curves
 from dsa_ref import records
 
@@ -41,7 +43,12 @@ def recall() -> bytes:
     return png(figure, "Attention mass on the selected keys against k, for the indexer and its controls")
 
 
-PICTURES = {"selection.png": selection, "recall.png": recall}
+def cost() -> bytes:
+    """A layer's cost against the context, recorded and predicted."""
+    return png(*still_curves())
+
+
+PICTURES = {"selection.png": selection, "recall.png": recall, "cost.png": cost}
 
 
 def main():

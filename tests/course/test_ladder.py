@@ -8,6 +8,7 @@ import pytest
 from dsa_course.ladder.card import Card
 from dsa_course.ladder.check import chain, fitting
 from dsa_course.ladder.live import live_ladder, live_ring, live_roofline
+from dsa_course.ladder.profile import PARTS, chunks, decode_profile, shares, short
 from dsa_course.ladder.record import STEPS, ceilings, least_work, row, versions
 from dsa_course.ladder.ring import ORDERS, Fault, act_out, passes, timeline, waiting
 from dsa_course.ladder.warpgroups import SCHEDULES, busy, live_warpgroups, schedule
@@ -151,3 +152,22 @@ def test_the_chain_is_the_sum_of_its_steps():
     for size in ("32K", "128K"):
         parts, faster, ms = chain(size)
         assert sum(parts[name] / faster[name] for name in parts) == pytest.approx(ms, rel=0.02)
+
+
+def test_what_the_text_says_of_the_recorded_step():
+    (eager_us, eager), (replayed_us, replayed) = map(decode_profile, ("eager", "replayed"))
+    shared = [shares(kernels, us, PARTS) for kernels, us in ((eager, eager_us), (replayed, replayed_us))]
+    assert all(sum(found.values()) == pytest.approx(1) for found in shared)
+    assert shared[0]["idle"] > 0.85 and shared[1]["idle"] < 0.1 and shared[1]["products"] > 0.5
+    assert 0.5 * eager[0][2] / eager_us == pytest.approx(0.01, abs=0.003)  # the slowest kernel, twice as fast
+    assert eager_us > 10 * replayed_us and shared[1]["other"] == 0
+    assert short("void at::native::(anonymous namespace)::CatArrayBatchedCopy<float>(int)") == "CatArrayBatchedCopy"
+    with pytest.raises(ValueError, match="how must be"):
+        decode_profile("compiled")
+
+
+def test_chunks_are_those_of_the_record():
+    for attention in ("DSA", "dense, heads kept"):
+        found = chunks(attention)
+        assert list(found)[0] == 12_288 and list(found)[-1] == 1 << 20
+        assert found[1 << 20][0] == 4_286_580_736 and found[1 << 20][1] > found[131_072][1]

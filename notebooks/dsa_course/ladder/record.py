@@ -11,7 +11,7 @@ SCORE_BYTES = 4
 
 
 @functools.cache
-def _record(name):
+def read_record(name):
     return read(name)
 
 
@@ -26,7 +26,7 @@ def versions(step) -> list[dict]:
     if step not in STEPS:
         raise ValueError(f"step must be one of {', '.join(STEPS)}, got {step!r}")
     found = []
-    for entry in _record("ladder.json")["entries"]:
+    for entry in read_record("ladder.json")["entries"]:
         if entry["step"] == step:
             measured, predicted = entry["measured"], entry["predicted"]
             in_ms = predicted["value"]
@@ -45,7 +45,7 @@ def versions(step) -> list[dict]:
 
 def ceilings(card="h200") -> dict:
     """What a card of the records reaches: {"bf16", "fp8": FLOPs a second, "copy": bytes a second, read and written}."""
-    found = _record(f"{card}.json")["steps"]["ceilings"]["ceilings"]
+    found = read_record(f"{card}.json")["steps"]["ceilings"]["ceilings"]
     return {name: 1e12 * value for name, value in found.items()}
 
 
@@ -54,7 +54,7 @@ def row(step, case) -> dict:
 
     Raises: KeyError for an unknown step, ValueError for a shape that is not in the record.
     """
-    rows = _record("h200.json")["steps"][step]["rows"]
+    rows = read_record("h200.json")["steps"][step]["rows"]
     for found in rows:
         if found["case"] == case:
             times = {name: result["ms"] for name, result in found["results"].items()}
