@@ -116,6 +116,11 @@ TABLE = [
         "torch triton",
     ),
     Row(
+        "dsa_kernels.lightning_select",
+        "dsa_ref.contracts dsa_kernels.runtime dsa_kernels.flagged dsa_kernels/step",
+        "torch",
+    ),
+    Row(
         "dsa_kernels/step",
         "dsa_ref.config dsa_ref.contracts dsa_kernels.cards dsa_kernels.runtime dsa_kernels.rounding "
         "dsa_kernels.topk.* dsa_kernels/step",
@@ -125,6 +130,12 @@ TABLE = [
         "dsa_kernels.paged_index_scores dsa_kernels.paged_select dsa_kernels.paged_sparse_attention",
         "dsa_ref.config dsa_ref.contracts dsa_kernels.cards dsa_kernels.runtime dsa_kernels.rounding "
         "dsa_kernels.topk.* dsa_kernels/step dsa_kernels.paged_index_scores",
+        "torch triton",
+    ),
+    Row(
+        "dsa_kernels.flagged",
+        "dsa_ref.contracts dsa_kernels.cards dsa_kernels.runtime dsa_kernels.rounding dsa_kernels.topk.* "
+        "dsa_kernels.index_scores",
         "torch triton",
     ),
     Row("dsa_kernels.head_weights", "dsa_ref.contracts dsa_kernels.runtime dsa_kernels/step", "torch triton"),

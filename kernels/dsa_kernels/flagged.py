@@ -6,8 +6,11 @@ Schedule, launched whether there are flagged rows or not; what finds none ends a
    same bits. A persistent grid shares the work once it has read how many there are: one row is cut into as many
    stretches of keys as there are programs, and many rows are not cut at all. Row j of the scores begins with the first
    key that its query sees.
-3. `_choose_listed` plays each row's tournament, a program a chunk (`topk.tournament`).
-2 and 3 come again until all rows could have had their turn; how many have one at a time follows from
+3. `_guess_listed` selects in them where they are many, a program a row, as `topk.sampled` does: one read, a bound that
+   may be wrong, and a count that says so.
+4. `_choose_listed` plays the others' tournaments, a program a chunk (`topk.tournament`): it needs no luck, and spreads
+   few rows over the card.
+2 to 4 come again until all rows could have had their turn; how many have one at a time follows from
 `runtime.REDONE_AT_ONCE`.
 
 FLOPs: 16,384 a pair of V3.2's sizes, as in the fused kernel, for blocks of four rows. Bytes: 4 written and read a
@@ -24,10 +27,13 @@ from . import cards, runtime
 from .index_scores import TRITON_NAMES, tiles
 from .rounding import operand
 from .runtime import INTERPRETED, dot_dtype, multiprocessors
+from .topk import sampled
+from .topk.sampled import select_row
 from .topk.tournament import play
 
 CHUNK = 16384  # scores that a program of the tournament takes at once
 PROGRAMS = 2  # of `_score_listed`, on a multiprocessor
+GUESSING = 32  # warps of `_guess_listed` on a multiprocessor
 SHORTEST = 8  # tiles of keys; a row is not cut into shorter stretches
 
 
@@ -87,12 +93,34 @@ def _score_listed(
         tl.store(nan_ptr + t, found, (found != 0) & (j < rows))
 
 
-@triton.jit(do_not_specialize=["first", "at_once"])
-def _choose_listed(
-    scores_ptr, pairs_ptr, start_ptr, end_ptr, rows_ptr, count_ptr, arrived_ptr, out_ptr, first, at_once, k, stride,
-    ROWS: tl.constexpr, EACH: tl.constexpr, KP: tl.constexpr,
+@triton.jit(do_not_specialize=["first", "at_once", "many"])
+def _guess_listed(
+    scores_ptr, start_ptr, end_ptr, rows_ptr, count_ptr, values_ptr, places_ptr, out_ptr, nan_ptr, again_ptr,
+    first, at_once, many, k, stride, SAMPLE: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Selections of the same rows. pairs_ptr: the scores' memory, as numbers of 8 bytes."""
+    """Selections of the same rows where they are at least `many`, but for those that again_ptr, int32 [at_once], is
+    told of."""
+    rows = tl.minimum(tl.load(count_ptr) - first, at_once)
+    if rows >= many:
+        values, places = values_ptr + tl.program_id(0) * CAP, places_ptr + tl.program_id(0) * CAP
+        for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+            j = row + tl.zeros([], tl.int64)  # the interpreter's row is a plain int
+            t = tl.load(rows_ptr + first + j).to(tl.int64)
+            start = tl.load(start_ptr + t)
+            select_row(
+                scores_ptr + j * stride, start, tl.load(end_ptr + t) - start, k, values, places, out_ptr + t * k,
+                nan_ptr + t, again_ptr + j, SAMPLE, CAP, BLOCK,
+            )  # fmt: skip
+            tl.debug_barrier()  # the next row's list lies where all threads must have read this one's
+
+
+@triton.jit(do_not_specialize=["first", "at_once", "many"])
+def _choose_listed(
+    scores_ptr, pairs_ptr, start_ptr, end_ptr, rows_ptr, count_ptr, arrived_ptr, out_ptr, again_ptr,
+    first, at_once, many, k, stride, ROWS: tl.constexpr, EACH: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """Selections of the same rows, or of those that the guess has left. pairs_ptr: the scores' memory, as numbers of 8
+    bytes."""
     SIZE: tl.constexpr = ROWS * EACH
     rows, chunks = tl.minimum(tl.load(count_ptr) - first, at_once), stride // SIZE
     for item in range(tl.program_id(0), rows * chunks, tl.num_programs(0)):
@@ -100,7 +128,10 @@ def _choose_listed(
         t = tl.load(rows_ptr + first + j).to(tl.int64)
         start = tl.load(start_ptr + t)
         n = tl.maximum(tl.load(end_ptr + t) - start, 0)
-        if item % chunks < tl.maximum(tl.cdiv(n, SIZE), 1):
+        left = rows < many
+        if rows >= many:
+            left = tl.load(again_ptr + j) != 0
+        if left & (item % chunks < tl.maximum(tl.cdiv(n, SIZE), 1)):
             play(
                 item % chunks, n, start, scores_ptr + j * stride, pairs_ptr + j * (stride // 2),
                 arrived_ptr + j * (2 * chunks + 2), out_ptr + t * k, out_ptr, out_ptr, k, k, ROWS, EACH, KP, 0,
@@ -130,6 +161,10 @@ def select_again(q_idx, k_idx, w, k, k_scale, start, end, redo, out, nan):
     else:
         columns, BK, warps = tiles(cards.card_of(q_idx), HP, DP, q_idx.itemsize, multiplied)
     many = multiprocessors(q_idx)
+    sample, cap, guess_warps = sampled.sizes(S, k)
+    guessing = many * (GUESSING // guess_warps)
+    values, places = (torch.empty(guessing * cap, dtype=dtype, device=device) for dtype in (torch.float32, torch.int32))
+    again = torch.empty(at_once, dtype=torch.int32, device=device)
     for first in range(0, turns * at_once, at_once):
         _score_listed[(PROGRAMS * many,)](
             q_idx.contiguous(), k_idx.contiguous(), w.contiguous(), w if k_scale is None else k_scale.contiguous(),
@@ -137,7 +172,12 @@ def select_again(q_idx, k_idx, w, k, k_scale, start, end, redo, out, nan):
             HP=HP, DP=DP, BQ=max(columns // HP, triton.cdiv(16, HP)), BK=BK, SHORTEST=SHORTEST,
             DOT=getattr(tl, TRITON_NAMES[dot_dtype(q_idx)]), SCALED=k_scale is not None, STAGES=3, num_warps=warps,
         )  # fmt: skip
+        _guess_listed[(guessing,)](
+            scores, start, end, rows, count, values, places, out, nan, again, first, at_once, many // 2 + 1, k, stride,
+            SAMPLE=sample, CAP=cap, BLOCK=2048, num_warps=guess_warps,
+        )  # fmt: skip
         _choose_listed[(many,)](
-            scores, scores.view(torch.int64), start, end, rows, count, arrived, out, first, at_once, k, stride,
+            scores, scores.view(torch.int64), start, end, rows, count, arrived, out, again,
+            first, at_once, many // 2 + 1, k, stride,
             ROWS=CHUNK // 4, EACH=4, KP=max(16, triton.next_power_of_2(k)), num_warps=16, maxnreg=128,
         )  # fmt: skip

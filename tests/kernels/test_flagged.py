@@ -19,10 +19,12 @@ T, Hi, Di = 9, 8, 32
 UNTOUCHED = -7
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """Tournaments of 64 scores, and some rows at a time."""
+@pytest.fixture(params=(1, 20), ids=("guessed", "played"))
+def small(monkeypatch, request):
+    """Tournaments of 64 scores, and some rows at a time: many for one multiprocessor, few for twenty."""
     monkeypatch.setattr(flagged, "CHUNK", 64)
+    monkeypatch.setattr(flagged, "GUESSING", 4)
+    monkeypatch.setattr(flagged, "multiprocessors", lambda tensor: request.param)
     monkeypatch.setattr(runtime, "REDONE_AT_ONCE", 4 * 192)
 
 

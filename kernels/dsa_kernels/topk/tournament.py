@@ -2,8 +2,8 @@
 
 Schedule: a program plays a chunk. It reads the chunk's scores into registers, finds what the k-th largest is, and
 writes the list of the k largest into the memory of the scores that it was made of, which are lost. The last of the
-programs whose lists are merged goes on with these; the others are done. Entries are score and position in one number,
-so that there are no ties, and lists stay in ascending order of position.
+programs whose lists are merged goes on with these; the others are done. Of equal scores the smallest positions are
+kept, and lists stay in ascending order of position.
 
 `topk.decode` plays the rows that its first launch has flagged, `flagged` those of a fused kernel.
 """
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .ordering import ordered
-from .tables import columns, places, scatter, threshold_in, total
+from .tables import columns, largest, places, scatter, total
 
 
 @triton.jit
@@ -63,28 +63,26 @@ def play(
     SIZE: tl.constexpr = ROWS * EACH
     FAN: tl.constexpr = SIZE // KP
     offset = tl.arange(0, ROWS)[:, None] * EACH + tl.arange(0, EACH)[None, :]
-    one = tl.full([], 1, tl.uint64)
+    one = tl.full([], 1, tl.uint32)
     # The chunk's k largest. Each list is made of `span` scores; the row has `lists`.
     s = chunk * SIZE + offset
-    keys = keys_of(read(row_ptr, s, n), s, n).to(tl.uint64)
-    entry = tl.where(keys != 0, (keys << 32) | (0x7FFFFFFF - s).to(tl.uint64), 0)
+    keys = keys_of(read(row_ptr, s, n), s, n)
     node, lists = chunk, tl.maximum(tl.cdiv(n, SIZE), 1)
     made = tl.minimum(n - chunk * SIZE, SIZE)
     span = tl.full([], SIZE, tl.int32)
     going = tl.full([], 1, tl.int32)
     while going != 0:
         wanted = tl.minimum(k, made)
-        threshold, _ = threshold_in(entry, made, wanted, wanted, one)
-        kept = (entry >= threshold) & (wanted > 0)
+        kept = largest(keys, s, made, wanted, one)
         place, _ = places(kept)
         tl.debug_barrier()  # all have read what is overwritten now
         going = (lists > 1).to(tl.int32)
         if lists == 1:
-            position = 0x7FFFFFFF - (entry & 0x7FFFFFFF).to(tl.int32) + first
-            store(position, place, kept, positions_ptr, slots_ptr, table_ptr, PAGE)
+            store(s + first, place, kept, positions_ptr, slots_ptr, table_ptr, PAGE)
             store_nothing(wanted, width, positions_ptr, slots_ptr, PAGE)
         else:
             begin_list = node.to(tl.int64) * (span // 2)
+            entry = (keys.to(tl.uint64) << 32) | s.to(tl.uint64)
             scatter(pairs_ptr + begin_list, place, entry.to(tl.int64, bitcast=True), kept)
             tl.debug_barrier()
             group = node // FAN
@@ -97,7 +95,7 @@ def play(
                 there = (member < members) & (i < size)
                 at = begin.to(tl.int64) // 2 + i
                 loaded = tl.load(pairs_ptr + at, there, 0, cache_modifier=".cg")
-                entry = loaded.to(tl.uint64, bitcast=True)
+                keys, s = (loaded.to(tl.uint64, bitcast=True) >> 32).to(tl.uint32), loaded.to(tl.int32)
                 made = total(there.to(tl.int32))
                 lists = tl.cdiv(lists, FAN)
                 arrived_ptr += lists
