@@ -116,15 +116,15 @@ TABLE = [
         "torch triton",
     ),
     Row(
-        "dsa_kernels.lightning_select",
-        "dsa_ref.contracts dsa_kernels.runtime dsa_kernels.flagged dsa_kernels/step",
-        "torch",
-    ),
-    Row(
         "dsa_kernels/step",
         "dsa_ref.config dsa_ref.contracts dsa_kernels.cards dsa_kernels.runtime dsa_kernels.rounding "
         "dsa_kernels.topk.* dsa_kernels/step",
         "torch triton",
+    ),
+    Row(
+        "dsa_kernels.lightning_select",
+        "dsa_ref.contracts dsa_kernels.runtime dsa_kernels.flagged dsa_kernels/step",
+        "torch",
     ),
     Row(
         "dsa_kernels.paged_index_scores dsa_kernels.paged_select dsa_kernels.paged_sparse_attention",

@@ -15,17 +15,23 @@ if rungs.has_triton():
     from dsa_kernels import flagged, runtime
 
 pytestmark = pytest.mark.skipif(not rungs.has_triton(), reason=NEEDS_TRITON)
-T, Hi, Di = 9, 8, 32
+T, Hi, Di = 6, 8, 32
 UNTOUCHED = -7
 
 
 @pytest.fixture(params=(1, 20), ids=("guessed", "played"))
 def small(monkeypatch, request):
-    """Tournaments of 64 scores, and some rows at a time: many for one multiprocessor, few for twenty."""
+    """Tournaments and lists of 64 scores, and some rows at a time: many for one multiprocessor, few for twenty."""
     monkeypatch.setattr(flagged, "CHUNK", 64)
     monkeypatch.setattr(flagged, "GUESSING", 4)
+    monkeypatch.setattr(flagged.sampled, "sizes", lambda S, k: (64, 64, 4))
     monkeypatch.setattr(flagged, "multiprocessors", lambda tensor: request.param)
     monkeypatch.setattr(runtime, "REDONE_AT_ONCE", 4 * 192)
+
+
+def zeros(*shape, seed=0, device="cpu"):
+    """Of these all scores are equal, which no list has room for."""
+    return torch.zeros(shape, device=device)
 
 
 def given(S, make=normal, dtype=torch.float32, device="cpu"):
@@ -53,10 +59,10 @@ def rows(*numbers):
 
 @pytest.mark.parametrize("readable", (True, False))
 @pytest.mark.parametrize(
-    "make, numbers", [(normal, ()), (normal, (4,)), (normal, (0, 3, 4, 7, 8)), (small_integers, tuple(range(T)))]
+    "make, numbers", [(normal, ()), (small_integers, (4,)), (normal, (0, 1, 2, 4, 5)), (zeros, tuple(range(T)))]
 )
 def test_flagged_rows_and_no_others(small, device, poisoned, make, numbers, readable):
-    """Whether the host may count them or not, in one turn or three, with few ties or many."""
+    """Whether the host may count them or not, in one turn or two, with few ties or nothing else."""
     inputs, k = given(150, make, device=device), 7
     wanted = dsa_ref.lightning_select(*inputs, k)
     with contextlib.nullcontext() if readable else unchecked_values():
@@ -69,7 +75,7 @@ def test_ranges_and_scales(small, device):
     """Rows that see nothing, fewer than k keys, and keys from anywhere on."""
     inputs, k, every = given(150, device=device), 32, rows(*range(T))
     start = torch.arange(T, dtype=torch.int32, device=device) * 17
-    end = start + torch.tensor([0, 1, 31, 32, 33, 64, 65, 90, 7], dtype=torch.int32, device=device)
+    end = start + torch.tensor([0, 1, 31, 33, 65, 90], dtype=torch.int32, device=device)
     end = torch.minimum(end, torch.full_like(end, 150))
     scale = normal(150, seed=5, device=device).exp()
     wanted = dsa_ref.lightning_select(*inputs, k, scale, start, end)
@@ -85,12 +91,12 @@ def test_rows_of_one_chunk_and_of_many_in_narrow_types(device, dtype):
         widened = inputs[0].float(), inputs[1].float(), inputs[2]
         k = min(S, 2048)
         wanted = dsa_ref.lightning_select(*widened, k)
-        assert torch.equal(select_again(inputs, k, rows(2, 8))[0][[2, 8]], wanted[[2, 8]])
+        assert torch.equal(select_again(inputs, k, rows(2, 5))[0][[2, 5]], wanted[[2, 5]])
 
 
 def test_nan_is_reported_in_the_row_that_sees_it(small, device):
     q_idx, k_idx, w = given(150, device=device)
     k_idx[149] = torch.nan  # the last row's own key
-    assert select_again((q_idx, k_idx, w), 7, rows(3, 8))[1].tolist() == rows(8).tolist()
+    assert select_again((q_idx, k_idx, w), 7, rows(3, 5))[1].tolist() == rows(5).tolist()
     w[3, 0] = torch.nan
     assert select_again((q_idx, k_idx, w), 7, rows(3))[1].tolist() == rows(3).tolist()
