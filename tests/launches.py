@@ -45,9 +45,10 @@ def kind_of(value):
 
 
 @contextlib.contextmanager
-def noted():
+def noted(run=True):
     """Inside, launches are noted: yields (kernels, operations). A kernel is its name and what it is compiled for; an
-    operation is its name, "WAIT" for one that makes the host wait."""
+    operation is its name, "WAIT" for one that makes the host wait. run: whether kernels run, or leave what they would
+    write as it is."""
     from triton.runtime.interpreter import GridExecutor
     from triton.runtime.jit import JITFunction
 
@@ -60,7 +61,7 @@ def noted():
         options = [(key, value) for key, value in kwargs.items() if key not in ("grid", "warmup")]
         kernels.append((self.fn.__name__, str([kind_of(arg) for arg in args]), str(sorted(options, key=str))))
         with torch.utils._python_dispatch._disable_current_modes():  # how the interpreter moves bytes is its own affair
-            return launch(self, *args, **kwargs)
+            return launch(self, *args, **kwargs) if run else None
 
     setattr(owner, name, noting)
     try:

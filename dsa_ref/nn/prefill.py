@@ -13,6 +13,7 @@ Source: SPEC sections 2 and 3.
 """
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -73,22 +74,35 @@ def prefill_step(
     W_UK, W_UV = layer._up_projections(kv)
     with unchecked_values():
         step["q"] = absorbed(layer, q[absorbing:], W_UK, positions[absorbing:], kv.dtype)  # before q itself is turned
-    heads, lses = kv.new_empty(T, c.n_heads, c.v_head_dim), []
+    heads, lses = [], []  # of the rows in MHA mode, then of the others
     with unchecked_values() if indices is None else contextlib.nullcontext():  # nobody has looked at shared ones yet
         if few:
             turn_queries(layer, q[:few], positions[:few])
             ranges = None if cache is not None else start[:few]  # a cache holds one sequence: causal is all there is
             lists = None if whole == few else step["indices"][whole - scored : few - scored]
             seen = kv[: len(kv) - T + few]
-            lses += in_mha_mode(layer, heads[:few], q[:few].to(kv.dtype), seen, (W_UK, W_UV), whole, lists, ranges)
+            for out, lse in in_mha_mode(layer, q[:few].to(kv.dtype), seen, (W_UK, W_UV), whole, lists, ranges):
+                heads.append(out)
+                lses.append(lse)
         if few < T or T == 0:
             lists = step["indices"][few - scored :]
             rest = step["q"][few - absorbing :], kv, lists, c.softmax_scale, c.kv_lora_rank
             u, lse = layer.ops.sparse_attention(*rest)
-            product_into(heads[few:], u, W_UV.transpose(1, 2))
             lses.append(lse)
+            heads = [all_heads(heads, u, W_UV)]
     step["lse"] = lses[0] if len(lses) == 1 else torch.cat(lses)
+    heads = heads[0] if len(heads) == 1 else torch.cat(heads)
     return layer.o_proj(heads.flatten(1)), step
+
+
+def all_heads(before: list[Tensor], u: Tensor, W_UV: Tensor) -> Tensor:
+    """Heads [T, H, v] of the rows before, and of attention over latent rows, u [rows, H, latent], in one buffer."""
+    first = sum(map(len, before))
+    heads = u.new_empty(first + len(u), len(W_UV), W_UV.shape[1])
+    if before:
+        torch.cat(before, out=heads[:first])
+    product_into(heads[first:], u, W_UV.transpose(1, 2))
+    return heads
 
 
 def first_rows(layer, T: int, cache) -> tuple[int, int]:
@@ -120,24 +134,26 @@ def first_rows(layer, T: int, cache) -> tuple[int, int]:
 
 
 def in_mha_mode(
-    layer, heads: Tensor, q: Tensor, kv: Tensor, matrices: tuple[Tensor, Tensor], whole: int,
-    lists: Tensor | None, start: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
-    """Write heads [few, H, v] of q [few, H, nope | rope], turned; log-sum-exps [rows, H] of the parts that there are.
+    layer,
+    q: Tensor,
+    kv: Tensor,
+    matrices: tuple[Tensor, Tensor],
+    whole: int,
+    lists: Tensor | None,
+    start: Tensor | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Heads [rows, H, v] and log-sum-exps [rows, H] of q [few, H, nope | rope], turned, in the parts that there are.
 
     The first `whole` rows see all their keys, the others what their lists name. kv: [S, D], up to the last row's own
     key; matrices: W_UK and W_UV; start: int32 [few], or None for 0.
     """
     few, attend = len(q), small_step(layer, "mha_attention")
-    (keys, values), lses = decompressed(layer, kv, *matrices), []
+    keys, values = decompressed(layer, kv, *matrices)
     for first, last, indices in ((0, whole, None), (whole, few, lists)):
         if first < last:
             seen = len(kv) - few + last
             ranges = None if start is None else start[first:last]
-            these = q[first:last], keys[:seen], values[:seen], layer.config.softmax_scale, indices, ranges
-            heads[first:last], lse = attend(*these)
-            lses.append(lse)
-    return lses
+            yield attend(q[first:last], keys[:seen], values[:seen], layer.config.softmax_scale, indices, ranges)
 
 
 def turn_queries(layer, q: Tensor, positions: Tensor) -> None:
@@ -154,9 +170,16 @@ def decompressed(layer, kv: Tensor, W_UK: Tensor, W_UV: Tensor) -> tuple[Tensor,
     keys = kv.new_empty(len(kv), c.n_heads, c.qk_nope_head_dim + c.qk_rope_head_dim)
     values = kv.new_empty(len(kv), c.n_heads, c.v_head_dim)
     product_into(keys[..., : c.qk_nope_head_dim], latent, W_UK.transpose(1, 2))
-    keys[..., c.qk_nope_head_dim :] = turned[:, None]
+    for_every_head(keys[..., c.qk_nope_head_dim :], turned)
     product_into(values, latent, W_UV.transpose(1, 2))
     return keys, values
+
+
+def for_every_head(out: Tensor, x: Tensor) -> None:
+    """x [S, R] into out [S, H, R]; as numbers of eight bytes where they lie so, which a GPU copies faster than bf16."""
+    if all(n * x.element_size() % 8 == 0 for n in (x.shape[1], out.storage_offset(), *out.stride()[:2])):
+        out, x = out.view(torch.int64), x.clone(memory_format=torch.contiguous_format).view(torch.int64)
+    out.copy_(x[:, None])
 
 
 def row_starts(positions: Tensor, cache) -> Tensor:

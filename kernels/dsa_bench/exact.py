@@ -101,9 +101,8 @@ def hard_cases(T=FUSED_ROWS, S=65536):
     q_idx, k_idx, w, k_scale = inputs.indexer_inputs(T, S)
     key = torch.arange(S, device="cuda")
     beside = torch.ones(S, dtype=torch.bool, device="cuda")
-    numbers, ends = torch.arange(S, dtype=torch.float32, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
-    sampled = sampled_keys(torch.zeros(S, 1, dtype=torch.float8_e4m3fn, device="cuda"), numbers, ends, ends)[1]
-    beside[sampled.long()] = False  # scales that number the keys show which were taken
+    nobody = torch.zeros(1, dtype=torch.int32, device="cuda")
+    beside[sampled_keys(k_idx, key.float(), nobody, nobody)[1].long()] = False  # scales number the keys here
     beside &= key % 24 == 0
     causal = inputs.causal_ranges(T, S)
     few = (k_idx.float() > 100).to(k_idx.dtype), torch.ones_like(k_scale)

@@ -2,7 +2,8 @@
 
 Schedule: one program a token (`index_queries` and `turn_into`: a few heads of one), which reads its numbers once into
 registers, its RoPE partner from cache, and writes bytes where they stay. A step moves some hundred bytes a token: what
-counts is one launch for what were five to twelve.
+counts is one launch for what were five to twelve. In the interpreter, where a program takes as long whatever its size,
+it has TOKENS of them.
 
 Bit for bit the reference where fp32 sums allow: rounded to the input's dtype after each of its steps, no multiplication
 fused with an addition, e4m3 rounded in integers. Sums over a row (mean, variance, dot product) have another order.
@@ -32,6 +33,7 @@ from .rounding import quantized, round_to
 from .runtime import FLOATS, INTERPRETED, check_runnable
 
 TILE = 128  # values that share a scale in an FP8 row
+TOKENS = 64 if INTERPRETED else 1  # of a program
 
 
 @triton.jit
@@ -47,9 +49,15 @@ def _partner(d, R: tl.constexpr, INTERLEAVED: tl.constexpr):
 @triton.jit
 def _turned(x, other, position, freqs_ptr, d, R: tl.constexpr, INTERLEAVED: tl.constexpr):
     """x after RoPE on the first R dims, fp32, not yet rounded; other: the partners' values where d < R."""
-    pair, first, _ = _partner(d, R, INTERLEAVED)
+    pair, _, _ = _partner(d, R, INTERLEAVED)
     angle = position.to(tl.float32) * tl.load(freqs_ptr + pair, d < R, 0.0)
-    cos, sin = tl.cos(angle), tl.sin(angle)
+    return _turned_by(x, other, tl.cos(angle), tl.sin(angle), d, R, INTERLEAVED)
+
+
+@triton.jit
+def _turned_by(x, other, cos, sin, d, R: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The same from the cosine and the sine of each dim's angle."""
+    _, first, _ = _partner(d, R, INTERLEAVED)
     return tl.where(d < R, tl.where(first, x * cos - other * sin, x * cos + other * sin), x)
 
 
@@ -61,86 +69,95 @@ def _store_fp32(bytes_ptr, value, mask):
         tl.store(bytes_ptr + i, (bits >> (8 * i)).to(tl.uint8), mask)
 
 
-@triton.jit
-def _rms_norm(out_ptr, x_ptr, weight_ptr, eps, D, DP: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, DP)
-    x = tl.load(x_ptr + t * D + d, d < D, 0.0).to(tl.float32)
+@triton.jit(do_not_specialize=["T"])
+def _rms_norm(out_ptr, x_ptr, weight_ptr, eps, T, D, DP: tl.constexpr, TOKENS: tl.constexpr):
+    t = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
+    d = tl.arange(0, DP)[None, :]
+    mask = (t < T) & (d < D)
+    x = tl.load(x_ptr + t * D + d, mask, 0.0).to(tl.float32)
     weight = tl.load(weight_ptr + d, d < D, 0.0).to(tl.float32)
-    normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / D + eps) * weight
-    tl.store(out_ptr + t * D + d, round_to(normed, out_ptr.dtype.element_ty), d < D)
+    normed = x * tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + eps) * weight
+    tl.store(out_ptr + t * D + d, round_to(normed, out_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _append_index(
-    pages_ptr, slots_ptr, k_ptr, weight_ptr, bias_ptr, positions_ptr, freqs_ptr, eps, page, page_bytes, scales_at,
-    D: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
+    pages_ptr, slots_ptr, k_ptr, weight_ptr, bias_ptr, positions_ptr, freqs_ptr, eps, T, page, page_bytes, scales_at,
+    D: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, D)
+    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    d = tl.arange(0, D)[None, :]
+    there = (t < T)[:, None]
     _, _, partner = _partner(d, R, INTERLEAVED)
     partner = tl.where(d < R, partner, d)
     dtype: tl.constexpr = k_ptr.dtype.element_ty
-    x = tl.load(k_ptr + t * D + d).to(tl.float32)
-    other = tl.load(k_ptr + t * D + partner).to(tl.float32)
-    mean = tl.sum(x, axis=0) / D
-    rstd = tl.rsqrt(tl.sum((x - mean) * (x - mean), axis=0) / D + eps)
+    x = tl.load(k_ptr + t[:, None] * D + d, there, 0.0).to(tl.float32)
+    other = tl.load(k_ptr + t[:, None] * D + partner, there, 0.0).to(tl.float32)
+    mean = tl.sum(x, axis=1, keep_dims=True) / D
+    rstd = tl.rsqrt(tl.sum((x - mean) * (x - mean), axis=1, keep_dims=True) / D + eps)
     x = (x - mean) * rstd * tl.load(weight_ptr + d).to(tl.float32) + tl.load(bias_ptr + d).to(tl.float32)
     weight, bias = tl.load(weight_ptr + partner).to(tl.float32), tl.load(bias_ptr + partner).to(tl.float32)
     other = (other - mean) * rstd * weight + bias
     x, other = round_to(x, dtype).to(tl.float32), round_to(other, dtype).to(tl.float32)
-    x = _turned(x, other, tl.load(positions_ptr + t), freqs_ptr, d, R, INTERLEAVED)
-    x = tl.reshape(round_to(x, dtype).to(tl.float32), [1, D])
-    x = round_to(rotated(x, D, STEPS, 1), dtype).to(tl.float32)
+    x = _turned(x, other, tl.load(positions_ptr + t, t < T, 0)[:, None], freqs_ptr, d, R, INTERLEAVED)
+    x = round_to(rotated(round_to(x, dtype).to(tl.float32), D, STEPS, TOKENS), dtype).to(tl.float32)
     codes, scale = quantized(x)
-    slot = tl.load(slots_ptr + t).to(tl.int64)
+    slot = tl.load(slots_ptr + t, t < T, 0).to(tl.int64)
     first, place = slot // page * page_bytes, slot % page
-    tl.store(pages_ptr + first + place * D + d[None, :], codes.to(tl.uint8))
-    _store_fp32(pages_ptr + first + scales_at + 4 * place + tl.arange(0, 1), scale, tl.arange(0, 1) == 0)
+    tl.store(pages_ptr + (first + place * D)[:, None] + d, codes.to(tl.uint8), there)
+    _store_fp32(pages_ptr + first + scales_at + 4 * place, scale, t < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _append_latents(
-    pages_ptr, slots_ptr, rows_ptr, weight_ptr, positions_ptr, freqs_ptr, eps, D, v_dim, row_size,
+    pages_ptr, slots_ptr, rows_ptr, weight_ptr, positions_ptr, freqs_ptr, eps, T, D, v_dim, row_size,
     TILE: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, FP8: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
+    # Tiles are rows here, TILES of each token, so that each has a scale.
+    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS * TILES) // TILES
+    tile = tl.arange(0, TOKENS * TILES) % TILES
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
-    out_ptr = pages_ptr + tl.load(slots_ptr + t).to(tl.int64) * row_size
-    row_ptr = rows_ptr + t * D
-
-    tile, place = tl.arange(0, TILES), tl.arange(0, TILE)
-    c = tile[:, None] * TILE + place[None, :]
-    x = tl.load(row_ptr + c, c < v_dim, 0.0).to(tl.float32)
+    out_ptr = pages_ptr + tl.load(slots_ptr + t, t < T, 0).to(tl.int64) * row_size
+    c = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    mask = (t < T)[:, None] & (c < v_dim)
+    x = tl.load((rows_ptr + t * D)[:, None] + c, mask, 0.0).to(tl.float32)
     weight = tl.load(weight_ptr + c, c < v_dim, 0.0).to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1), axis=0) / v_dim + eps)
-    latent = round_to(x * rstd * weight, dtype)
-
-    d = tl.arange(0, RP)
-    _, _, partner = _partner(d, R, True)
-    turning = tl.load(row_ptr + v_dim + d, d < R, 0.0).to(tl.float32)
-    other = tl.load(row_ptr + v_dim + partner, d < R, 0.0).to(tl.float32)
-    turned = round_to(_turned(turning, other, tl.load(positions_ptr + t), freqs_ptr, d, R, True), dtype)
-
+    squares = tl.sum(tl.reshape(tl.sum(x * x, axis=1), [TOKENS, TILES]), axis=1, keep_dims=True)
+    rstd = tl.rsqrt(squares / v_dim + eps) + tl.zeros([TOKENS, TILES], tl.float32)
+    latent = round_to(x * tl.reshape(rstd, [TOKENS * TILES])[:, None] * weight, dtype)
+    tiles = (v_dim + TILE - 1) // TILE
     if FP8:
         codes, scale = quantized(latent.to(tl.float32))
-        tl.store(out_ptr + c, codes.to(tl.uint8), c < v_dim)
-        tiles = (v_dim + TILE - 1) // TILE
-        _store_fp32(out_ptr + v_dim + 4 * tile, scale, tile < tiles)
-        bits = round_to(turned.to(tl.float32), tl.bfloat16).to(tl.uint16, bitcast=True)
-        rest_ptr = out_ptr + v_dim + 4 * tiles + 2 * d
-        tl.store(rest_ptr, bits.to(tl.uint8), d < R)
-        tl.store(rest_ptr + 1, (bits >> 8).to(tl.uint8), d < R)
+        tl.store(out_ptr[:, None] + c, codes.to(tl.uint8), mask)
+        _store_fp32(out_ptr + v_dim + 4 * tile, scale, (t < T) & (tile < tiles))
     else:
-        tl.store(out_ptr + c, latent, c < v_dim)
-        tl.store(out_ptr + v_dim + d, turned, d < R)
+        tl.store(out_ptr[:, None] + c, latent, mask)
+
+    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    d = tl.arange(0, RP)[None, :]
+    _, _, partner = _partner(d, R, True)
+    mask = (t < T)[:, None] & (d < R)
+    row_ptr = (rows_ptr + t * D + v_dim)[:, None]
+    turning = tl.load(row_ptr + d, mask, 0.0).to(tl.float32)
+    other = tl.load(row_ptr + partner, mask, 0.0).to(tl.float32)
+    position = tl.load(positions_ptr + t, t < T, 0)[:, None]
+    turned = round_to(_turned(turning, other, position, freqs_ptr, d, R, True), dtype)
+    out_ptr = (pages_ptr + tl.load(slots_ptr + t, t < T, 0).to(tl.int64) * row_size + v_dim)[:, None]
+    if FP8:
+        bits = round_to(turned.to(tl.float32), tl.bfloat16).to(tl.uint16, bitcast=True)
+        rest_ptr = out_ptr + 4 * tiles + 2 * d
+        tl.store(rest_ptr, bits.to(tl.uint8), mask)
+        tl.store(rest_ptr + 1, (bits >> 8).to(tl.uint8), mask)
+    else:
+        tl.store(out_ptr + d, turned, mask)
 
 
 @triton.jit
 def _index_queries(
     out_ptr, w_out_ptr, q_ptr, w_ptr, positions_ptr, freqs_ptr, rows, by_heads, by_dim,
-    HEADS: tl.constexpr, D: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCK
     row = first + tl.arange(0, BLOCK)
@@ -152,32 +169,39 @@ def _index_queries(
     x = tl.load(row_ptr + d, there[:, None], 0.0).to(tl.float32)
     other = tl.load(row_ptr + partner, there[:, None] & (d < R), 0.0).to(tl.float32)
     if HEADS % BLOCK == 0:  # one token's heads: each angle is turned into cos and sin once
-        position = tl.load(positions_ptr + first // HEADS)
+        i = tl.arange(0, RP // 2)
+        freq = tl.load(freqs_ptr + i, i < R // 2, 0.0)
+        angle = tl.load(positions_ptr + first // HEADS).to(tl.float32) * freq
+        pair, _, _ = _partner(tl.arange(0, D), R, INTERLEAVED)
+        pair = tl.minimum(pair, RP // 2 - 1)
+        cos, sin = tl.gather(tl.cos(angle), pair, 0), tl.gather(tl.sin(angle), pair, 0)
+        x = _turned_by(x, other, cos[None, :], sin[None, :], d, R, INTERLEAVED)
     else:
         position = tl.load(positions_ptr + row // HEADS, there, 0)[:, None]
-    x = round_to(_turned(x, other, position, freqs_ptr, d, R, INTERLEAVED), dtype).to(tl.float32)
+        x = _turned(x, other, position, freqs_ptr, d, R, INTERLEAVED)
+    x = round_to(x, dtype).to(tl.float32)
     codes, scale = quantized(round_to(rotated(x, D, STEPS, BLOCK), dtype).to(tl.float32))
     tl.store(out_ptr + row[:, None] * D + d, codes.to(tl.uint8), there[:, None])
     w = tl.load(w_ptr + row, there, 0.0)
     tl.store(w_out_ptr + row, w * by_heads * by_dim * scale, there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _turn_into(
-    out_ptr, x_ptr, positions_ptr, freqs_ptr, heads, out_t, out_h, x_t, x_h,
-    R: tl.constexpr, RP: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
+    out_ptr, x_ptr, positions_ptr, freqs_ptr, T, heads, out_t, out_h, x_t, x_h,
+    R: tl.constexpr, RP: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(1).to(tl.int64)
-    h = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
-    i = tl.arange(0, RP // 2)[None, :]  # of a pair; no number is loaded twice, so that out may be x
+    t = (tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
+    h = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :, None]
+    i = tl.arange(0, RP // 2)[None, None, :]  # of a pair; no number is loaded twice, so that out may be x
     if INTERLEAVED:
         one, two = 2 * i, 2 * i + 1
     else:
         one, two = i, i + R // 2
-    mask = (h < heads) & (i < R // 2)
+    mask = (t < T) & (h < heads) & (i < R // 2)
     row_ptr, out_row = x_ptr + t * x_t + h * x_h, out_ptr + t * out_t + h * out_h
     a, b = tl.load(row_ptr + one, mask, 0.0).to(tl.float32), tl.load(row_ptr + two, mask, 0.0).to(tl.float32)
-    angle = tl.load(positions_ptr + t).to(tl.float32) * tl.load(freqs_ptr + i, i < R // 2, 0.0)
+    angle = tl.load(positions_ptr + t, t < T, 0).to(tl.float32) * tl.load(freqs_ptr + i, i < R // 2, 0.0)
     cos, sin = tl.cos(angle), tl.sin(angle)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     a, b = round_to(a * cos - b * sin, dtype).to(tl.float32), round_to(b * cos + a * sin, dtype).to(tl.float32)
@@ -216,7 +240,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     x, weight = x.contiguous(), weight.detach().contiguous()
     (T, D), out = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if T:
-        _rms_norm[(T,)](out, x, weight, eps, D, DP=triton.next_power_of_2(D), **NO_FUSION)
+        DP = triton.next_power_of_2(D)
+        _rms_norm[(triton.cdiv(T, TOKENS),)](out, x, weight, eps, T, D, DP=DP, TOKENS=TOKENS, **NO_FUSION)
     return out
 
 
@@ -249,9 +274,10 @@ def append_index(
     slots, positions, freqs = slots.contiguous(), positions.contiguous(), freqs.contiguous()
 
     def launch(pages, slots, page):
-        _append_index[(T,)](
-            pages, slots, k, weight, bias, positions, freqs, eps, page, page * (D + 4), page * D,
-            D=D, STEPS=D.bit_length() - 1, R=2 * len(freqs), INTERLEAVED=layout == "interleaved", **NO_FUSION,
+        _append_index[(triton.cdiv(T, TOKENS),)](
+            pages, slots, k, weight, bias, positions, freqs, eps, T, page, page * (D + 4), page * D,
+            D=D, STEPS=D.bit_length() - 1, R=2 * len(freqs), INTERLEAVED=layout == "interleaved", TOKENS=TOKENS,
+            **NO_FUSION,
         )  # fmt: skip
 
     if values_readable(k):  # first beside the pages, to see that there is nothing that no scale can hold
@@ -290,10 +316,10 @@ def append_latents(
     tiles = triton.cdiv(v_dim, tile)
 
     def launch(pages, slots):
-        _append_latents[(T,)](
-            pages, slots, rows, weight, positions, freqs, eps, D, v_dim, row,
+        _append_latents[(triton.cdiv(T, TOKENS),)](
+            pages, slots, rows, weight, positions, freqs, eps, T, D, v_dim, row,
             TILE=tile, TILES=triton.next_power_of_2(tiles), R=D - v_dim, RP=triton.next_power_of_2(D - v_dim),
-            FP8=fp8, **NO_FUSION,
+            FP8=fp8, TOKENS=TOKENS, **NO_FUSION,
         )  # fmt: skip
 
     if fp8 and values_readable(rows):  # first beside the pages, to see that there is nothing that no scale can hold
@@ -325,7 +351,8 @@ def index_queries(
         block = max(2, 65536 // D) if INTERPRETED else block
         _index_queries[(triton.cdiv(rows, block),)](
             q_idx, out, q, w, positions.contiguous(), freqs.contiguous(), rows, heads**-0.5, D**-0.5,
-            HEADS=heads, D=D, STEPS=D.bit_length() - 1, R=2 * len(freqs), INTERLEAVED=layout == "interleaved",
+            HEADS=heads, D=D, STEPS=D.bit_length() - 1, R=2 * len(freqs), RP=triton.next_power_of_2(2 * len(freqs)),
+            INTERLEAVED=layout == "interleaved",
             BLOCK=min(triton.next_power_of_2(block), triton.next_power_of_2(rows)), **NO_FUSION,
         )  # fmt: skip
     if values_readable(q) and (w.isfinite() & ~out.isfinite()).any():  # a scale was no number
@@ -351,9 +378,9 @@ def turn_into(out: torch.Tensor, x: torch.Tensor, positions: torch.Tensor, freqs
     RP = triton.next_power_of_2(R)
     block = min(triton.next_power_of_2(heads), max(1, (256 if T * heads <= 1024 and not INTERPRETED else 2048) // RP))
     if T:
-        _turn_into[(triton.cdiv(heads, block), T)](
-            out, x, positions.contiguous(), freqs.contiguous(), heads, *out.stride()[:2], *x.stride()[:2],
-            R=R, RP=RP, INTERLEAVED=layout == "interleaved", BLOCK=block, **NO_FUSION,
+        _turn_into[(triton.cdiv(heads, block), triton.cdiv(T, TOKENS))](
+            out, x, positions.contiguous(), freqs.contiguous(), T, heads, *out.stride()[:2], *x.stride()[:2],
+            R=R, RP=RP, INTERLEAVED=layout == "interleaved", BLOCK=block, TOKENS=TOKENS, **NO_FUSION,
         )  # fmt: skip
 
 

@@ -10,7 +10,8 @@ Schedule, launched whether there are flagged rows or not; what finds none ends a
 2 and 3 come again until all rows could have had their turn; how many have one at a time follows from
 `runtime.REDONE_AT_ONCE`.
 
-FLOPs: 16,384 a pair of V3.2's sizes, as in the fused kernel, for blocks of four rows. Bytes: 4 written and read a score.
+FLOPs: 16,384 a pair of V3.2's sizes, as in the fused kernel, for blocks of four rows. Bytes: 4 written and read a
+score.
 """
 
 import torch

@@ -61,12 +61,12 @@ def head_weights(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     out = torch.empty(T, heads, dtype=torch.float32, device=x.device)
     if T >= MANY:
         dtype = dot_dtype(x) if x.dtype == weight.dtype else torch.float32
-        BT, BK = (16, 32) if dtype == torch.float32 else (32, 128)
+        BT, BK = (16, 32) if dtype == torch.float32 else (64, 128)
         if INTERPRETED:
             BT, BK = 32, min(1024, triton.next_power_of_2(dim))
         _head_weights_of_many[(triton.cdiv(T, BT),)](
             out, x, weight, T, heads, dim, HP=max(16, triton.next_power_of_2(heads)), BT=BT, BK=BK,
-            DOT=getattr(tl, TRITON_NAMES[dtype]),
+            DOT=getattr(tl, TRITON_NAMES[dtype]), num_stages=4,
         )  # fmt: skip
     elif T:
         DP = triton.next_power_of_2(dim)

@@ -39,7 +39,10 @@ def quantized(x):
     bits = tl.div_rn(amax, 448.0).to(tl.int32, bitcast=True)
     exponent = tl.minimum((bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32), 255)  # 255: infinity, also for NaN
     scale = (exponent << 23).to(tl.float32, bitcast=True)
-    scaled = tl.div_rn(x, scale[:, None] + tl.zeros_like(x))
+    # Dividing by a power of two is multiplying by another, and its bits say by which; it is a finite one, as 1e-4 and
+    # the largest finite number keep the exponent between 105 and 247. Of NaN and infinity the scale alone tells.
+    inverse = (tl.maximum(254 - exponent, 0) << 23).to(tl.float32, bitcast=True)
+    scaled = x * inverse[:, None]
     return e4m3_bytes(tl.minimum(tl.maximum(scaled, -448.0), 448.0)), scale
 
 

@@ -6,10 +6,13 @@ shapes that stand for all others: contexts up to every power of two, calls of a 
 one may be, multiples of 16 and others. The kernels that redo flagged rows are launched each time. cuDNN plans its
 attention for each shape, and cuBLAS loads its kernels, so both are called as well.
 
-What is compiled stays in Triton's cache on disk: in the next process the same call takes seconds.
+On a GPU some threads do it at once, each one kind of calls, so that no kernel is compiled twice; the compiler is not
+Python, and leaves the others their turn. What is compiled stays in Triton's cache on disk: in the next process the same
+call takes seconds.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.nn import functional as F
@@ -24,7 +27,7 @@ from .mha_attention import mha_attention
 from .paged_select import paged_select
 from .paged_sparse_attention import paged_sparse_attention
 from .rotate_quantize import rope
-from .runtime import FLOATS
+from .runtime import FEWEST_FOR_HOPPER, FLOATS
 from .sparse_attention import sparse_attention
 
 SHORTEST = 16  # keys
@@ -57,8 +60,8 @@ def warm(
 
     context: keys, at most; None for config.max_seq_len. chunk: tokens of a call of the layer; calls with fewer, as the
     last one's, are compiled too. batches: (B, N) of decode steps on pages of `page_size` tokens; none for no decode.
-    dtype: of weights and inputs; fp8: whether pages hold FP8 rows. Memory: one chunk's tensors, index keys and latent
-    rows of the context, and at most 512 MB of scores. Positions are int64.
+    dtype: of weights and inputs; fp8: whether pages hold FP8 rows. Memory: index keys and latent rows of the context,
+    some chunks' tensors, and twice at most 512 MB of scores. Positions are int64.
 
     Raises: ValueError for sizes below 1 and as the steps do, TypeError for a dtype that kernels do not take.
     """
@@ -67,21 +70,46 @@ def warm(
         check_count(name, value)
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
+    device, chunk, batches = torch.device(device), min(chunk, context), list(batches)
     like = {"dtype": dtype, "device": device}
-    chunk = min(chunk, context)
-    with unchecked_values():  # as a layer calls them; and flagged rows are redone whether there are some or not
-        _products(config, chunk, like)
-        keys = _cached(config, context, like)
-        for T in sizes_of_calls(chunk):
-            calls = _small_steps(config, T, like)
-            for S in contexts(T, chunk, context):
-                _select_and_attend(config, S, *calls, keys)
-        for T, S, selected in mha_calls(config, chunk, context):
-            _mha(config, T, S, selected, like)
-        for B, N in batches:
-            _decode(config, B, N, context, page_size, fp8, like)
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+    keys = _cached(config, context, like)
+    sizes = sizes_of_calls(chunk)
+
+    def pairs(fewest, most):
+        return [(T, S) for T in sizes if fewest <= T <= most for S in contexts(T, chunk, context)]
+
+    def calls(function, arguments) -> Callable[[], None]:
+        @torch.no_grad()
+        def run():
+            with unchecked_values():  # as a layer calls them; flagged rows are redone whether there are some or not
+                for these in arguments:
+                    function(config, *these, like)
+
+        return run
+
+    kinds = [
+        calls(_select, [(*pair, keys) for pair in pairs(FEWEST_FOR_HOPPER, chunk)]),
+        calls(_select, [(*pair, keys) for pair in pairs(1, FEWEST_FOR_HOPPER - 1)]),
+        calls(_attend, [(*pair, keys) for pair in pairs(1, chunk)]),
+        calls(_small_steps, [(T,) for T in sizes]),
+        calls(_index_steps, [(T,) for T in sizes]),
+        calls(_decode, [(B, N, context, page_size, fp8) for B, N in batches]),
+        calls(_products, [(chunk,)]),
+        calls(_mha, list(mha_calls(config, chunk, context))),
+    ]
+    if device.type != "cuda":
+        for kind in kinds:
+            kind()
+        return
+
+    def on_device(kind):
+        with torch.cuda.device(device):
+            kind()
+
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        for _ in pool.map(on_device, kinds):
+            pass  # an error in a thread is raised here
+    torch.cuda.synchronize(device)
 
 
 def sizes_of_calls(chunk: int) -> list[int]:
@@ -94,13 +122,13 @@ def contexts(T: int, chunk: int, context: int) -> Iterator[int]:
     """How many keys calls of T tokens see, up to each power of two, since all up to there take the same tiles.
 
     With whole chunks before them, of a multiple of 16 tokens, keys are a multiple of 16 where T is, and only there. A
-    single token may come after any number of others.
+    single token may come after any number of others. The last whole chunk ends where the chunks do.
     """
     S, lengths = SHORTEST, []
     while S < context:
         lengths.append(S)
         S *= 2
-    for length in (*lengths, context):
+    for length in (*lengths, context // chunk * chunk if T == chunk else context):
         for seen in (length // 16 * 16, length if length % 16 else length - 3):
             if T <= seen and (T == 1 or chunk % 16 or (seen % 16 == 0) == (T % 16 == 0)):
                 yield seen
@@ -157,7 +185,7 @@ def _products(c, T, like):
 
 
 def _small_steps(c, T, like):
-    """Norms, RoPE, quantisation and cache writes of T tokens; what is scored and attends: (q_idx, w, q)."""
+    """Norms, RoPE and cache writes of T tokens."""
     R, device, positions = c.qk_rope_head_dim, like["device"], torch.arange(T, device=like["device"])
     freqs, ones = torch.ones(R // 2, device=device), torch.ones(max(c.q_lora_rank, c.kv_lora_rank), **like)
     rms_norm(torch.zeros(T, c.q_lora_rank, **like), ones[: c.q_lora_rank].clone(), c.norm_eps)
@@ -169,31 +197,37 @@ def _small_steps(c, T, like):
     turning = heads[..., c.qk_nope_head_dim :]
     turn_into(q[..., c.kv_lora_rank :], turning, positions, freqs, "interleaved")
     turn_into(turning, turning, positions, freqs, "interleaved")
-    q_idx, w = _index_steps(c, T, positions, freqs, like)
-    return q_idx, w, q
 
 
-def _index_steps(c, T, positions, freqs, like):
-    """The indexer's keys and queries of T tokens: (q_idx, w)."""
+def _index_steps(c, T, like):
+    """The indexer's keys and queries of T tokens."""
     Hi, Di, device = c.index_n_heads, c.index_head_dim, like["device"]
+    positions, freqs = torch.arange(T, device=device), torch.ones(c.qk_rope_head_dim // 2, device=device)
     x, layout = torch.zeros(T, c.dim, **like), c.index_rope
     if not c.index_fp8:
         rope(torch.zeros(T, Di, **like), positions, freqs, layout)
-        q_idx = rope(_random(T, Hi, Di, **like), positions, freqs, layout)
-        return q_idx, torch.ones(T, Hi, device=device)
+        rope(torch.zeros(T, Hi, Di, **like), positions, freqs, layout)
+        return
     index_pages = torch.zeros(1, -(-T // 16) * 16 * (Di + 4), dtype=torch.uint8, device=device)
     norm = torch.ones(Di, **like), torch.zeros(Di, **like)
     append_index(index_pages, positions, torch.zeros(T, Di, **like), *norm, 1e-6, positions, freqs, layout)
-    w = head_weights(x, torch.zeros(Hi, c.dim, **like)) + 1.0
-    return index_queries(_random(T, Hi, Di, **like), w, positions, freqs, layout)
+    w = head_weights(x, torch.zeros(Hi, c.dim, **like))
+    index_queries(torch.zeros(T, Hi, Di, **like), w, positions, freqs, layout)
 
 
-def _select_and_attend(c, S, q_idx, w, q, keys):
-    """The T last queries of a context of S keys."""
-    kv, k_idx, k_scale = (None if part is None else part[:S] for part in keys)
-    start = torch.zeros(len(q), dtype=torch.int32, device=q.device)
-    indices = lightning_select(q_idx, k_idx, w, min(c.index_topk, S), k_scale=k_scale, start=start)
-    sparse_attention(q, kv, indices, c.softmax_scale, c.kv_lora_rank)
+def _select(c, T, S, keys, like):
+    """The T last queries of a context of S keys select."""
+    _, k_idx, k_scale = (None if part is None else part[:S] for part in keys)
+    q_idx = _random(T, c.index_n_heads, c.index_head_dim, dtype=k_idx.dtype, device=k_idx.device)
+    w, start = torch.ones(q_idx.shape[:2], device=q_idx.device), torch.zeros(T, dtype=torch.int32, device=q_idx.device)
+    lightning_select(q_idx, k_idx, w, min(c.index_topk, S), k_scale=k_scale, start=start)
+
+
+def _attend(c, T, S, keys, like):
+    """The T last queries of a context of S keys attend to the first ones."""
+    q = torch.zeros(T, c.n_heads, c.latent_dim, **like)
+    indices = torch.arange(min(c.index_topk, S), dtype=torch.int32, device=q.device).repeat(T, 1)
+    sparse_attention(q, keys[0][:S], indices, c.softmax_scale, c.kv_lora_rank)
 
 
 def _mha(c, T, S, selected, like):

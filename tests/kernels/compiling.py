@@ -243,7 +243,7 @@ def compile_case(number, case, compiled):
             (cards, "card_of", lambda tensor: cards.KNOWN[number]),
             (torch, "empty", torch.zeros),  # no kernel runs, so that flags must not be what lay in memory
             (
-                sys.modules["dsa_kernels.lightning_select"],
+                sys.modules["dsa_kernels.flagged"],
                 "values_readable",
                 lambda tensor: False,
             ),  # as in a graph: rows are redone in any case

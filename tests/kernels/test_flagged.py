@@ -12,11 +12,10 @@ import dsa_ref
 from dsa_ref import unchecked_values
 
 if rungs.has_triton():
-    import dsa_kernels
     from dsa_kernels import flagged, runtime
 
 pytestmark = pytest.mark.skipif(not rungs.has_triton(), reason=NEEDS_TRITON)
-T, Hi, Di = 13, 8, 32
+T, Hi, Di = 9, 8, 32
 UNTOUCHED = -7
 
 
@@ -24,7 +23,7 @@ UNTOUCHED = -7
 def small(monkeypatch):
     """Tournaments of 64 scores, and some rows at a time."""
     monkeypatch.setattr(flagged, "CHUNK", 64)
-    monkeypatch.setattr(runtime, "REDONE_AT_ONCE", 5 * 192)
+    monkeypatch.setattr(runtime, "REDONE_AT_ONCE", 4 * 192)
 
 
 def given(S, make=normal, dtype=torch.float32, device="cpu"):
@@ -52,7 +51,7 @@ def rows(*numbers):
 
 @pytest.mark.parametrize("readable", (True, False))
 @pytest.mark.parametrize(
-    "make, numbers", [(normal, ()), (normal, (4,)), (normal, (0, 3, 4, 8, 9, 11, 12)), (small_integers, tuple(range(T)))]
+    "make, numbers", [(normal, ()), (normal, (4,)), (normal, (0, 3, 4, 7, 8)), (small_integers, tuple(range(T)))]
 )
 def test_flagged_rows_and_no_others(small, device, poisoned, make, numbers, readable):
     """Whether the host may count them or not, in one turn or three, with few ties or many."""
@@ -66,11 +65,11 @@ def test_flagged_rows_and_no_others(small, device, poisoned, make, numbers, read
 
 def test_ranges_and_scales(small, device):
     """Rows that see nothing, fewer than k keys, and keys from anywhere on."""
-    inputs, k, every = given(300, device=device), 32, rows(*range(T))
+    inputs, k, every = given(150, device=device), 32, rows(*range(T))
     start = torch.arange(T, dtype=torch.int32, device=device) * 17
-    end = start + torch.tensor([0, 1, 31, 32, 33, 64, 65, 90, 0, 31, 128, 96, 7], dtype=torch.int32, device=device)
-    end = torch.minimum(end, torch.full_like(end, 300))
-    scale = normal(300, seed=5, device=device).exp()
+    end = start + torch.tensor([0, 1, 31, 32, 33, 64, 65, 90, 7], dtype=torch.int32, device=device)
+    end = torch.minimum(end, torch.full_like(end, 150))
+    scale = normal(150, seed=5, device=device).exp()
     wanted = dsa_ref.lightning_select(*inputs, k, scale, start, end)
     assert torch.equal(select_again(inputs, k, every, scale, start, end)[0], wanted)
     assert not torch.equal(select_again(inputs, k, every, None, start, end)[0], wanted)
@@ -84,12 +83,12 @@ def test_rows_of_one_chunk_and_of_many_in_narrow_types(device, dtype):
         widened = inputs[0].float(), inputs[1].float(), inputs[2]
         k = min(S, 2048)
         wanted = dsa_ref.lightning_select(*widened, k)
-        assert torch.equal(select_again(inputs, k, rows(2, 12))[0][[2, 12]], wanted[[2, 12]])
+        assert torch.equal(select_again(inputs, k, rows(2, 8))[0][[2, 8]], wanted[[2, 8]])
 
 
 def test_nan_is_reported_in_the_row_that_sees_it(small, device):
-    q_idx, k_idx, w = given(300, device=device)
-    k_idx[299] = torch.nan  # the last row's own key
-    assert select_again((q_idx, k_idx, w), 7, rows(3, 12))[1].tolist() == rows(12).tolist()
+    q_idx, k_idx, w = given(150, device=device)
+    k_idx[149] = torch.nan  # the last row's own key
+    assert select_again((q_idx, k_idx, w), 7, rows(3, 8))[1].tolist() == rows(8).tolist()
     w[3, 0] = torch.nan
     assert select_again((q_idx, k_idx, w), 7, rows(3))[1].tolist() == rows(3).tolist()

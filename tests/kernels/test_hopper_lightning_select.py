@@ -63,8 +63,11 @@ def test_without_key_scales(device):
     assert torch.equal(fused, portable)
 
 
+@pytest.mark.parametrize("at_once", (5, T))
 @pytest.mark.parametrize("case", ("equal", "one list", "beside the sample"))
-def test_rows_that_defeat_it_are_redone(device, case):
+def test_rows_that_defeat_it_are_redone(device, case, at_once, monkeypatch):
+    """Some rows at a time, or all."""
+    monkeypatch.setattr(dsa_kernels.runtime, "REDONE_AT_ONCE", at_once << 16)
     q_idx, k_idx, w, k_scale = given(device)
     from dsa_kernels.topk.sample import sampled_keys
 

@@ -34,6 +34,7 @@ def test_one_key_of_every_stretch(S, device, poisoned):
 def test_places_have_no_period(device):
     """A sample every 64 keys would see 1 of 64 places alone; this one sees all of them."""
     S = 131_072
-    numbers, ends = torch.arange(S, dtype=torch.float32, device=device), torch.zeros(1, dtype=torch.int32, device=device)
-    places = sampled_keys(torch.zeros(S, 1, dtype=torch.float8_e4m3fn, device=device), numbers, ends, ends)[1].long()
+    numbers, nobody = torch.arange(S, device=device).float(), torch.zeros(1, dtype=torch.int32, device=device)
+    keys = torch.zeros(S, 1, dtype=torch.float8_e4m3fn, device=device)
+    places = sampled_keys(keys, numbers, nobody, nobody)[1].long()
     assert (torch.bincount(places % 64, minlength=64) > 0).all()

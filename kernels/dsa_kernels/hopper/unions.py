@@ -21,7 +21,7 @@ TABLE_BYTES = 32 << 20  # of one chunk: stays in L2, and is enough to fill the c
 SEGMENT = 1024  # words of the table a program scans
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "T", "words"])
 def _mark(indices_ptr, table_ptr, first, T, k, words, G: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """Set the bits of query `first + program_id(0)`."""
     t = tl.program_id(0)
@@ -45,14 +45,14 @@ def _load(table_ptr, segment, words, BITS: tl.constexpr, SEGMENT: tl.constexpr):
     return word, w, place, n
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words"])
 def _count(table_ptr, counts_ptr, words, BITS: tl.constexpr, SEGMENT: tl.constexpr):
     segment = tl.program_id(1)
     _, _, _, n = _load(table_ptr, segment, words, BITS, SEGMENT)
     tl.store(counts_ptr + tl.program_id(0) * tl.num_programs(1) + segment, tl.sum(n))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words", "U"])
 def _emit(
     table_ptr, counts_ptr, entries_ptr, length_ptr, words, U,
     BITS: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,

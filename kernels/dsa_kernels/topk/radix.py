@@ -95,7 +95,7 @@ def launch(scores, k, start, end, out, nan, redo=None):
     nan, int32 [T], becomes 1 or 0 for each row written: whether it sees NaN. All tensors are contiguous; T > 0.
     """
     T, S = scores.shape
-    block = min(triton.next_power_of_2(S), 65536 if INTERPRETED else 4096)
+    block = min(triton.next_power_of_2(S), 65536) if INTERPRETED else 1024 if S <= 1024 else 4096
     rows, programs = 1, T
     if redo is not None:
         programs = min(T, PROGRAMS * multiprocessors(scores))

@@ -29,7 +29,7 @@ def _before(key, S, M: tl.constexpr):
     return stretch + ((stretch < M) & (place_of(stretch, S, M) < key)).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S"])
 def _sample(
     k_ptr, scale_ptr, start_ptr, end_ptr, out_ptr, out_scale_ptr, first_ptr, last_ptr, T, S,
     M: tl.constexpr, D: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
