@@ -53,7 +53,7 @@ def bytes_needed(
 
 
 def in_fp8(sizes: Sizes) -> bool:
-    """Whether pages keep latents as FP8 rows: where weights have bf16, which they are little worse than."""
+    """Whether pages keep latents as FP8 rows: where weights have bf16, as when it is served."""
     return sizes.dtype == torch.bfloat16
 
 
