@@ -5,11 +5,13 @@ that this kind of work attains on the card:
 
     seconds = launches · launch + max(flops / rate, bytes / bandwidth)
 
-`cost` counts the work. A `Card` holds the speeds. Each is taken from one row of a record and is the same at every
-context, in every batch and in both kinds of attention, so the other rows are predicted, not fitted.
+`cost` counts the work. A `Card` holds the speeds. Each is what one or two rows of the record attained
+(tests/steps/test_bill.py says which), and is the same at every context and in every batch, so the other rows are
+predicted, not fitted.
 
-What this leaves out: where in memory the selected rows lie (rows near each other are fetched faster), the card's clock,
-which falls under a long load, and what the host does while the card waits.
+What this leaves out: where in memory the selected rows lie (rows near each other are fetched faster), what the host
+does while the card waits, and the card's clock. Dense decode attains 750 TFLOP/s in short steps and 650 in long ones;
+the model takes 690 for both, and steps of 4 ms may take a fifth longer than it says.
 
 Source: SPEC sections 2, 3 and 6; figures/layer_h200.json.
 """

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dsa_ref
-from dsa_ref import TINY
+from dsa_ref import TINY, records
 from dsa_ref.long_context import __main__ as command
 from dsa_ref.long_context import bytes_needed, check_memory, memory, read_long_context, rows_to_check, run, subject
 from dsa_ref.nn import LayerCache, load_small_model
@@ -154,23 +154,40 @@ def test_a_wrong_row_in_mha_mode_is_found():
         read_long_context(config, 64, 64, with_step("mha_attention", wrong_mha), "cpu", decode=0, check=1)
 
 
-def test_the_bytes_that_it_needs(monkeypatch):
-    """The parts that are kept are counted as they are; what does not fit is refused before anything is made."""
+def test_the_bytes_that_it_needs():
+    """The parts that are kept are counted as they are."""
     sizes = subject.sizes_of("v32", 1 << 20, CPU)
-    needed = bytes_needed(sizes, 4096, 1024, 64, reference=True, cuda=False)
+    needed = bytes_needed(sizes, 4096, 1024, 64, 2, reference=True, cuda=False)
     cache = LayerCache(sizes.config, 4096, sizes.dtype)
     assert needed["cache"] == cache.kv.nbytes + cache.index_pages.nbytes
     table = dsa_ref.PageTable(65, 1, 4160)
     pages = dsa_ref.PagedCache(table, sizes.config, sizes.dtype)
     assert needed["pages"] == pages.kv_pages.nbytes + pages.index_pages.nbytes
-    assert needed["total"] == sum(size for name, size in needed.items() if name != "total")
-    assert bytes_needed(sizes, 4096, 1024, 0, reference=True, cuda=False)["pages"] == 0
-    million = bytes_needed(dataclasses.replace(sizes, dtype=torch.bfloat16), 1 << 20, 4096, 32, False, True)
-    assert million["pages"] == ((1 << 20) + 64) * (656 + 132)  # FP8 rows
+    phases = {name: needed[name] for name in ("chunks", "checks", "decode")}
+    assert needed["total"] == max(phases.values()) and min(phases.values()) > needed["weights"] + needed["cache"]
+    less = bytes_needed(sizes, 4096, 1024, 0, 0, reference=True, cuda=False)
+    assert less["pages"] == 0 and not {"checks", "decode", "warm"} & less.keys()
+    assert "warm" in bytes_needed(sizes, 4096, 1024, 0, 0, reference=False, cuda=True)
 
+
+def test_a_million_tokens_take_what_was_measured():
+    """The record's peaks lie below what the command asks for, by less than half; all of it is below 20 GiB."""
+    record = records.read("long_context_h200.json")
+    sizes = dataclasses.replace(subject.sizes_of("v32", 1 << 20, CPU), dtype=torch.bfloat16)
+    needed = bytes_needed(sizes, record["tokens"], record["chunk"], record["decode"]["tokens"], 2, False, True)
+    assert needed["pages"] == ((1 << 20) + 64) * (656 + 132)  # FP8 rows
+    for phase in ("warm", "chunks", "checks"):
+        assert 0.5 < record["peak_bytes"][phase] / needed[phase] < 1, phase
+    assert needed["total"] < 20 << 30
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_made(monkeypatch):
+    needed = bytes_needed(subject.sizes_of("v32", 1 << 20, CPU), 4096, 1024, 64, 2, reference=True, cuda=False)
     check_memory(needed, needed["total"], CPU)
     check_memory(needed, None, CPU)  # nobody knows
-    with pytest.raises(ValueError, match=r"must fit the memory of cpu: they need 1\.\d\d GiB \(weights 0.75, cache"):
+    with pytest.raises(
+        ValueError, match=r"must fit the memory of cpu: they need 1\.\d\d GiB \(kept: weights 0.75, cache"
+    ):
         check_memory(needed, needed["total"] - 1, CPU)
 
     def nothing(*_):

@@ -10,51 +10,67 @@ from .subject import Sizes
 
 PAGE_SIZE = 64  # tokens
 PIECE = 1 << 16  # tokens that are copied into pages at once
-KERNEL_SCORES = 1 << 29  # bytes of scores that the selection keeps at once: in kernels, and in a check of one row
+KERNEL_SCORES = 1 << 29  # bytes of scores that the kernels' selection keeps at once
 REFERENCE_BLOCKS = 4  # the reference's temporaries of a block of pairs that live at once
 GIB = 1 << 30
+KEPT, PHASES = ("weights", "cache", "pages"), ("warm", "chunks", "checks", "decode")
 
 
-def bytes_needed(sizes: Sizes, tokens: int, chunk: int, decode: int, reference: bool, cuda: bool) -> dict[str, int]:
-    """The bytes at the peak, part by part; "total" is their sum.
+def bytes_needed(
+    sizes: Sizes, tokens: int, chunk: int, decode: int, check: int, reference: bool, cuda: bool
+) -> dict[str, int]:
+    """Bytes, estimated from above: what is kept, what each phase takes with it, and "total", the most of the phases.
 
-    "weights"; "cache" of all layers, contiguous, while the context is read; "pages" of all layers for decode, 0
-    without; "working": the largest of what a chunk takes, what copying into pages takes, and what a check of a row
-    takes, which has a copy of one layer's cache. reference: whether the steps are dsa_ref's.
+    Kept are "weights"; "cache" of all layers, contiguous, while the context is read; "pages" of all layers for decode.
+    Phases are "warm" (kernels on a GPU alone), "chunks", "checks" and "decode"; checks copy one layer's cache, and
+    look through it. reference: whether the steps are dsa_ref's; check: 0 for no checks.
     """
     c, item = sizes.config, sizes.dtype.itemsize
     key = c.index_head_dim + 4  # FP8 and a scale
+    fp8 = in_fp8(sizes)
+    row = fp8_row_bytes(c.latent_dim, c.kv_lora_rank) if fp8 else c.latent_dim * item
     layer_cache = tokens * (c.latent_dim * item + key)
-    row = fp8_row_bytes(c.latent_dim, c.kv_lora_rank) if in_fp8(sizes) else c.latent_dim * item
-    held = -(-(tokens + decode) // PAGE_SIZE) * PAGE_SIZE * (row + key) if decode else 0
+    weights, cache = sizes.weights * item, layer_cache * sizes.layers
+    pages = -(-(tokens + decode) // PAGE_SIZE) * PAGE_SIZE * (row + key) * sizes.layers if decode else 0
+
     heads = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.latent_dim + c.kv_lora_rank + c.v_head_dim)
+    call = chunk * (heads + c.index_n_heads * c.index_head_dim + 4 * c.dim) * item
     blocks = REFERENCE_BLOCKS * (1 << 30 if cuda else 1 << 26) if reference else KERNEL_SCORES
-    a_chunk = chunk * (heads + c.index_n_heads * c.index_head_dim + 4 * c.dim) * item + blocks
-    copying = layer_cache + 4 * min(PIECE, tokens) * c.latent_dim * 4  # all rows so far, and FP8's fp32 of a piece
-    scored = tokens * (c.index_n_heads + c.index_head_dim) * 4 * 2  # of one row: products and keys in fp32, twice
-    checking = layer_cache + scored
-    parts = {
-        "weights": sizes.weights * item,
-        "cache": layer_cache * sizes.layers,
-        "pages": held * sizes.layers,
-        "working": max(a_chunk, copying if decode else 0, checking),
-    }
-    return parts | {"total": sum(parts.values())}
+    scored = 2 * tokens * (c.index_n_heads + c.index_head_dim) * 4  # a row's products, and keys in fp32
+    checking = layer_cache + max(tokens * c.latent_dim * (item + 2), scored)  # the copy, and whether it is finite
+    unpacked = tokens * ((row + 12 * c.latent_dim if fp8 else 2 * row) + 2 * key)  # from pages, FP8 through fp32
+
+    phases = {"chunks": weights + cache + call + blocks}
+    if cuda and not reference:
+        phases = {"warm": weights + cache + 2 * (call + blocks)} | phases
+    if check:
+        phases["checks"] = weights + cache + call + checking
+    if decode:
+        copying = cache + 4 * min(PIECE, tokens) * c.latent_dim * 4
+        looking = max(unpacked, layer_cache + checking) if check else 0
+        phases["decode"] = weights + pages + max(copying, looking)
+    return {"weights": weights, "cache": cache, "pages": pages} | phases | {"total": max(phases.values())}
 
 
 def in_fp8(sizes: Sizes) -> bool:
-    """Whether pages keep latents as FP8 rows: where weights have bf16, which they are little worse than."""
+    """Whether pages keep latents as FP8 rows: where weights have bf16, as when it is served."""
     return sizes.dtype == torch.bfloat16
 
 
 def check_memory(needed: dict[str, int], free: int | None, device: torch.device) -> None:
     """Raise ValueError where `needed`, as `bytes_needed` gives it, is more than is free. None: nobody knows."""
     if free is not None and needed["total"] > free:
-        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items() if name != "total")
         raise ValueError(
-            f"tokens and chunk must fit the memory of {device}: they need {needed['total'] / GIB:.2f} GiB ({parts}), "
+            f"tokens and chunk must fit the memory of {device}: they need {as_text(needed)}, "
             f"got {free / GIB:.2f} GiB free. Ask for fewer tokens or a smaller chunk"
         )
+
+
+def as_text(needed: dict[str, int]) -> str:
+    """`bytes_needed` in words."""
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items() if name in KEPT)
+    phases = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items() if name in PHASES)
+    return f"{needed['total'] / GIB:.2f} GiB (kept: {parts}; at most in each phase: {phases})"
 
 
 def bytes_free(device: torch.device, root: str = "/") -> int | None:

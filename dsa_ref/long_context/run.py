@@ -76,7 +76,7 @@ def read_long_context(
     told = progress or (lambda event, what: None)
     sizes = sizes_of(sizes, tokens + decode, device)
     free = bytes_free(device)
-    needs = bytes_needed(sizes, tokens, chunk, decode, ops is dsa_ref, device.type == "cuda")
+    needs = bytes_needed(sizes, tokens, chunk, decode, check, ops is dsa_ref, device.type == "cuda")
     told("needs", needs | {"free": free, "tokens": tokens})
     check_memory(needs, free, device)
 
@@ -147,13 +147,14 @@ def _decode(subject, sizes, caches, decode, ops, checker) -> dict:
     table = PageTable(-(-longest // PAGE_SIZE), 1, longest, PAGE_SIZE, device)
     paged = [PagedCache(table, layer.config, sizes.dtype, in_fp8(sizes)) for layer in subject.layers]
     sequence = table.new()
-    for _ in subject.layers:
-        into = paged[len(paged) - len(caches)].sequence(sequence)
-        kv, k_idx, k_scale = caches.pop(0).rows()  # its memory is free after its copy
+    table.reserve(sequence, held)
+    for into, cache in zip(paged, caches, strict=True):
         for first in range(0, held, PIECE):
-            piece = slice(first, first + PIECE)
-            into.append(kv[piece], k_idx[piece], k_scale[piece])
-        del kv, k_idx, k_scale
+            last = min(first + PIECE, held)
+            into.write(table.slots(sequence, first, last), *(rows[first:last] for rows in cache.rows()))
+    table.advance([sequence], held)
+    caches.clear()  # what they hold lies in pages now
+    del cache
     inputs = [subject.given(place, place + 1)[None] for place in range(held, longest)]
     captured = device.type == "cuda" and ops is not dsa_ref and hasattr(ops, "place_tokens")
 

@@ -3,7 +3,7 @@
 import sys
 import time
 
-from .memory import GIB
+from .memory import GIB, as_text
 
 HEADS = ("position", "ms a chunk", "µs a token", "peak GiB")
 
@@ -22,8 +22,7 @@ class Show:
         if event == "needs":
             self.tokens = what["tokens"]
             free = "nobody says how many" if what["free"] is None else f"{what['free'] / GIB:.2f} GiB"
-            parts = ", ".join(f"{name} {what[name] / GIB:.2f}" for name in ("weights", "cache", "pages", "working"))
-            print(f"needs {what['total'] / GIB:.2f} GiB ({parts}); free: {free}", flush=True)
+            print(f"needs {as_text(what)}; free: {free}", flush=True)
         elif event == "warming":
             self.bar("compiling all kernels that can be needed")
         elif event == "warm":

@@ -11,6 +11,7 @@ from conftest import NEEDS_TRITON
 
 from dsa_ref import DSAConfig, cost
 from dsa_ref.config import V32
+from dsa_ref.records import figures_folder
 
 pytestmark = pytest.mark.skipif(not rungs.has_triton(), reason=NEEDS_TRITON)
 
@@ -294,6 +295,15 @@ def test_where_dsa_costs_half(bench):
     lines = account.made_up([], steps)["decode"]
     assert [line["batch"] for line in lines] == [1, 8]
     assert lines[1]["dsa_ms"] == 10.0 and lines[1]["dense_ms"] == 12.5 and lines[1]["times"] == 1.25
+
+
+@pytest.mark.parametrize("path", sorted(figures_folder().glob("layer_h*.json")), ids=lambda path: path.name)
+def test_a_recorded_bill_is_that_of_its_measurements(bench, path):
+    steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
+    made = bench("bill.account").made_up(steps["prefill"]["rows"], steps["decode"]["rows"], steps["prompt"])
+    assert {name: steps["bill"][name] for name in made} == json.loads(json.dumps(made))
+    for row in (*steps["prefill"]["rows"], *steps["decode"]["rows"]):
+        assert all(result["verdict"] == "right" for result in row["results"].values())
 
 
 def test_money(bench):

@@ -105,9 +105,20 @@ def test_the_speeds_are_what_the_rows_attained():
         "scores": 1 / slope,
         "memory": 2 * every / (part("decode", 128 * K, "products", tokens=1) - 13 * card.launch),
     }
+    attention = [part("decode", 4 * K, "attention", tokens=B) for B in (1, 64)]
+    a_text = (attention[1] - attention[0]) / 63  # of k selected rows
+    measured["sparse_decode"] = cost.mqa_flops_per_pair(V32) * V32.index_topk / a_text
+    measured["gather"] = attention[0] - a_text - 2 * card.launch
+    selection = [part("decode", S, "scores and selection", tokens=1) for S in (M // 2, M)]
+    a_key = (selection[1] - selection[0]) / (M // 2) - cost.index_bytes_per_token(V32) / card.memory
     for name, attained in measured.items():
         assert getattr(card, name) == pytest.approx(attained, rel=0.1), name
     assert card.choose * T == pytest.approx(at_32k - slope * pairs[0], rel=0.25)
+    assert card.scan == pytest.approx(1 / a_key, rel=0.2)
+    # Dense decode slows down the longer a step computes. The model has one speed, between the two.
+    us = {(p["tokens"], p["position"]): p["ms"] * 1e3 for p in points("decode") if p["attention"] == "dense"}
+    one, eight = (1e-6 * (us[B, M] - us[B, M // 2]) / (B * M // 2) for B in (1, 8))
+    assert cost.mqa_flops_per_pair(V32) / eight < card.dense_decode < cost.mqa_flops_per_pair(V32) / one
 
 
 def total(*args):

@@ -119,6 +119,11 @@ def one_number(measured, pairs):
     return line(measured, pairs[0])
 
 
+@wrong("predict_table", "what was measured")
+def never_written(measured, pairs):
+    return [math.nan] * len(pairs)
+
+
 @wrong("predict_table", "between and beyond")
 def a_power_of_the_pairs(measured, pairs):
     (first, low), (second, high) = sorted(measured.items())

@@ -91,6 +91,11 @@ def smallest_first(weights, share):
     return int((weights.sort().values.cumsum(0) < share).sum()) + 1
 
 
+@wrong("needed_keys", "one key")
+def never_written(weights, share):
+    return math.nan
+
+
 @wrong("needed_keys", "largest first")
 def in_the_keys_order(weights, share):
     return int((weights.cumsum(0) < share).sum()) + 1

@@ -97,7 +97,7 @@ def _expect_table(solution, measured, pairs, expected, tolerance, cause, suspect
     for i, (n, ms) in enumerate(zip(pairs, expected, strict=True)):
         number = isinstance(got[i], (int, float, np.number)) and not isinstance(got[i], bool)
         expect(number, f"{n:,} pairs: got {got[i]!r}, expected a number", "times in ms")
-        if abs(got[i] / ms - 1) > tolerance:
+        if not abs(got[i] / ms - 1) <= tolerance:  # NaN too
             known = (why for why, wrong in (suspects or {}).items() if math.isclose(got[i], wrong[i], rel_tol=1e-6))
             what = f"measured {measured}: for {n:,} pairs got {float(got[i]):.4g} ms, expected {ms:.4g}"
             expect(False, what, next(known, cause))

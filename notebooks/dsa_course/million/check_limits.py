@@ -87,7 +87,7 @@ def _expect_needed(solution, weights, share, cause):
     }
     shown = weights.tolist() if len(weights) <= 6 else f"{len(weights)} weights"
     got = solution(weights, share)
-    if isinstance(got, (float, np.floating)) and got == int(got):
+    if isinstance(got, (float, np.floating)) and float(got).is_integer():
         got = int(got)
     _expect_count(got, expected, f"{shown}, share {share}", cause, suspects)
 
