@@ -1,15 +1,18 @@
-"""Make the README's two pictures: `python -m notebooks.maintain.pictures`; `make course` does.
+"""Make the pictures of the README and of the notebooks' first cells: `python -m notebooks.maintain.pictures`.
 
-`figures/selection.png` is copied out of the executed course, `figures/recall.png` is drawn from its record.
+`make course` does. `figures/selection.png` is copied out of the executed course, `figures/recall.png` is drawn from its
+record, and `figures/schematic*.svg` shows the whole of DSA, once with each choice of parts lit that the course makes.
 """
 
 import base64
 
 import nbformat
 
+from dsa_course.schematic import schematic, schematic_file
 from dsa_course.viz import png, recall_curves
 from dsa_ref import records
 
+from .course import COURSE
 from .learner import SOURCE
 
 FIGURES = records.figures_folder()
@@ -44,11 +47,19 @@ def recall() -> bytes:
 PICTURES = {"selection.png": selection, "recall.png": recall}
 
 
+def schematics() -> dict[str, str]:
+    """{file: SVG text}: the picture with nothing lit, and what each notebook lights."""
+    return {schematic_file(lit): schematic(lit) for lit in ((), *(notebook.lit for notebook in COURSE))}
+
+
 def main():
     made = {file: make() for file, make in PICTURES.items()}  # all, before one is replaced
     for file, picture in made.items():
         with records.replacing(FIGURES / file) as new:
             new.write_bytes(picture)
+    for file, svg in schematics().items():
+        with records.replacing(FIGURES / file) as new:
+            new.write_text(svg, encoding="utf-8")
 
 
 if __name__ == "__main__":
