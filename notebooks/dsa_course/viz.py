@@ -20,8 +20,6 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import NullLocator
 from PIL.PngImagePlugin import PngInfo
 
-from dsa_ref.training.evaluate import selected_weights
-
 COLOURS = {
     "query": "#c1440e",  # the position that asks
     "selected": "#0b5394",  # what the indexer keeps for it
@@ -38,13 +36,16 @@ LINES = (  # one (colour, line, marker) a curve, in order: the indexer first, it
     ("#000000", (0, (1, 1)), "x"),
 )
 FAINT = "#d0d0d0"  # marks that mean nothing: newlines
-DPI = 100
+DPI = 100  # pixels an inch, as a picture is shown
 TAB = 4  # cells
+UNDERLINE = 0.955  # of a line's height, from its top: below letters and underscores
 MONO_ADVANCE = 0.602  # width of a DejaVu Sans Mono character, of its size
 
 
-def png(figure, alt) -> bytes:
+def png(figure, alt, sharpness=1) -> bytes:
     """The figure as PNG bytes with `alt` as its description, in 256 colours; equal figures give equal bytes.
+
+    sharpness: pixels for each one that is shown; 2 is sharp on a good screen.
 
     Raises: TypeError unless figure is a matplotlib Figure and alt a str, ValueError for an empty alt.
     """
@@ -56,7 +57,7 @@ def png(figure, alt) -> bytes:
         raise ValueError("alt must describe the picture in words, got an empty str")
     canvas, buffer, description = FigureCanvasAgg(figure), io.BytesIO(), PngInfo()
     description.add_itxt("Description", alt)
-    figure.dpi = DPI
+    figure.dpi = DPI * sharpness
     canvas.draw()
     pixels = PIL.Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     # A third of the bytes of a picture in full colour, and as good: edges of letters are all that many colours serve.
@@ -64,9 +65,17 @@ def png(figure, alt) -> bytes:
     return buffer.getvalue()
 
 
-def picture(figure, alt) -> Image:
+def picture(figure, alt, sharpness=1) -> Image:
     """A figure for a cell's last line: it shows as a PNG that carries its alt text. Errors as `png`."""
-    return Image(data=png(figure, alt), format="png", alt=alt)
+    data = png(figure, alt, sharpness)
+    if sharpness == 1:
+        return Image(data=data, format="png", alt=alt)
+    return Image(data=data, format="png", alt=alt, width=shown_width(figure))
+
+
+def shown_width(figure) -> int:
+    """Pixels that the figure is wide where it is shown, however many it is drawn with."""
+    return round(figure.get_figwidth() * DPI)
 
 
 class LiveFigure(ipywidgets.VBox):
@@ -74,14 +83,15 @@ class LiveFigure(ipywidgets.VBox):
 
     name: str, for the repr. compute(**values) -> data; draw(data) -> matplotlib Figure. Kept apart so that a test can
     look at `.data` and never at pixels. alt: what the picture shows, a str or a function of data giving one.
-    controls: one ipywidgets control for each argument of compute.
+    controls: one ipywidgets control for each argument of compute. sharpness: as for `png`.
 
     `.data`, `.alt` and `.png` (bytes) are those of the state on show. Raises: TypeError or ValueError for a control
     without a value, a draw that gives no Figure, or an alt that is no text; what compute raises is passed on.
     """
 
-    def __init__(self, name, compute, draw, alt, **controls):
+    def __init__(self, name, compute, draw, alt, sharpness=1, **controls):
         self._name, self._compute, self._draw, self._describe, self._controls = name, compute, draw, alt, controls
+        self._sharpness = sharpness
         for key, control in controls.items():
             if not isinstance(control, ipywidgets.Widget) or not control.has_trait("value"):
                 raise TypeError(f"{key} must be an ipywidgets control with a value, got {type(control).__name__}")
@@ -96,7 +106,9 @@ class LiveFigure(ipywidgets.VBox):
     def _refresh(self):
         data = self._compute(**{key: control.value for key, control in self._controls.items()})
         alt = self._describe(data) if callable(self._describe) else self._describe
-        self.png = png(self._draw(data), alt)
+        figure = self._draw(data)
+        self.png = png(figure, alt, self._sharpness)
+        self._width = shown_width(figure)
         self.data, self.alt = data, alt  # after the drawing: a failed one leaves the old state whole
 
     def _show(self, _change):
@@ -105,7 +117,9 @@ class LiveFigure(ipywidgets.VBox):
 
     def _img(self):
         """An img element of our own: the Image widget knows no alt, and fails in the browser when given a tooltip."""
-        return f'<img alt="{html.escape(self.alt)}" src="data:image/png;base64,{base64.b64encode(self.png).decode()}">'
+        width = "" if self._sharpness == 1 else f' width="{self._width}"'
+        source = f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+        return f'<img alt="{html.escape(self.alt)}"{width} src="{source}">'
 
     def __repr__(self):
         state = "".join(f", {key}={control.value!r}" for key, control in self._controls.items())
@@ -114,16 +128,20 @@ class LiveFigure(ipywidgets.VBox):
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs)
         bundle["image/png"] = base64.b64encode(self.png).decode()
-        return bundle, {"image/png": {"alt": self.alt}}
+        width = {} if self._sharpness == 1 else {"width": self._width}
+        return bundle, {"image/png": {"alt": self.alt, **width}}
 
 
-def selection_over_text(text_bytes, position, selected, weights=None, columns=80) -> Figure:
+def selection_over_text(text_bytes, position, selected, weights=None, columns=80, room=(0, 0)) -> Figure:
     """Source text as a grid, one cell a byte: the query's byte framed, the selected bytes shaded, the future in grey.
+
+    Selected bytes are underlined, too: in blue, below where an underscore lies, so that no mark reads as an accent.
 
     text_bytes: bytes. position: the query's byte. selected: ints, bytes in [0, position], -1 ignored: a row of
     `select_topk`. weights: one number >= 0 for each entry of selected; the shade is the root of weight / largest.
     A newline ends a line and shows as ↵, a tab is four cells wide, a byte that is no printable ASCII is a middle dot.
     Longer lines wrap at `columns`. The numbers on the left are byte offsets. Some 700 bytes stay legible.
+    room: inches left free for the caller's axes, on the right and above.
 
     Raises: TypeError for text that is no bytes; ValueError for bad columns, a position outside the text, a selected
     byte outside [0, position], or weights that do not fit selected.
@@ -131,11 +149,12 @@ def selection_over_text(text_bytes, position, selected, weights=None, columns=80
     shades = _shades(text_bytes, position, selected, weights, columns)
     cells = layout_of(text_bytes, columns)
     lines = cells[-1][1] + 1
-    inch_a_column, inch_a_line, left, top = 0.1, 0.2, 0.45, 0.1
-    legend_columns, bottom = (4, 0.6) if columns >= 72 else (2, 0.8)
+    inch_a_column, inch_a_line, left, top = 0.1, 0.2, 0.45, 0.1 + room[1]
+    legend_columns, bottom = (4, 0.6) if columns >= 64 else (2, 0.8)
     size = 72 * inch_a_column / MONO_ADVANCE  # so that a line of text falls into the cells by itself
     font = {"family": "DejaVu Sans Mono", "size": size, "parse_math": False}
-    width, height = max(5.0, left + (columns + 1) * inch_a_column + 0.1), bottom + lines * inch_a_line + top
+    text_width = left + (columns + 1) * inch_a_column + 0.1
+    width, height = max(5.0, text_width + room[0]), bottom + lines * inch_a_line + top
     figure = Figure(figsize=(width, height), facecolor=COLOURS["visible"])
     box = (left / width, bottom / height, (columns + 1) * inch_a_column / width, lines * inch_a_line / height)
     axes = figure.add_axes(box, xlim=(0, columns + 1), ylim=(lines, 0))
@@ -152,15 +171,14 @@ def selection_over_text(text_bytes, position, selected, weights=None, columns=80
         glyph, ink = glyph_of(byte), "black" if i <= position else COLOURS["future"]
         if i in shades:
             axes.add_patch(Rectangle((x, y), w, 0.96, facecolor=scale(0.2 + 0.8 * shades[i]), linewidth=0))
-            # The mark lies above the glyph: below it would hide an underscore.
-            axes.hlines(y + 0.08, x + 0.1, x + w - 0.1, color="black", linewidth=1.4)
+            axes.hlines(y + UNDERLINE, x + 0.1, x + w - 0.1, color=COLOURS["selected"], linewidth=1.4)
             ink = "white" if shades[i] > 0.72 else "black"  # whichever has more contrast, at least 4.5 to 1
         elif glyph == "↵":
             ink = FAINT
         layers.setdefault((y, ink), [" "] * (columns + 1))[x] = glyph
     for (y, ink), line in layers.items():
         for run in re.finditer(r"\S+( \S+)*", "".join(line)):
-            axes.text(run.start(), y + 0.72, run[0], color=ink, **font)
+            axes.text(run.start(), y + 0.7, run[0], color=ink, **font)
     x, y, w = cells[position]
     frame = {"fill": False, "edgecolor": COLOURS["query"], "linewidth": 2.0, "zorder": 4, "clip_on": False}
     axes.add_patch(Rectangle((x - 0.1, y - 0.02), w + 0.2, 1, **frame))
@@ -173,34 +191,6 @@ def selection_over_text(text_bytes, position, selected, weights=None, columns=80
     ]
     figure.legend(handles=legend, loc="lower center", ncols=legend_columns, fontsize=8, frameon=False)
     return figure
-
-
-def live_selection(text_bytes, steps, scale, byte, layer) -> LiveFigure:
-    """`selection_over_text` with two sliders: the query's byte, and the layer whose selection and weights are shown.
-
-    text_bytes: bytes, some 800 fit a screen. steps: what a sparse forward pass recorded, one dict a layer, for at least
-    these bytes. scale: the softmax scale. byte, layer: where the sliders start. `.data`: byte, layer, chosen, weights.
-    """
-
-    def look(byte, layer):
-        chosen, weights = steps[layer]["indices"][byte], selected_weights(steps[layer], byte, scale)
-        return {"byte": byte, "layer": layer, "chosen": chosen.cpu(), "weights": weights.cpu()}
-
-    def draw(data):
-        return selection_over_text(text_bytes, data["byte"], data["chosen"], data["weights"])
-
-    def describe(data):
-        count = int((data["chosen"] >= 0).sum())
-        return (
-            f"{len(text_bytes)} bytes of text. For byte {data['byte']}, layer {data['layer']} selected {count} of them."
-        )
-
-    wide = ipywidgets.Layout(width="800px")  # a pixel of the slider is about a byte of the text
-    sliders = {
-        "byte": ipywidgets.IntSlider(byte, min=0, max=len(text_bytes) - 1, description="byte t", layout=wide),
-        "layer": ipywidgets.IntSlider(layer, min=0, max=len(steps) - 1, description="layer"),
-    }
-    return LiveFigure("selection", look, draw, describe, **sliders)
 
 
 def _shades(text_bytes, position, selected, weights, columns):
