@@ -132,7 +132,7 @@ class LiveFigure(ipywidgets.VBox):
         return bundle, {"image/png": {"alt": self.alt, **width}}
 
 
-def selection_over_text(text_bytes, position, selected, weights=None, columns=80, room=(0, 0)) -> Figure:
+def selection_over_text(text_bytes, position, selected, weights=None, columns=80, room=(0, 0), cell=0.1) -> Figure:
     """Source text as a grid, one cell a byte: the query's byte framed, the selected bytes shaded, the future in grey.
 
     Selected bytes are underlined, too: in blue, below where an underscore lies, so that no mark reads as an accent.
@@ -141,7 +141,7 @@ def selection_over_text(text_bytes, position, selected, weights=None, columns=80
     `select_topk`. weights: one number >= 0 for each entry of selected; the shade is the root of weight / largest.
     A newline ends a line and shows as ↵, a tab is four cells wide, a byte that is no printable ASCII is a middle dot.
     Longer lines wrap at `columns`. The numbers on the left are byte offsets. Some 700 bytes stay legible.
-    room: inches left free for the caller's axes, on the right and above.
+    room: inches left free for the caller's axes, on the right and above. cell: inches a column.
 
     Raises: TypeError for text that is no bytes; ValueError for bad columns, a position outside the text, a selected
     byte outside [0, position], or weights that do not fit selected.
@@ -149,7 +149,7 @@ def selection_over_text(text_bytes, position, selected, weights=None, columns=80
     shades = _shades(text_bytes, position, selected, weights, columns)
     cells = layout_of(text_bytes, columns)
     lines = cells[-1][1] + 1
-    inch_a_column, inch_a_line, left, top = 0.1, 0.2, 0.45, 0.1 + room[1]
+    inch_a_column, inch_a_line, left, top = cell, 2 * cell, 0.45, 0.1 + room[1]
     legend_columns, bottom = (4, 0.6) if columns >= 64 else (2, 0.8)
     size = 72 * inch_a_column / MONO_ADVANCE  # so that a line of text falls into the cells by itself
     font = {"family": "DejaVu Sans Mono", "size": size, "parse_math": False}

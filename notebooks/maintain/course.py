@@ -25,12 +25,12 @@ class Notebook:
 
 STEPS = ("index_scores", "select_topk", "sparse_attention")
 COURSE = (
-    Notebook("00_start_here", "Start here", 15, STEPS),
+    Notebook("00_start_here", "Start here", 20, STEPS),
     Notebook("01_dense_attention", "Dense attention and its bill", 60, ("sparse_attention",)),
     Notebook("02_index_scores", "The lightning indexer", 75, ("index_scores",)),
     Notebook("03_select_topk", "Selection is a contract", 60, ("select_topk",)),
     Notebook("04_gather", "Gather, don't mask", 75, ("sparse_attention",)),
-    Notebook("04b_every_step_twice", "Every step, twice", 20, STEPS),
+    Notebook("04b_every_step_twice", "Every step, twice", 30, STEPS),
     Notebook("05_online_softmax", "Softmax in blocks", 60, ("sparse_attention",)),
     Notebook("06_mla", "MLA and two RoPEs", 75, ("sparse_attention", "kv")),
     Notebook("07_quantize", "Eight bits for a scout", 60, ("index_scores", "k_idx")),

@@ -32,8 +32,8 @@ def stored(notebook, text) -> bytes:
 
 
 def selection() -> bytes:
-    """What the trained indexer selects, the first live figure of the course."""
-    return stored("00_start_here", "LiveFigure('selection'")
+    """What the trained indexer selects and what the model then guesses, the first picture of the course."""
+    return stored("00_start_here", "<IPython.core.display.Image")
 
 
 def recall() -> bytes:

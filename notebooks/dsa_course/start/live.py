@@ -1,70 +1,21 @@
-"""Notebook 00: what the model predicts with every byte in view and with k of them, beside what it looked at."""
-
-import functools
+"""Notebooks 00 and 04b: what was selected over text, and beside it what the model then holds to come next."""
 
 import ipywidgets
-import torch
 
-from dsa_ref.nn.model import load_small_model
 from dsa_ref.training.evaluate import selected_weights
 
 from .. import viz
+from .guesses import SHOWN, reader
 
-SHOWN = 4  # guesses a panel
+WIDE = ipywidgets.Layout(width="700px")  # a pixel of the slider is about a byte of the text
 NAMES = {10: "↵", 32: "␣", 9: "⇥"}  # bytes that leave no ink
 WAYS = (("dense", "all", "attention"), ("sparse", "chosen", "selected"))  # way, its word, the colour of its bars
 
 
-def write_on(model, prompt, count, attention="sparse") -> bytes:
-    """`prompt`, bytes, and `count` more, each the model's first guess. attention: "sparse", or "dense" for all bytes."""
-    caches = model.new_caches(len(prompt) + count)
-    text, unread = prompt, prompt
-    device = next(model.parameters()).device
-    for _ in range(count):
-        tokens = torch.tensor(list(unread), device=device)
-        unread = bytes([int(model(tokens, caches=caches, attention=attention)[-1].argmax())])
-        text += unread
-    return text
-
-
-def top_bytes(logits) -> list:
-    """The likeliest next bytes of a row of logits [256]: [(byte, probability)], SHOWN of them, likeliest first."""
-    best = logits.softmax(dim=-1).topk(SHOWN)
-    return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-
-
-def reader(tokens):
-    """A function of (byte, k): what the model sees and guesses there, a dict.
-
-    tokens: int64 [T]. The dict: byte, k, next (the byte that follows in the text, or None), chosen and weights (of the
-    last layer, [k]), dense and sparse (`top_bytes`).
-    """
-
-    @functools.cache
-    def read(k):
-        """(logits [T, 256], the last layer's step) with k keys, or with all for None."""
-        model, steps = load_small_model(**({} if k is None else {"index_topk": k})).to(tokens.device), []
-        logits = model(tokens, attention="dense" if k is None else "sparse", record=steps)
-        return logits, steps[-1], model.config.attention.softmax_scale
-
-    def look(byte, k):
-        logits, step, scale = read(k)
-        return {
-            "byte": byte,
-            "k": k,
-            "next": int(tokens[byte + 1]) if byte + 1 < len(tokens) else None,
-            "chosen": step["indices"][byte].cpu(),
-            "weights": selected_weights(step, byte, scale).cpu(),
-            "dense": top_bytes(read(None)[0][byte]),
-            "sparse": top_bytes(logits[byte]),
-        }
-
-    return look
-
-
 def beside(text_bytes, seen):
     """The text with what was chosen, and to its right both guesses: fits a laptop's screen."""
-    figure = viz.selection_over_text(text_bytes, seen["byte"], seen["chosen"], seen["weights"], 64, room=(2.6, 0))
+    marks = (seen["byte"], seen["chosen"], seen["weights"])
+    figure = viz.selection_over_text(text_bytes, *marks, columns=72, room=(2.6, 0), cell=0.085)
     width, height = figure.get_size_inches()
     for place, way in enumerate(WAYS):
         _guesses(figure, (width - 2.3, height - 1.55 - 1.9 * place), seen, way)
@@ -76,13 +27,15 @@ def above(text_bytes, seen, written):
 
     written: {way: str}, what `write_on` gave.
     """
-    figure = viz.selection_over_text(text_bytes, seen["byte"], seen["chosen"], seen["weights"], 50, room=(0, 2.1))
+    marks = (seen["byte"], seen["chosen"], seen["weights"])
+    figure = viz.selection_over_text(text_bytes, *marks, columns=50, room=(0, 2.1))
     width, height = figure.get_size_inches()
     for place, way in enumerate(WAYS):
         left = 0.4 + place * width / 2
         _guesses(figure, (left, height - 1.5), seen, way)
         writes = {"family": "DejaVu Sans Mono", "size": 12, "weight": "bold", "color": viz.COLOURS[way[2]]}
-        figure.text(left / width, 1 - 1.83 / height, f"→ {written[way[0]]}", parse_math=False, **writes)
+        words = f"{_glyph(text_bytes[seen['byte']])} → {written[way[0]]}"
+        figure.text(left / width, 1 - 1.83 / height, words, parse_math=False, **writes)
     return figure
 
 
@@ -102,12 +55,39 @@ def live_next_byte(tokens, byte, k, shown) -> viz.LiveFigure:
     tokens: int64 [T], of which the first `shown` are on the picture. byte, k: where the sliders start.
     """
     look, text = reader(tokens), bytes(tokens[:shown].tolist())
-    wide = ipywidgets.Layout(width="700px")  # a pixel of the slider is about a byte of the text
     sliders = {
-        "byte": ipywidgets.IntSlider(byte, min=0, max=shown - 1, description="byte t", layout=wide),
+        "byte": ipywidgets.IntSlider(byte, min=0, max=shown - 1, description="byte t", layout=WIDE),
         "k": ipywidgets.SelectionSlider(options=(4, 16, 64, 256), value=k, description="k"),
     }
     return viz.LiveFigure("next byte", look, lambda seen: beside(text, seen), describe, sharpness=2, **sliders)
+
+
+def live_selection(text_bytes, steps, scale, byte, layer) -> viz.LiveFigure:
+    """Text with two sliders: the query's byte, and the layer whose selection and weights are shown.
+
+    text_bytes: bytes, some 700 fit a screen. steps: what a sparse forward pass recorded, one dict a layer, for at least
+    these bytes. scale: the softmax scale. byte, layer: where the sliders start. `.data`: byte, layer, chosen, weights.
+    """
+
+    def look(byte, layer):
+        chosen, weights = steps[layer]["indices"][byte], selected_weights(steps[layer], byte, scale)
+        return {"byte": byte, "layer": layer, "chosen": chosen.cpu(), "weights": weights.cpu()}
+
+    def draw(data):
+        marks = (data["byte"], data["chosen"], data["weights"])
+        return viz.selection_over_text(text_bytes, *marks, cell=0.085)
+
+    def say(data):
+        count = int((data["chosen"] >= 0).sum())
+        return (
+            f"{len(text_bytes)} bytes of text. For byte {data['byte']}, layer {data['layer']} selected {count} of them."
+        )
+
+    sliders = {
+        "byte": ipywidgets.IntSlider(byte, min=0, max=len(text_bytes) - 1, description="byte t", layout=WIDE),
+        "layer": ipywidgets.IntSlider(layer, min=0, max=len(steps) - 1, description="layer"),
+    }
+    return viz.LiveFigure("selection", look, draw, say, sharpness=2, **sliders)
 
 
 def _guesses(figure, corner, seen, way):
