@@ -149,7 +149,8 @@ def test_the_readmes_pictures_are_the_courses():
         assert shown.shape == made.shape and abs(shown - made).mean() < 0.2, (
             file
         )  # a curve that moves by 0.03 makes 0.8
-        assert f"(figures/{file})" in (FIGURES.parent / "README.md").read_text(encoding="utf-8")
+        readme = (FIGURES.parent / "README.md").read_text(encoding="utf-8")
+        assert f"](figures/{file})" in readme or f'src="figures/{file}"' in readme
     with pytest.raises(ValueError, match="text must begin one output of 00_start_here, got 0"):
         stored("00_start_here", "LiveFigure('nothing'")
 

@@ -59,7 +59,7 @@ def live_next_byte(tokens, byte, k, shown) -> viz.LiveFigure:
         "byte": ipywidgets.IntSlider(byte, min=0, max=shown - 1, description="byte t", layout=WIDE),
         "k": ipywidgets.SelectionSlider(options=(4, 16, 64, 256), value=k, description="k"),
     }
-    return viz.LiveFigure("next byte", look, lambda seen: beside(text, seen), describe, sharpness=2, **sliders)
+    return viz.LiveFigure("next byte", look, lambda seen: beside(text, seen), describe, **sliders)
 
 
 def live_selection(text_bytes, steps, scale, byte, layer) -> viz.LiveFigure:
@@ -87,7 +87,7 @@ def live_selection(text_bytes, steps, scale, byte, layer) -> viz.LiveFigure:
         "byte": ipywidgets.IntSlider(byte, min=0, max=len(text_bytes) - 1, description="byte t", layout=WIDE),
         "layer": ipywidgets.IntSlider(layer, min=0, max=len(steps) - 1, description="layer"),
     }
-    return viz.LiveFigure("selection", look, draw, say, sharpness=2, **sliders)
+    return viz.LiveFigure("selection", look, draw, say, **sliders)
 
 
 def _guesses(figure, corner, seen, way):
