@@ -1,7 +1,7 @@
 """Put the picture of the whole and the links to the neighbours into the source notebooks: `make course` does, first.
 
 `python -m notebooks.maintain.headers` writes them below the mark `<!-- course -->` at the end of each notebook's first
-and last cell, from the table in `course.py`. What stands above the mark is the author's, what stands below is made here.
+and last cell, from the table in `course.py`. Above the mark stands what an author wrote, below it what is made here.
 """
 
 import copy

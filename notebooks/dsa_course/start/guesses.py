@@ -14,7 +14,7 @@ SHOWN = 4  # guesses for a byte
 
 
 def write_on(model, prompt, count, attention="sparse") -> bytes:
-    """`prompt`, bytes, and `count` more, each the model's first guess. attention: "sparse", or "dense" for all bytes."""
+    """`prompt`, bytes, and `count` more, each the model's first guess. attention: "sparse" or "dense"."""
     caches = model.new_caches(len(prompt) + count)
     text, unread = prompt, prompt
     device = next(model.parameters()).device

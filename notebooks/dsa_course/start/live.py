@@ -44,7 +44,7 @@ def describe(seen):
     count = int((seen["chosen"] >= 0).sum())
     best = {way: ", ".join(f"{_glyph(byte)} {p:.0%}" for byte, p in seen[way][:2]) for way in ("dense", "sparse")}
     return (
-        f"Source text; byte {seen['byte']} is the query, and {count} of the {seen['byte'] + 1} bytes so far are chosen. "
+        f"Source text; byte {seen['byte']} is the query; {count} of the {seen['byte'] + 1} bytes so far are chosen. "
         f"Next byte from all of them: {best['dense']}. From the chosen ones: {best['sparse']}."
     )
 
