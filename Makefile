@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
+TESTS_INSTALLED := .venv/tests-installed
 LAB_ARGS ?=
 BENCH_ARGS ?=
 
@@ -27,22 +28,23 @@ lab: $(INSTALLED)  ## open JupyterLab on the first notebook (LAB_ARGS="--no-brow
 # One thread a process: two processes run at once, and sums come out the same on every machine.
 test test-grading test-browser test-install course: export OMP_NUM_THREADS := 1
 
-test: $(INSTALLED)  ## run the tests, then every notebook against its stored outputs
+test: $(TESTS_INSTALLED)  ## run the tests, then every notebook against its stored outputs
 	$(VENV_PYTHON) -m pytest -n 2 --check-skips
 	$(VENV_PYTHON) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=120 -n 2 --dist loadscope notebooks/
 
-test-grading: $(INSTALLED)  ## grade a solved and an unsolved notebook with nbgrader (installs it)
+test-grading: $(TESTS_INSTALLED)  ## grade a solved and an unsolved notebook with nbgrader (installs it)
 	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[grading]'
 	$(VENV_PYTHON) -m pytest -m grading tests/course/test_grading.py
 
-test-browser: $(INSTALLED)  ## move every notebook's slider in JupyterLab (needs Chromium, installs Playwright)
+test-browser: $(TESTS_INSTALLED)  ## move every notebook's slider in JupyterLab (needs Chromium, installs Playwright)
 	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[browser]'
 	$(VENV_PYTHON) -m pytest -m browser tests/course/test_browser.py
 
-test-install: $(INSTALLED)  ## install our wheel beside Hugging Face's kernels in a new environment (needs PyPI)
+test-install: $(TESTS_INSTALLED)  ## install our wheel beside Hugging Face's kernels in a new environment (needs PyPI)
 	$(VENV_PYTHON) -m pytest -s -m install tests/test_install.py
 
-course: $(INSTALLED)  ## execute every notebook, then make the learner edition and the README's pictures and tables
+course: $(TESTS_INSTALLED)  ## link and execute every notebook, make the learner edition, the pictures and the tables
+	$(VENV_PYTHON) -m notebooks.maintain.headers
 	$(VENV_PYTHON) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False \
 		--ExecutePreprocessor.record_timing=False notebooks/solutions/*.ipynb
 	$(VENV_PYTHON) -m notebooks.maintain.learner
@@ -58,7 +60,7 @@ api: $(INSTALLED)  ## make API.md from the docstrings
 bench: $(INSTALLED)  ## measure every step on a GPU, beside the peers that are installed (BENCH_ARGS=...)
 	$(VENV_PYTHON) -m dsa_bench --peers $(BENCH_ARGS)
 
-lint: $(INSTALLED)  ## check style and formatting
+lint: $(TESTS_INSTALLED)  ## check style and formatting
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
 
@@ -75,4 +77,9 @@ $(INSTALLED): requirements.txt pyproject.toml
 	else why="PyPI's build: no NVIDIA driver is here, but $(CPU_TORCH) cannot be reached"; fi; \
 	echo "torch: $$why"; \
 	$(VENV_PYTHON) -m pip install --disable-pip-version-check $$index -r requirements.txt
+	touch $@
+
+# What the tests need besides.
+$(TESTS_INSTALLED): $(INSTALLED)
+	$(VENV_PYTHON) -m pip install --disable-pip-version-check -e '.[test]'
 	touch $@

@@ -9,7 +9,8 @@ import torch
 
 from notebooks.maintain import tables
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / "README.md"
 
 
 def test_the_readme_s_serving_runs():
@@ -32,3 +33,19 @@ def test_a_table_that_is_missing_or_unknown_is_refused():
     for wrong in (text.replace("<!-- table: layer -->", ""), text.replace("table: layer", "table: laser")):
         with pytest.raises(ValueError, match="README.md must have the tables layer, kernels, decode"):
             tables.written(wrong)
+
+
+def pins(text):
+    """{(package, condition): version} of all that is pinned in a text."""
+    found = re.findall(r"([\w-]+)==([\w.]+)(?:; ([^\"#\n]*))?", text.replace("'", ""))
+    return {(name, condition.strip()): version for name, version, condition in found}
+
+
+def test_a_learner_s_packages_and_the_tests_are_apart_and_agree():
+    """Only pytest is in both, since notebook 15 runs tests."""
+    learner = pins((ROOT / "requirements.txt").read_text(encoding="utf-8"))
+    extra = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("\ntest = [")[2].partition("\n]")[0]
+    tests = pins(extra)
+    assert {name for name, _ in tests} >= {"pytest", "nbval", "hypothesis", "transformers", "ruff"}
+    both = learner.keys() & tests.keys()
+    assert both == {("pytest", "")} and all(learner[pin] == tests[pin] for pin in both)

@@ -20,6 +20,7 @@ from .select_topk.check import check_selection, select_topk
 from .serving.check import merge_splits, step_bytes
 from .serving.check_pages import pack_page, paged_scores, slots_of
 from .start.check import three_lines
+from .start.check_last import keep_last
 from .traps.check import diagnose, match_symptoms, rope_probe
 from .triton_index_scores.check import copy_kernel, index_scores_kernel, planted_bug_kernel, row_sum_kernel, tile_cost
 from .triton_online_softmax.check import merge_kernel, row_lse_kernel

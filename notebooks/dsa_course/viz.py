@@ -20,8 +20,6 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import NullLocator
 from PIL.PngImagePlugin import PngInfo
 
-from dsa_ref.training.evaluate import selected_weights
-
 COLOURS = {
     "query": "#c1440e",  # the position that asks
     "selected": "#0b5394",  # what the indexer keeps for it
@@ -38,8 +36,11 @@ LINES = (  # one (colour, line, marker) a curve, in order: the indexer first, it
     ("#000000", (0, (1, 1)), "x"),
 )
 FAINT = "#d0d0d0"  # marks that mean nothing: newlines
-DPI = 100
+DPI = 100  # of the page: a figure of 7 inches is 700 pixels of CSS wide
+SHARP = 2  # pixels of the PNG for each of those, for screens that have them
+ABOVE = 240  # pixels of a screen's height: JupyterLab's bars, and a row or two of controls above the picture
 TAB = 4  # cells
+UNDERLINE = 0.955  # of a line's height, from its top: below letters and underscores
 MONO_ADVANCE = 0.602  # width of a DejaVu Sans Mono character, of its size
 
 
@@ -56,21 +57,30 @@ def png(figure, alt) -> bytes:
         raise ValueError("alt must describe the picture in words, got an empty str")
     canvas, buffer, description = FigureCanvasAgg(figure), io.BytesIO(), PngInfo()
     description.add_itxt("Description", alt)
-    figure.dpi = DPI
+    figure.dpi = SHARP * DPI
     canvas.draw()
     pixels = PIL.Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     # A third of the bytes of a picture in full colour, and as good: edges of letters are all that many colours serve.
-    pixels.quantize(256, dither=PIL.Image.Dither.NONE).save(buffer, "PNG", optimize=True, pnginfo=description)
+    pixels.quantize(256, dither=PIL.Image.Dither.NONE).save(buffer, "PNG", compress_level=6, pnginfo=description)
     return buffer.getvalue()
 
 
 def picture(figure, alt) -> Image:
     """A figure for a cell's last line: it shows as a PNG that carries its alt text. Errors as `png`."""
-    return Image(data=png(figure, alt), format="png", alt=alt)
+    data = png(figure, alt)
+    return Image(data=data, format="png", alt=alt, width=width_of(data))
+
+
+def width_of(data) -> int:
+    """How wide a PNG made by `png` stands on a page, in CSS pixels."""
+    return PIL.Image.open(io.BytesIO(data)).width // SHARP
 
 
 class LiveFigure(ipywidgets.VBox):
     """A picture with controls above it: a moved control computes anew and draws anew. A PNG where no kernel runs.
+
+    Controls stand side by side, and the picture shrinks until it fits the screen with them. Where `compute` cannot take
+    a control's value, data is a dict whose "instead" has {the control's name: the value shown}, and the figure says so.
 
     name: str, for the repr. compute(**values) -> data; draw(data) -> matplotlib Figure. Kept apart so that a test can
     look at `.data` and never at pixels. alt: what the picture shows, a str or a function of data giving one.
@@ -86,12 +96,13 @@ class LiveFigure(ipywidgets.VBox):
             if not isinstance(control, ipywidgets.Widget) or not control.has_trait("value"):
                 raise TypeError(f"{key} must be an ipywidgets control with a value, got {type(control).__name__}")
         self._refresh()
-        self._image = ipywidgets.HTML(self._img())
+        self._image = ipywidgets.HTML(self._img(), layout=ipywidgets.Layout(width="100%"))
         for control in controls.values():
             if control.has_trait("continuous_update"):
                 control.continuous_update = False  # once a move, not once a pixel
             control.observe(self._show, "value")
-        super().__init__([*controls.values(), self._image])
+        wrapped = ipywidgets.Layout(flex_flow="row wrap", width="100%")
+        super().__init__([*controls.values(), self._image], layout=wrapped)
 
     def _refresh(self):
         data = self._compute(**{key: control.value for key, control in self._controls.items()})
@@ -105,7 +116,20 @@ class LiveFigure(ipywidgets.VBox):
 
     def _img(self):
         """An img element of our own: the Image widget knows no alt, and fails in the browser when given a tooltip."""
-        return f'<img alt="{html.escape(self.alt)}" src="data:image/png;base64,{base64.b64encode(self.png).decode()}">'
+        data, width = base64.b64encode(self.png).decode(), width_of(self.png)
+        fits = (
+            f"max-width: min(100%, {width}px); max-height: calc(100vh - {ABOVE}px)"  # one of them rules; none distorts
+        )
+        return f'{self._note()}<img alt="{html.escape(self.alt)}" style="{fits}" src="data:image/png;base64,{data}">'
+
+    def _note(self):
+        """Which controls ask for something that is not there, and what is shown instead."""
+        instead = self.data.get("instead", {}) if isinstance(self.data, dict) else {}
+        notes = []
+        for key, shown in instead.items():
+            control = self._controls[key]
+            notes.append(f"{control.description} = {control.value} is not there with these settings: {shown} is shown")
+        return f'<p role="status">{html.escape("; ".join(notes))}</p>' if notes else ""
 
     def __repr__(self):
         state = "".join(f", {key}={control.value!r}" for key, control in self._controls.items())
@@ -114,16 +138,19 @@ class LiveFigure(ipywidgets.VBox):
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs)
         bundle["image/png"] = base64.b64encode(self.png).decode()
-        return bundle, {"image/png": {"alt": self.alt}}
+        return bundle, {"image/png": {"alt": self.alt, "width": width_of(self.png)}}
 
 
-def selection_over_text(text_bytes, position, selected, weights=None, columns=80) -> Figure:
+def selection_over_text(text_bytes, position, selected, weights=None, columns=80, room=(0, 0), cell=0.1) -> Figure:
     """Source text as a grid, one cell a byte: the query's byte framed, the selected bytes shaded, the future in grey.
+
+    Selected bytes are underlined, too: in blue, below where an underscore lies, so that no mark reads as an accent.
 
     text_bytes: bytes. position: the query's byte. selected: ints, bytes in [0, position], -1 ignored: a row of
     `select_topk`. weights: one number >= 0 for each entry of selected; the shade is the root of weight / largest.
     A newline ends a line and shows as ↵, a tab is four cells wide, a byte that is no printable ASCII is a middle dot.
     Longer lines wrap at `columns`. The numbers on the left are byte offsets. Some 700 bytes stay legible.
+    room: inches left free for the caller's axes, on the right and above. cell: inches a column.
 
     Raises: TypeError for text that is no bytes; ValueError for bad columns, a position outside the text, a selected
     byte outside [0, position], or weights that do not fit selected.
@@ -131,11 +158,12 @@ def selection_over_text(text_bytes, position, selected, weights=None, columns=80
     shades = _shades(text_bytes, position, selected, weights, columns)
     cells = layout_of(text_bytes, columns)
     lines = cells[-1][1] + 1
-    inch_a_column, inch_a_line, left, top = 0.1, 0.2, 0.45, 0.1
-    legend_columns, bottom = (4, 0.6) if columns >= 72 else (2, 0.8)
+    inch_a_column, inch_a_line, left, top = cell, 2 * cell, 0.45, 0.1 + room[1]
+    legend_columns, bottom = (4, 0.6) if columns >= 64 else (2, 0.8)
     size = 72 * inch_a_column / MONO_ADVANCE  # so that a line of text falls into the cells by itself
     font = {"family": "DejaVu Sans Mono", "size": size, "parse_math": False}
-    width, height = max(5.0, left + (columns + 1) * inch_a_column + 0.1), bottom + lines * inch_a_line + top
+    text_width = left + (columns + 1) * inch_a_column + 0.1
+    width, height = max(5.0, text_width + room[0]), bottom + lines * inch_a_line + top
     figure = Figure(figsize=(width, height), facecolor=COLOURS["visible"])
     box = (left / width, bottom / height, (columns + 1) * inch_a_column / width, lines * inch_a_line / height)
     axes = figure.add_axes(box, xlim=(0, columns + 1), ylim=(lines, 0))
@@ -152,15 +180,14 @@ def selection_over_text(text_bytes, position, selected, weights=None, columns=80
         glyph, ink = glyph_of(byte), "black" if i <= position else COLOURS["future"]
         if i in shades:
             axes.add_patch(Rectangle((x, y), w, 0.96, facecolor=scale(0.2 + 0.8 * shades[i]), linewidth=0))
-            # The mark lies above the glyph: below it would hide an underscore.
-            axes.hlines(y + 0.08, x + 0.1, x + w - 0.1, color="black", linewidth=1.4)
+            axes.hlines(y + UNDERLINE, x + 0.1, x + w - 0.1, color=COLOURS["selected"], linewidth=1.4)
             ink = "white" if shades[i] > 0.72 else "black"  # whichever has more contrast, at least 4.5 to 1
         elif glyph == "↵":
             ink = FAINT
         layers.setdefault((y, ink), [" "] * (columns + 1))[x] = glyph
     for (y, ink), line in layers.items():
         for run in re.finditer(r"\S+( \S+)*", "".join(line)):
-            axes.text(run.start(), y + 0.72, run[0], color=ink, **font)
+            axes.text(run.start(), y + 0.7, run[0], color=ink, **font)
     x, y, w = cells[position]
     frame = {"fill": False, "edgecolor": COLOURS["query"], "linewidth": 2.0, "zorder": 4, "clip_on": False}
     axes.add_patch(Rectangle((x - 0.1, y - 0.02), w + 0.2, 1, **frame))
@@ -173,34 +200,6 @@ def selection_over_text(text_bytes, position, selected, weights=None, columns=80
     ]
     figure.legend(handles=legend, loc="lower center", ncols=legend_columns, fontsize=8, frameon=False)
     return figure
-
-
-def live_selection(text_bytes, steps, scale, byte, layer) -> LiveFigure:
-    """`selection_over_text` with two sliders: the query's byte, and the layer whose selection and weights are shown.
-
-    text_bytes: bytes, some 800 fit a screen. steps: what a sparse forward pass recorded, one dict a layer, for at least
-    these bytes. scale: the softmax scale. byte, layer: where the sliders start. `.data`: byte, layer, chosen, weights.
-    """
-
-    def look(byte, layer):
-        chosen, weights = steps[layer]["indices"][byte], selected_weights(steps[layer], byte, scale)
-        return {"byte": byte, "layer": layer, "chosen": chosen.cpu(), "weights": weights.cpu()}
-
-    def draw(data):
-        return selection_over_text(text_bytes, data["byte"], data["chosen"], data["weights"])
-
-    def describe(data):
-        count = int((data["chosen"] >= 0).sum())
-        return (
-            f"{len(text_bytes)} bytes of text. For byte {data['byte']}, layer {data['layer']} selected {count} of them."
-        )
-
-    wide = ipywidgets.Layout(width="800px")  # a pixel of the slider is about a byte of the text
-    sliders = {
-        "byte": ipywidgets.IntSlider(byte, min=0, max=len(text_bytes) - 1, description="byte t", layout=wide),
-        "layer": ipywidgets.IntSlider(layer, min=0, max=len(steps) - 1, description="layer"),
-    }
-    return LiveFigure("selection", look, draw, describe, **sliders)
 
 
 def _shades(text_bytes, position, selected, weights, columns):

@@ -4,18 +4,20 @@ notebooks/solutions/NN_title.ipynb is the source; notebooks/NN_title.ipynb is ge
 What lies between `### BEGIN SOLUTION` and `### END SOLUTION` becomes nbgrader's stub, the folded solution below each
 exercise gets the code, and the check's stored output becomes the error that the stub raises. All other outputs are the
 source's own: no cell may use what a learner wrote, so they are the same. Strict nbval on both editions proves it.
+The learner edition lies one folder higher, so a link that leads up, `](../GLOSSARY.md)`, loses one step.
 """
 
 import copy
-import pathlib
 import re
 
 import nbformat
 
-SOURCE = pathlib.Path(__file__).parents[1] / "solutions"
+from .course import SOURCE
+
 LEARNER = SOURCE.parent
 
 SOLUTION = re.compile(r"^([ \t]*)### BEGIN SOLUTION[^\n]*\n(.*?)^[ \t]*### END SOLUTION[^\n]*(?:\n|\Z)", re.M | re.S)
+UP = re.compile(r"\]\(\.\./")  # a link out of solutions/
 PLACE = re.compile(r"<!-- solution: (\w+) -->")  # in the folded text below an exercise
 
 
@@ -46,6 +48,7 @@ def learner_edition(source):
                 )
             ]
         elif cell.cell_type == "markdown":
+            cell.source = UP.sub("](", cell.source)
             for exercise in PLACE.findall(cell.source):
                 if exercise not in solved:
                     raise ValueError(f"fold for {exercise!r} must stand below its solution cell, which is missing")

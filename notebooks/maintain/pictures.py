@@ -1,7 +1,7 @@
-"""Make the README's pictures: `python -m notebooks.maintain.pictures`; `make course` does.
+"""Make the pictures of the README and of the notebooks' first cells: `python -m notebooks.maintain.pictures`.
 
-`figures/selection.png` is copied out of the executed course, `figures/recall.png` and `figures/cost.png` are drawn from
-their records.
+`make course` does. `figures/selection.png` is copied out of the executed course, `figures/recall.png` and `figures/cost.png`
+are drawn from their records, and `figures/schematic*.svg` shows the whole of DSA, once with each choice of parts lit that the course makes.
 """
 
 import base64
@@ -9,9 +9,11 @@ import base64
 import nbformat
 
 from dsa_course.million.live import still_curves
+from dsa_course.schematic import schematic, schematic_file
 from dsa_course.viz import png, recall_curves
 from dsa_ref import records
 
+from .course import COURSE
 from .learner import SOURCE
 
 FIGURES = records.figures_folder()
@@ -31,8 +33,8 @@ def stored(notebook, text) -> bytes:
 
 
 def selection() -> bytes:
-    """What the trained indexer selects, the first live figure of the course."""
-    return stored("00_start_here", "LiveFigure('selection'")
+    """What the trained indexer selects and what the model then guesses, the first picture of the course."""
+    return stored("00_start_here", "<IPython.core.display.Image")
 
 
 def recall() -> bytes:
@@ -51,11 +53,19 @@ def cost() -> bytes:
 PICTURES = {"selection.png": selection, "recall.png": recall, "cost.png": cost}
 
 
+def schematics() -> dict[str, str]:
+    """{file: SVG text}: the picture with nothing lit, and what each notebook lights."""
+    return {schematic_file(lit): schematic(lit) for lit in ((), *(notebook.lit for notebook in COURSE))}
+
+
 def main():
     made = {file: make() for file, make in PICTURES.items()}  # all, before one is replaced
     for file, picture in made.items():
         with records.replacing(FIGURES / file) as new:
             new.write_bytes(picture)
+    for file, svg in schematics().items():
+        with records.replacing(FIGURES / file) as new:
+            new.write_text(svg, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,14 +17,23 @@ PACKAGES = ("dsa_ref", "dsa_kernels", "dsa_bench", "dsa_course")
 # In a longer path, and in an address, none of these is ours.
 PATH = re.compile(r"(?<![\w./-])(?:dsa_ref|kernels|notebooks|tests|figures)/[\w./-]*(?:::\w+)?")
 DOTTED = re.compile(r"(?<![\w./-])(?:dsa_\w+|kernels)(?:\.[A-Za-z_]\w*)+")  # ours is called dsa_kernels
-LINK = re.compile(r"\]\(([\w./-]+\.(?:ipynb|json|md|png|py))\)")
+LINK = re.compile(r"\]\(([\w./-]+\.(?:ipynb|json|md|png|py|svg)(?:#[\w-]+)?|#[\w-]+)\)")
 
 
 def dangling(text, folder=LEARNER):
     """The paths, names and links in the text that lead nowhere. Links are relative to `folder`."""
     found = [path for path in PATH.findall(text) if not path_exists(path.rstrip("."))]
     found += [name for name in DOTTED.findall(text) if not name_exists(name)]
-    return found + [link for link in LINK.findall(text) if not (folder / link).exists()]
+    return found + [link for link in LINK.findall(text) if not link_leads(link, folder, text)]
+
+
+def link_leads(link, folder, text):
+    """The file is there, and in a page of Markdown the heading is, by the name that GitHub gives it."""
+    file, _, heading = link.partition("#")
+    if file and not (folder / file).exists():
+        return False
+    page = (folder / file).read_text(encoding="utf-8") if file.endswith(".md") else text
+    return not heading or heading in [made.lower().replace(" ", "-") for made in re.findall("^#+ (.+)$", page, re.M)]
 
 
 def path_exists(path):
@@ -64,12 +73,19 @@ def text_of(nb):
 @pytest.mark.parametrize("path", sorted(SOURCE.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_a_notebook_points_at_what_exists(path):
     text = "\n".join(text_of(nbformat.read(path, as_version=4)))
-    assert dangling(text) == []
+    assert dangling(text, SOURCE) == []
+    assert dangling("\n".join(text_of(nbformat.read(LEARNER / path.name, as_version=4)))) == []
     assert DOTTED.search(text)  # so there was something to look up
 
 
-def test_the_map_points_at_what_exists():
-    assert dangling((LEARNER / "README.md").read_text(encoding="utf-8")) == []
+@pytest.mark.parametrize("page", [LEARNER / "README.md", LEARNER / "GLOSSARY.md", ROOT / "README.md"], ids=str)
+def test_a_page_points_at_what_exists(page):
+    assert dangling(page.read_text(encoding="utf-8"), page.parent) == []
+
+
+def test_the_glossary_is_in_order_and_explains_each_word_once():
+    words = re.findall("^#### (.+)$", (LEARNER / "GLOSSARY.md").read_text(encoding="utf-8"), re.M)
+    assert words == sorted(set(words), key=str.lower) and len(words) >= 45
 
 
 @pytest.mark.parametrize(
@@ -83,6 +99,9 @@ def test_the_map_points_at_what_exists():
         ("tests/steps/test_rope.py::test_turns_pairs[x]", []),
         ("tests/steps/test_rope.py::test_no_such[x]", ["tests/steps/test_rope.py::test_no_such"]),
         ("[map](README.md) [none](READ.md) [far](https://example.org/x)", ["READ.md"]),
+        ("[nat](GLOSSARY.md#nat) [map](../README.md) [no](GLOSSARY.md#gnat)", ["GLOSSARY.md#gnat"]),
+        ("## Two words\n[up](#two-words), [nowhere](#three-words)", ["#three-words"]),
+        ("![a](../figures/schematic.svg) ![b](../figures/scheme.svg)", ["../figures/scheme.svg"]),
         ("https://github.com/someone/kernels/tree, ../figures/none.png", []),
     ],
 )

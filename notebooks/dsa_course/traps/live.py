@@ -53,7 +53,7 @@ def live_traps(text_bytes, tokens, layer, trap, byte) -> viz.LiveFigure:
         for key in data["added"]:
             x, y, width = places[key]
             axes.add_patch(Rectangle((x, y), width, 0.96, facecolor=ADDED, linewidth=0, zorder=0.5))
-            axes.hlines(y + 0.08, x + 0.1, x + width - 0.1, color="black", linewidth=1.4)
+            axes.hlines(y + viz.UNDERLINE, x + 0.1, x + width - 0.1, color="black", linewidth=1.4)
         for key in data["lost"]:
             x, y, width = places[key]
             axes.add_patch(Rectangle((x + 0.05, y + 0.05), width - 0.1, 0.86, **LOST))
