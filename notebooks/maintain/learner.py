@@ -12,6 +12,8 @@ import re
 
 import nbformat
 
+from dsa_course.checking import NotWritten
+
 SOURCE = pathlib.Path(__file__).parents[1] / "solutions"
 LEARNER = SOURCE.parent
 
@@ -40,9 +42,10 @@ def learner_edition(source):
             if exercise not in solved:
                 raise ValueError(f"check {exercise!r} must stand below its solution cell, which is missing")
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), "raises-exception"]
+            stub = NotWritten()
             cell.outputs = [
                 nbformat.v4.new_output(
-                    "error", ename="NotImplementedError", evalue="", traceback=["NotImplementedError: not solved yet"]
+                    "error", ename=type(stub).__name__, evalue=str(stub), traceback=stub._render_traceback_()
                 )
             ]
         elif cell.cell_type == "markdown":
