@@ -6,7 +6,7 @@ exercise gets the code, and the check's stored output becomes the error that the
 source's own: no cell may use what a learner wrote, so they are the same. Strict nbval on both editions proves it.
 
 Where a text asks for a guess, the output of the cell below it is folded: JupyterLab opens it when the cell is run or
-the fold is clicked, and the site (`hide-output`) on a click. A source cell with the tag `hide-output` is folded too.
+the fold is clicked, and the site (`hide-output`) on a click. A source cell with `outputs_hidden` is folded too.
 """
 
 import copy
@@ -73,14 +73,14 @@ def learner_edition(source):
 
 
 def guessed(nb):
-    """The code cells whose output somebody was asked to guess: the first below a text that asks, or tagged so."""
+    """The code cells whose output somebody was asked to guess: the first below a text that asks, or marked so."""
     asked = False
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             asked = "<details>" not in cell.source and ASKS.search(cell.source)
         elif "nbgrader" in cell.metadata:
             asked = False
-        elif (asked and cell.outputs) or "hide-output" in cell.metadata.get("tags", []):
+        elif (asked and cell.outputs) or cell.metadata.get("jupyter", {}).get("outputs_hidden"):
             asked = False
             yield cell
 
