@@ -7,7 +7,6 @@ Plain pytest leaves these tests out (marker `browser`). SCREENSHOTS=folder keeps
 import contextlib
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -21,8 +20,6 @@ from notebooks.maintain.learner import LEARNER
 
 pytestmark = pytest.mark.browser
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-NOT_HERE = ("background-networking", "component-update", "gpu", "sync")
 MINUTE = 60_000  # milliseconds
 NAMES = sorted(path.stem for path in LEARNER.glob("*.ipynb"))
 
@@ -54,19 +51,6 @@ def lab(tmp_path_factory):
     finally:
         server.terminate()
         server.wait()
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    from playwright.sync_api import sync_playwright
-
-    assert CHROMIUM, "needs Chromium: apt-get install chromium"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", *(f"--disable-{feature}" for feature in NOT_HERE)]
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -39,7 +39,7 @@ class Pages:
 
     def __init__(self, repository="", branch="main"):
         self.repository, self.branch = repository.removesuffix("/").removesuffix(".git"), branch
-        self.notebooks = sorted(LEARNER.glob("[0-9][0-9]_*.ipynb"))
+        self.notebooks = sorted(LEARNER.glob("*.ipynb"))
         self.texts = sorted(path for path in LEARNER.glob("*.md") if path.name != "README.md")
         self.pictures = set()
         self.names = {path.name for path in (*self.notebooks, *self.texts)} | {"README.md"}
