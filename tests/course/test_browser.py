@@ -114,7 +114,7 @@ def run_all_cells(page):
         prompts = page.evaluate(PROMPTS)
         if prompts and all(re.search(r"\d", prompt) for prompt in prompts):
             return
-        if (select := page.locator("dialog").get_by_role("button", name="Select Kernel")).count():
+        if (select := page.locator("dialog").get_by_role("button", name="Select")).count():
             select.click()  # a server that was slow to list its kernels asks for one
         if not re.search(r"[*\d]", "".join(prompts)) and time.monotonic() > clicked + 15:  # not yet, or it was missed
             page.get_by_role("menuitem", name="Run", exact=True).click()

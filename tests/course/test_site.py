@@ -154,16 +154,19 @@ def test_mathjax_is_the_pinned_one(tmp_path, monkeypatch):
         site.mathjax(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1366])
-def test_in_a_browser(built, chromium, width, scheme):
+@pytest.mark.parametrize(
+    ("width", "scheme", "names"),  # every page narrow and wide, light and dark; some of them in both
+    [(390, "light", NAMES), (1366, "dark", NAMES), (390, "dark", NAMES[:3]), (1366, "light", NAMES[:3])],
+    ids=["narrow", "wide, dark", "narrow, dark", "wide"],
+)
+def test_in_a_browser(built, chromium, width, scheme, names):
     """Nothing is wider than the screen, no host is asked, pictures keep their shape, formulas are set, folds open."""
     context = chromium.new_context(viewport={"width": width, "height": 768}, color_scheme=scheme)
     asked, wrong = [], []
     context.on("request", lambda request: asked.append(request.url))
     context.on("requestfailed", lambda request: wrong.append(request.url))
     context.on("weberror", lambda error: wrong.append(str(error.error)))
-    for name in ("index", *NAMES):
+    for name in ("index", *names):
         page = context.new_page()
         page.goto((built / f"{name}.html").as_uri())
         if page.locator(".math").count():
@@ -184,6 +187,13 @@ def test_in_a_browser(built, chromium, width, scheme):
     context.close()
     assert wrong == []
     assert asked and not [url for url in asked if not url.startswith(("file:", "data:", "blob:"))]
+
+
+def test_the_search_finds_a_word_of_a_notebook(built, chromium):
+    page = chromium.new_page()
+    page.goto((built / "search.html").as_uri() + "?q=einsums")
+    page.locator("#search-results li a", has_text="The lightning indexer").first.wait_for()
+    page.close()
 
 
 LOOKS = """() => {

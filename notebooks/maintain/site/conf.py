@@ -13,6 +13,7 @@ nb_code_prompt_show = "Made your guess? Open the {type}"
 nb_code_prompt_hide = "Close the {type}"
 myst_enable_extensions = ["dollarmath", "html_image"]
 myst_heading_anchors = 4
+suppress_warnings = ["myst.header"]  # the glossary skips a level of headings, for their size
 
 # No address of another host: MathJax is copied into the site, the theme brings its own fonts.
 mathjax_path = "mathjax.js"
