@@ -24,32 +24,38 @@ class Python:
     """`with Python() as seen: solution(...)`; then
 
     seen.lines: how many lines of Python ran. A loop repeats its own, in torch, in NumPy and in a comprehension.
-    seen.bytes: all that was allocated outside torch (NumPy, lists), summed over the lines, freed or not.
+    seen.bytes: all that was allocated outside torch (NumPy, lists) in pieces of SMALL bytes or more, freed or not.
+    seen.peak: the most that was held at one time, beyond what there was before the call.
     """
 
+    SMALL = 512  # a line's frame and numbers take less, those of this class too
+
     def __enter__(self):
-        self.lines, self.bytes, self.own = 0, 0, False
-        self.running, self.before = tracemalloc.is_tracing(), sys.gettrace()
+        self.lines, self.bytes, self.peak, self.own = 0, 0, 0, False
+        self.running, self.outer = tracemalloc.is_tracing(), sys.gettrace()
         if not self.running:
             tracemalloc.start()
-        self.held = tracemalloc.get_traced_memory()[0]
+        self.before = self.held = tracemalloc.get_traced_memory()[0]
         sys.settrace(self._trace)
         return self
 
     def __exit__(self, *error):
-        sys.settrace(self.before)
+        sys.settrace(self.outer)
         if not self.running:
             tracemalloc.stop()
 
     def _trace(self, frame, event, argument):
         now, peak = tracemalloc.get_traced_memory()
         if self.own:  # what ran up to here was none of our own code
-            self.bytes += max(peak - self.held, 0)
+            self.bytes += peak - self.held if peak - self.held >= self.SMALL else 0
+            self.peak = max(self.peak, peak - self.before)
         tracemalloc.reset_peak()
-        self.held = now
         runs_next = frame.f_back if event == "return" else frame
-        self.own = runs_next is not None and not runs_next.f_code.co_filename.startswith(OURS)
-        self.lines += event == "line" and self.own
+        own = runs_next is not None and not runs_next.f_code.co_filename.startswith(OURS)
+        if own and event == "call" and frame.f_back.f_code.co_filename.startswith(OURS):
+            self.before = now  # here the learner's function begins
+        self.own, self.held = own, now
+        self.lines += event == "line" and own
         return self._trace
 
 

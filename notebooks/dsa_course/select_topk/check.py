@@ -155,7 +155,8 @@ def _verdict(solution, indices, scores, k):
             raise
         return failure
     cause = "did you forget to return True at the end?"
-    expect(got is not None and hasattr(got, "__bool__"), f"got {type(got).__name__}, expected True or False", cause)
+    single = hasattr(got, "__bool__") and getattr(got, "shape", ()) == ()  # Python's, NumPy's or torch's
+    expect(got is not None and single, f"got {type(got).__name__}, expected True or False", cause)
     return bool(got)
 
 
@@ -182,7 +183,9 @@ def _other_scores():
 
 
 def _accepts(solution, name, arrange):
-    for scores, k in (*_tied_scores(), *_other_scores()):
+    more = "it asks for more than the contract does"
+    rounded = f"{more}, or it rounds or changes the scores before it compares them"
+    for scores, k, cause in (*((*x, more) for x in _tied_scores()), *((*x, rounded) for x in _other_scores())):
         indices = arrange(reference(scores, k))
         verdict = _verdict(solution, indices, scores, k)
         if isinstance(verdict, Failed):
@@ -191,7 +194,7 @@ def _accepts(solution, name, arrange):
             verdict = False
         T, S = scores.shape
         what = f"T={T}, S={S}, k={k}: your check rejects {name}; row {T - 1} of the scores begins {_few(scores[-1])}"
-        expect(verdict, what, "it asks for more than the contract does")
+        expect(verdict, what, cause)
 
 
 @check_selection.property("accepts the right one")
