@@ -11,7 +11,18 @@ from dsa_ref.quantize import AMAX_FLOOR, E4M3_MAX, power_of_two_at_least
 from dsa_ref.quantize import quantize as reference
 from dsa_ref.testing import Failed, overlap
 
-from ..checking import Check, expect, expect_close, expect_shape, normal, whole
+from ..checking import (
+    FORGOTTEN,
+    Check,
+    expect,
+    expect_close,
+    expect_number,
+    expect_shape,
+    normal,
+    strided,
+    tensor,
+    whole,
+)
 
 quantize = Check("quantize")  # quantize(x [..., D]) -> x8 float8_e4m3fn [..., D], scale fp32 [...]
 hadamard = Check("hadamard")  # hadamard(x [..., D]) -> [..., D]
@@ -34,19 +45,25 @@ def _quantized(solution, x):
     """(values as fp32, scale as fp32) once shapes and types are right."""
     result = solution(x)
     expect(
-        isinstance(result, tuple) and len(result) == 2,
+        isinstance(result, (tuple, list)) and len(result) == 2,
         f"got {type(result).__name__}, expected the pair (x8, scale)",
-        "the numbers mean nothing without their scale: return both",
+        FORGOTTEN if result is None else "the numbers mean nothing without their scale: return both",
     )
     x8, scale = result
     expect_shape(x8, x.shape, torch.float8_e4m3fn, "x8")
     expect_shape(scale, x.shape[:-1], torch.float32, "scale")
-    return x8.float(), scale
+    return tensor(x8).float(), tensor(scale)
 
 
 @quantize.property("shapes and types")
 def quantize_shapes_and_types(solution):
-    for seed, shape, dtype in ((1, (5, 8), torch.float32), (2, (3, 2, 37), torch.bfloat16), (3, (7,), torch.float32)):
+    for seed, shape, dtype in (
+        (1, (5, 8), torch.float32),
+        (2, (3, 2, 37), torch.bfloat16),
+        (3, (7,), torch.float32),
+        (4, (1, 1), torch.bfloat16),
+        (5, (3, 1, 2, 1), torch.float32),
+    ):
         _quantized(solution, _rows(seed, *shape, dtype=dtype))
 
 
@@ -122,6 +139,10 @@ def quantize_amax_floor(solution):
     _, scale = _quantized(solution, x)
     cause = f"amax is at least {AMAX_FLOOR}, for a vector of small numbers as for one of zeros"
     expect_close(scale, reference(x)[1], 0.0, "t", cause)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = (normal(3, 16, seed=11) * torch.tensor([1e8, 1e20, 1e37])[:, None]).to(dtype)
+        _, scale = _quantized(solution, x)
+        expect_close(scale / reference(x)[1], torch.ones(3), 0.0, "t", "right for usual sizes, wrong for huge numbers")
 
 
 @quantize.property("nearest value")
@@ -152,12 +173,33 @@ def quantize_small_values(solution):
     expect_close(values * 512, reference(x)[0].float() * 512, 0.0, "t d", cause)
 
 
+@quantize.property("every bit")
+def quantize_every_bit(solution):
+    middle = torch.tensor([1.0625, 1.1875, 208.0, 232.0, 0.0205078125])  # halfway between two numbers of e4m3
+    close = torch.cat([middle * (1 + step) for step in (0.0, 2.0**-12, -(2.0**-12), 2.0**-20, -(2.0**-20))])
+    x = torch.cat((torch.tensor([448.0, -0.0, -1e-4, 0.0, 1e-4, 2.0**-10, 3 * 2.0**-10]), close, -close))
+    for scaled in (x[None], torch.stack((x, x * 2.0**-9, x * 2.0**30))):
+        for given in (scaled, strided(scaled)):
+            _quantized(solution, given)
+            got, expected = (tensor(f(given)[0]).view(torch.uint8) for f in (solution, reference))
+            bad = (got != expected).nonzero()
+            if len(bad):
+                t, d = bad[0].tolist()
+                codes = f"got the byte {int(got[t, d])}, expected {int(expected[t, d])} ({len(bad)} bytes are wrong)"
+                cause = (
+                    "it was rounded twice, or halves away from even: cast the fp32 quotient once, by .to()"
+                    if got[t, d] % 128
+                    else "the sign of a zero is a bit too: -0.0 and small negative numbers become the byte 128"
+                )
+                raise Failed(f"t={t}, d={d}, x / scale = {float(x[d])!r}: {codes}", cause)
+
+
 # ---------------------------------------------------------------------------------------------------------- hadamard
 
 
 @hadamard.property("shape")
 def hadamard_shape(solution):
-    for seed, shape in ((1, (5, 8)), (2, (3, 2, 16)), (3, (4,))):
+    for seed, shape in ((1, (5, 8)), (2, (3, 2, 16)), (3, (4,)), (4, (1, 1)), (5, (3, 1, 2, 1))):
         expect_shape(solution(whole(*shape, seed=seed)), shape)
 
 
@@ -168,7 +210,7 @@ def hadamard_last_axis(solution):
         x.view(-1, shape[-1])[0] = whole(shape[-1], seed=seed) + 0.5
         empty = x.eq(0).all(dim=-1)
         expect(
-            torch.as_tensor(solution(x))[empty].eq(0).all(),
+            tensor(solution(x))[empty].eq(0).all(),
             f"x {list(shape)} with a single vector that is not zero: got other vectors that are not zero",
             "vectors were mixed with each other: each is turned by itself, along the last axis",
         )
@@ -184,7 +226,7 @@ def hadamard_length_kept(solution):
             "first": (x @ lost).norm(dim=-1) / shape[-1] ** 0.5
         }
         cause = "the lengths of the vectors are named. A rotation keeps them: divide by sqrt(D), once"
-        length = torch.as_tensor(solution(x)).norm(dim=-1)
+        length = tensor(solution(x)).float().norm(dim=-1)
         expect_close(length, x.norm(dim=-1), 1e-5, SCALES[length.dim()], cause, suspects)
 
 
@@ -206,10 +248,20 @@ def hadamard_sylvester_order(solution):
 
 @hadamard.property("any power of two")
 def hadamard_any_power_of_two(solution):
-    for D in (1, 4, 32, 128, 256):
+    for D in (1, 4, 32, 128, 256, 1024):
         x = whole(3, D, seed=11 + D)
         cause = "D = 1 is a rotation too, by nothing" if D == 1 else f"wrong for D = {D}, right for other sizes"
         expect_close(solution(x), rotate(x), 1e-5, "t d", cause)
+
+
+@hadamard.property("fp32 throughout")
+def hadamard_fp32_throughout(solution):
+    for seed, shape in ((13, (9, 64)), (14, (2, 3, 128)), (15, (16, 16))):
+        x = normal(*shape, seed=seed)
+        cause = "right for small whole numbers only: in fp16 or bf16 digits are lost"
+        for given in (x, strided(x)):
+            expect_close(solution(given), rotate(x.double()), 3e-6, VECTORS[x.dim()], cause)
+            cause = "wrong for tensors that are not contiguous, as after a transpose: reshape, do not view"
 
 
 # --------------------------------------------------------------------------------------------------- scores_from_fp8
@@ -306,6 +358,28 @@ def scores_from_fp8_t_is_not_s(solution):
     _compare_scores(solution, "right where there are as many queries as keys, wrong elsewhere", {}, OTHER)
 
 
+def _real(seed, T, S, Hi, D):
+    """What a trained layer would hand over: normal vectors, quantised, scales that are any fp32 number."""
+    (q8, _), (k8, _) = (reference(normal(*shape, seed=seed + i)) for i, shape in enumerate(((T, Hi, D), (S, D))))
+    q_scale, k_scale = (normal(*shape, seed=seed + 5).abs() + 0.1 for shape in ((T, Hi), (S,)))
+    return Given(q8, q_scale, k8, k_scale, normal(T, Hi, seed=seed + 6))
+
+
+@scores_from_fp8.property("fp32 throughout")
+def scores_from_fp8_fp32_throughout(solution):
+    for seed, T, S, Hi, D in ((5, 9, 9, 16, 128), (6, 1, 1, 1, 1), (7, 4, 30, 3, 64), (8, 8, 8, 8, 8)):
+        given = _real(seed, T, S, Hi, D)
+        q8, q_scale, k8, k_scale, w = (x.double() for x in given)
+        expected = torch.einsum("ths,th->ts", torch.einsum("thd,sd->ths", q8, k8).relu(), w * q_scale) * k_scale
+        cause = (
+            "right for small whole numbers only. Dot products of bytes can reach 10^7: fp16 ends at 65504, and bf16 "
+            "keeps two or three digits. Convert q8 and k8 to float32, and round nothing"
+        )
+        for tensors in (given, tuple(strided(x) for x in given)):
+            expect_close(solution(*tensors), expected, 1e-5, "t s", cause)
+            cause = "wrong for tensors that are not contiguous, as after a transpose: reshape, do not view"
+
+
 # ------------------------------------------------------------------------------------------------------------- flips
 
 
@@ -321,11 +395,8 @@ def _selections(seed, T, k, S=40):
 
 
 def _expect_flips(solution, selected, reference, cause, suspects=None):
-    got = solution(selected, reference)
-    if not isinstance(got, (int, float, np.floating)) and not (isinstance(got, torch.Tensor) and got.numel() == 1):
-        raise Failed(f"got {type(got).__name__}, expected one number", "return the mean over the rows")
-    expected = 1.0 - overlap(reference, selected)
-    expect_close(torch.as_tensor(float(got)), torch.tensor(expected), 1e-6, "", cause, suspects)
+    got, expected = expect_number(solution(selected, reference)), 1.0 - overlap(reference, selected)
+    expect_close(got, torch.tensor(expected, dtype=torch.float64), 1e-6, "", cause, suspects)
 
 
 @flips.property("nothing changed")
@@ -379,6 +450,10 @@ def flips_mean_over_rows(solution):
         one, other = _selections(seed, T, k)
         one[-1] = other[-1]
         _expect_flips(solution, one, other, "every row counts the same, however many keys it holds")
+        far = [torch.where(side >= 0, side + 100_000, -1).to(torch.int32) for side in (one, other)]
+        _expect_flips(solution, *far, "right for small keys, wrong for large ones: a key is any number from 0 up")
+    one, other = (strided(side) for side in _selections(12, 1, 1))
+    _expect_flips(solution, one, other, "one row of one key")
 
 
 @flips.property("empty row")
