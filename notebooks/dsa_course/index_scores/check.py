@@ -156,8 +156,8 @@ def index_scores_any_size(solution):
 @index_scores.property("no loops")
 def index_scores_no_loops(solution):
     larger = {
-        "45 more queries": (50, 54, 3, 4), "45 more keys": (5, 54, 3, 4),
-        "45 more heads": (5, 9, 48, 4), "45 more numbers a head": (5, 9, 3, 49),
+        "30 more queries": (35, 39, 3, 4), "30 more keys": (5, 39, 3, 4),
+        "30 more heads": (5, 9, 33, 4), "30 more numbers a head": (5, 9, 3, 34),
     }  # fmt: skip
     larger = {what: _numbers(*sizes, seed=1) for what, sizes in larger.items()}
     cause = "right, but it loops: the first einsum makes all [T, Hi, S] dot products, the second sums over all heads"
