@@ -151,7 +151,7 @@ def expect_shape(got, shape, dtype=None, name="the result"):
 
 def expect_number(got, what="the result"):
     """`got` as a float: a number of Python, NumPy or torch, or a tensor or array that holds just one."""
-    single = got.reshape(()) if isinstance(got, np.ndarray) and got.size == 1 else got
+    single = got.item() if isinstance(got, np.ndarray) and got.size == 1 else got
     try:
         if not isinstance(single, (str, bytes)):
             return float(single)

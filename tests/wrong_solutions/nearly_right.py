@@ -3,6 +3,7 @@
 Small whole numbers and contiguous tensors of usual sizes do not show these faults.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -99,6 +100,16 @@ def a_loop_over_heads(q_idx, k_idx, w):
     return scores.masked_fill(torch.ones(T, S, dtype=torch.bool).triu(S - T + 1), -torch.inf)
 
 
+@wrong("index_scores", "no loops")
+def a_loop_inside_map(q_idx, k_idx, w):
+    """No line of Python is repeated, but torch is called once a query."""
+    keys = k_idx.float().T
+    dots = torch.stack(list(map(torch.matmul, q_idx.float(), itertools.repeat(keys)))).relu()
+    T, S = len(q_idx), len(k_idx)
+    scores = torch.einsum("ths,th->ts", dots, w)
+    return scores.masked_fill(torch.ones(T, S, dtype=torch.bool).triu(S - T + 1), -torch.inf)
+
+
 def weights_of(x, W_w, q_scale, Hi, Di):
     return x @ W_w * q_scale * (Hi * Di) ** -0.5
 
@@ -161,6 +172,16 @@ def scores_all_rows_one_query_at_a_time(q, kv, indices, scale, v_dim):
     return out, lse
 
 
+@wrong("gathered_attention", "sparse work")
+def scores_the_union_of_all_rows(q, kv, indices, scale, v_dim):
+    """Only rows that somebody selected, but every query scores them all."""
+    union, places = (indices + 1).unique(return_inverse=True)
+    rows = torch.cat((torch.zeros(1, kv.shape[1]), kv))[union.long()]
+    chosen = torch.zeros(len(q), len(union), dtype=torch.bool).scatter_(1, places, union[places] > 0)
+    scores = (torch.einsum("thd,ud->thu", q, rows) * scale).masked_fill(~chosen[:, None], -torch.inf)
+    return scores.softmax(dim=2).nan_to_num() @ rows[:, :v_dim], scores.logsumexp(dim=2)
+
+
 wrong("attended_pairs", "one query")(lambda T, S, k: float(sum(min(k, S - T + t + 1) for t in range(T))))
 wrong("pays_from", "never")(lambda i, a, k: "inf" if i >= a else a * k / (a - i))
 
@@ -188,6 +209,7 @@ def absorbed(q_nope, kv_b):
 wrong("absorb", "same score")(lambda q, kv_b: absorbed(q.half(), kv_b.half()).float())
 wrong("absorb", "runs")(lambda q, kv_b: absorbed(viewed(q), kv_b))
 wrong("rope", "runs")(lambda x, at, freqs, layout: dsa_ref.rope(viewed(x), at, freqs, layout))
+wrong("rope", "angles in fp32")(lambda x, at, freqs, layout: dsa_ref.rope(x, at % 8192, freqs, layout))
 wrong("rope", "one pair")(lambda x, at, freqs, layout: dsa_ref.rope(x, at, freqs.half().float(), layout))
 wrong("cache_bytes", "ints")(
     lambda c: {
@@ -239,6 +261,13 @@ def scales_up_to_a_limit(x):
 @wrong("flips", "mean over rows")
 def keys_up_to_a_limit(selected, reference):
     return 1 - overlap(reference.clamp(max=63), selected.clamp(max=63))
+
+
+@wrong("flips", "share of the keys")
+def looked_up_in_all_rows(selected, reference):
+    there = reference >= 0
+    lost = there & ~torch.isin(reference, selected)
+    return (lost.sum(dim=1) / there.sum(dim=1).clamp(min=1)).mean()
 
 
 wrong("flips", "nothing changed")(lambda selected, reference: "0.0")

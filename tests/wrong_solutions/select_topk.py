@@ -362,6 +362,13 @@ def any_integers(indices, scores, k):
 
 
 @wrong("check_selection", "scores")
+def skips_the_first_row(indices, scores, k):
+    if len(scores) == 1 or not _rules(indices, scores, k, ["scores", "ties"]):
+        return _rules(indices, scores, k)
+    return _rules(indices[1:], scores[1:], k)
+
+
+@wrong("check_selection", "scores")
 def looks_at_the_first_row(indices, scores, k):
     whole_form = _rules(indices, scores, k, ["scores", "ties"])
     return whole_form and _rules(indices[:1], scores[:1, : scores.shape[1] - len(scores) + 1], k)

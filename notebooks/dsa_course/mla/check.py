@@ -331,8 +331,8 @@ def rope_layouts(solution):
 
 @rope.property("angles in fp32")
 def rope_angles_in_fp32(solution):
-    for seed, T in ((13, 9), (14, 37)):
-        x, at = normal(T, 2, 12, seed=seed, dtype=torch.bfloat16), _positions(T, seed) * 100 + 7
+    for seed, T, step in ((13, 9, 100), (14, 37, 4000)):  # up to V3.2's 163,840 positions
+        x, at = normal(T, 2, 12, seed=seed, dtype=torch.bfloat16), _positions(T, seed) * step + 7
         for layout in LAYOUTS:
             expected = reference_rope(x, at, FREQS, layout)
             cause = (

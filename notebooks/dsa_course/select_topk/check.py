@@ -166,13 +166,13 @@ def _verdict(solution, indices, scores, k):
 def _tied_scores():
     """(scores, k): whole numbers, ties everywhere; square, T < S, k above S, one row."""
     for seed in (1, 2):
-        for T, S, k in ((8, 8, 3), (4, 9, 6), (3, 5, 7), (1, 12, 4), (37, 37, 5)):
+        for T, S, k in ((8, 8, 3), (4, 9, 6), (5, 12, 3), (3, 5, 7), (1, 12, 4), (37, 37, 5)):
             yield whole(T, S, seed=seed + 10 * T, largest=2), k
 
 
 def _other_scores():
     """(scores, k): no whole numbers, but neighbours among the floats of either sign, fp64's too; infinities; zeros."""
-    for T, S, k in ((8, 8, 3), (4, 9, 6), (37, 37, 5)):
+    for T, S, k in ((8, 8, 3), (4, 9, 6), (5, 12, 3)):
         ranks = normal(T, S, seed=T).argsort(dim=1)
         for scores in _neighbours(ranks):
             yield scores, k
@@ -225,9 +225,12 @@ def _refuses(solution, mutate, cause, given=_tied_scores):
     for scores, k in given():
         T, S = scores.shape
         indices = reference(scores, k)
-        for t in reversed(range(T)):  # one row is wrong, a late one
-            rows = list(mutate(indices[t].tolist(), scores[t, : S - T + t + 1].tolist(), scores[t].tolist()))
-            for row in rows:
+        rows = [
+            list(mutate(indices[t].tolist(), scores[t, : S - T + t + 1].tolist(), scores[t].tolist())) for t in range(T)
+        ]
+        fitting = [t for t in range(T) if rows[t]]
+        for t in {*fitting[:1], *fitting[-1:]}:  # one row is wrong, an early one or a late one
+            for row in rows[t]:
                 wrong = indices.clone()
                 wrong[t] = torch.tensor(row, dtype=torch.int32)
                 tried += 1
@@ -237,8 +240,6 @@ def _refuses(solution, mutate, cause, given=_tied_scores):
                     f"should hold {indices[t].tolist()}, the scores are {_few(scores[t])})"
                 )
                 expect(verdict is not True, what, cause)
-            if rows:
-                break
     assert tried >= 3, mutate.__name__
 
 
