@@ -1,5 +1,6 @@
 """Notebook 15: a probe for RoPE, a diagnosis of index_scores by probing, and symptoms matched to traps."""
 
+import numpy as np
 import torch
 
 from dsa_ref.index_scores import index_scores, index_scores_loops
@@ -35,11 +36,17 @@ def _last_dims_first(x, positions, freqs):
     return rope(x.roll(R, dims=-1), positions, freqs, "half").roll(-R, dims=-1)
 
 
+def _probe(solution):
+    """What the learner returned, arrays as tensors."""
+    got = solution()
+    forgotten = "did you forget the return?" if got is None else "return x, positions, freqs"
+    expect(isinstance(got, (tuple, list)) and len(got) == 3, f"got {type(got).__name__}, expected three", forgotten)
+    return [torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x for x in got]
+
+
 @rope_probe.property("sizes")
 def rope_probe_sizes(solution):
-    got = solution()
-    expect(isinstance(got, tuple) and len(got) == 3, f"got {type(got).__name__}", "return x, positions, freqs")
-    x, positions, freqs = got
+    x, positions, freqs = _probe(solution)
     for name, tensor, dtype in (("x", x, torch.float32), ("freqs", freqs, torch.float32)):
         expect_shape(tensor, tensor.shape if isinstance(tensor, torch.Tensor) else (), dtype, name)
     expect(x.dim() == 3 and x.shape[1] == 1, f"x: got shape {list(x.shape)}, expected [T, 1, D]", "one head")
@@ -56,7 +63,7 @@ def rope_probe_sizes(solution):
 
 
 def _told_apart(solution, name):
-    x, positions, freqs = solution()
+    x, positions, freqs = _probe(solution)
     right, wrong = rope(x, positions, freqs, "half"), ROPES[name](x, positions, freqs)
     largest = float((right - wrong).abs().max())
     expect(
