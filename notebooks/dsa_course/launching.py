@@ -1,7 +1,7 @@
 """Launch a learner's Triton kernel so that it cannot pass by luck: guarded memory, poisoned outputs, odd strides.
 
 The kernel arrives from the notebook as an object, so nothing here imports triton. What is seen in the interpreter alone
-comes from `watching`.
+comes from `interpreting`.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import torch
 
 from dsa_ref.testing import Failed
 
-from . import watching
+from . import interpreting
 from .checking import NOT_WRITTEN, bits, crashed, expect_close
 
 GUARD = 4096  # elements of NaN (or the largest integer) on either side of every buffer: wide, so strays land in it
@@ -79,7 +79,7 @@ def launch(kernel, grid, *args, **constants):
     """Run kernel[grid](*args, **constants) and fail if it wrote to anything but its outputs; what Triton returned.
 
     The tensors come from this module: outputs from `output`, all others are inputs. Interpreted, what a masked lane of
-    a load without `other` holds is as undefined as Triton says: NaN or watching.STRAY.
+    a load without `other` holds is as undefined as Triton says: NaN or interpreting.STRAY.
     Raises: NotImplementedError for an untouched stub, Failed for an error of its own, for a write out of bounds, and
     for an input that was changed.
     """
@@ -88,7 +88,7 @@ def launch(kernel, grid, *args, **constants):
     outside = {i: _outside(x) for i, x in tensors.items()}
     inputs = {i: x.clone() for i, x in tensors.items() if not getattr(x, "may_be_written", False)}
     try:
-        with watching.alone(), watching.undefined_others():
+        with interpreting.alone(), interpreting.undefined_others():
             launched = kernel[grid](*args, **constants)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -120,7 +120,7 @@ def expect_reads_inside(kernel, grid, *args, **constants):
     """
     tensors = {name: x for name, x in zip(_names(kernel), args, strict=False) if isinstance(x, torch.Tensor)}
     inside = np.concatenate([_addresses(x) for x in tensors.values()])
-    with watching.accesses() as seen:
+    with interpreting.accesses() as seen:
         launch(kernel, grid, *args, **constants)
     for access in seen:
         stray = access.addresses[~np.isin(access.addresses, inside)]
@@ -142,7 +142,7 @@ def expect_own_places(kernel, grid, *args, own, cause, **constants):
     own: (program ids) -> the part of the output that is that program's, a view. Only the interpreter can tell.
     """
     tensors = {name: x for name, x in zip(_names(kernel), args, strict=False) if isinstance(x, torch.Tensor)}
-    with watching.accesses() as seen:
+    with interpreting.accesses() as seen:
         launch(kernel, grid, *args, **constants)
     for access in seen:
         if access.store:
@@ -163,7 +163,7 @@ def expect_full_precision(kernel, grid, *args, **constants):
     However the precision is given, and in helper kernels too: the interpreter is asked when it runs, a compiled kernel
     by its intermediate code.
     """
-    with watching.dots() as precisions:
+    with interpreting.dots() as precisions:
         launched = launch(kernel, grid, *args, **constants)
     if launched is not None:  # compiled: `ieee` is the attribute's default, which is not printed
         found = re.findall(r"tt\.dot .*inputPrecision = (\w+) : tensor<[\dx]*f32>", launched.asm["ttir"])

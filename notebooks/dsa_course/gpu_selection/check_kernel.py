@@ -6,7 +6,7 @@ import torch
 
 from dsa_ref.testing import Failed
 
-from .. import launching, watching
+from .. import launching, interpreting
 from ..checking import Check, expect, normal, whole
 from .check import last_bit, whole_row
 
@@ -69,7 +69,7 @@ def selection_kernel_padding(kernel):
     cause = "after the last index -1 fills out[written] to out[k - 1], however many blocks that takes"
     for S, k, block in ((32, 37, 32), (8, 45, 8), (16, 17, 16)):
         _launch(kernel, normal(S, seed=S), k, block, cause)
-    with watching.accesses() as seen:
+    with interpreting.accesses() as seen:
         launching.launch(kernel, (1,), *_given(normal(16, seed=1), 21), BLOCK=8)
     stored = [int(address) for access in seen if access.store for address in access.addresses]
     expect(

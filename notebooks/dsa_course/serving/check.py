@@ -98,8 +98,8 @@ def step_bytes_batch(solution):
         _expect_bytes(solution, 0, lengths, k, index_bytes, kv_bytes, expected, suspects, cause)
     many = [131_071, 77_777] * 64  # 8.8 GB
     cause = "the bytes of a large batch fit neither 32 bits nor a float of 32 bits: Python's ints, or int64"
-    _expect_bytes(solution, 1, many, 2048, 132, 656, 656 * sum(many), {}, cause)
-    _expect_bytes(solution, 0, many, 2048, 132, 656, _dsa(many, 2048, 132, 656), {}, cause)
+    _expect_bytes(solution, 1, many, 2048, 133, 657, 657 * sum(many), {}, cause)
+    _expect_bytes(solution, 0, many, 2048, 133, 657, _dsa(many, 2048, 133, 657), {}, cause)
 
 
 # ------------------------------------------------------------------------------------------------------ merge_splits

@@ -6,7 +6,7 @@ import torch
 
 from dsa_ref.sparse_attention import masked_softmax
 
-from .. import launching, watching
+from .. import launching, interpreting
 from ..checking import Check, expect, normal
 from ..triton_sparse_attention.check import CLOSE, SEEDS, padded
 
@@ -52,7 +52,7 @@ def row_lse_kernel_rising_blocks(kernel):
         x = normal(3, 48, seed=seed) + _slope(48, 2.0)
         cause = "when m rises, the old l must shrink: l · exp(m - new_m)"
         _expect_lse(kernel, x, cause, {"only the last block counts: add to l, do not replace it": _lse(x[:, 32:])})
-    with watching.accesses() as seen:
+    with interpreting.accesses() as seen:
         _row_lse(kernel, x)
     read = sum(len(access.addresses) for access in seen if not access.store)
     cause = "one pass is asked for: read each number once, and rescale l when m rises"

@@ -8,7 +8,7 @@ import torch
 
 from dsa_ref.sparse_attention import sparse_attention
 
-from .. import launching, watching
+from .. import launching, interpreting
 from ..checking import Check, expect, normal, whole
 from ..toy import toy
 
@@ -29,8 +29,8 @@ def _expect_wide(kernel, grid, *args, reached, cause, **constants):
 
     reached: {tensor's name: (tensor, offsets in elements)}, what the kernel must load or store.
     """
-    with watching.accesses(real=False) as found:
-        if watching.interpreter() is not None and launching.device() == "cpu":
+    with interpreting.accesses(real=False) as found:
+        if interpreting.interpreter() is not None and launching.device() == "cpu":
             launching.launch(kernel, grid, *args, **constants)
     seen = {int(address) for access in found if access.floats for address in access.addresses}
     for name, (x, offsets) in reached.items():
