@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsa_ref.select_topk import select_topk
 from dsa_ref.testing import Failed, compare_selection
 
-from ..checking import GENERAL, Check, expect, expect_shape, normal, spread, whole
+from ..checking import GENERAL, Check, expect, expect_number, expect_shape, normal, spread, tensor, whole
 
 INF = math.inf
 
@@ -31,15 +31,7 @@ def _maxima(scores, group, of=max):
 
 
 def _bound(solution, scores, k, group):
-    got = solution(scores, k, group)
-    expect(
-        isinstance(got, (int, float, np.number, torch.Tensor, np.ndarray)),
-        f"got {type(got).__name__}, expected a number",
-        "did you forget the return?" if got is None else "one float, or a tensor of one element",
-    )
-    got = torch.as_tensor(got)
-    expect(got.numel() == 1, f"got shape {list(got.shape)}, expected one number", "all maxima, not the k-th of them")
-    return float(got)
+    return expect_number(solution(scores, k, group), "the bound")
 
 
 def _rows_of_whole_groups():
@@ -205,9 +197,7 @@ threshold_select = Check("threshold_select")  # threshold_select(scores fp32 [S]
 
 def _select(solution, scores, k, judge_ties=True):
     got = solution(scores, k)
-    got = torch.as_tensor(got) if isinstance(got, np.ndarray) else got
-    cause = "did you forget the return?" if got is None else "return the indices as one int32 tensor"
-    expect(isinstance(got, torch.Tensor), f"got {type(got).__name__}, expected a tensor", cause)
+    got = tensor(got)
     expect(got.dim() == 1, f"got shape {list(got.shape)}, expected [k] = [{k}]", "one row, so one axis")
     try:
         compare_selection(got[None], scores[None], k)

@@ -28,6 +28,7 @@ def _given(scores, k, beyond=torch.nan):
     )  # fmt: skip
 
 
+PAST_K = "-1 fills the places behind the last index up to k - 1: mask that store with place < k"
 TOO_MANY = (
     "more than k indices were written: too many keys equal to the threshold were kept (`ties` of them, counted over the "
     "whole row), or lanes past the row's end were, or the place is the prefix sum without the minus 1"
@@ -42,7 +43,9 @@ def _launch(kernel, scores, k, block, cause, beyond=torch.nan):
     where = f"S={len(scores)}, k={k}, BLOCK={block}"
     more = (~launching.unwritten(room[k:])).nonzero().flatten().tolist()
     if more:
-        raise Failed(f"{where}: place {k + more[0]} was written, and out has only places 0 to {k - 1}", TOO_MANY)
+        value = int(room[k + more[0]])
+        what = f"{where}: place {k + more[0]} got {value}, and out has only places 0 to {k - 1}"
+        raise Failed(what, PAST_K if value == -1 else TOO_MANY)
     got = room[:k].cpu()
     wrong = (got != expected).nonzero().flatten()
     if len(wrong):
@@ -69,15 +72,6 @@ def selection_kernel_padding(kernel):
     cause = "after the last index -1 fills out[written] to out[k - 1], however many blocks that takes"
     for S, k, block in ((32, 37, 32), (8, 45, 8), (16, 17, 16)):
         _launch(kernel, normal(S, seed=S), k, block, cause)
-    with interpreting.accesses() as seen:
-        launching.launch(kernel, (1,), *_given(normal(16, seed=1), 21), BLOCK=8)
-    stored = [int(address) for access in seen if access.store for address in access.addresses]
-    expect(
-        len(stored) == len(set(stored)),
-        f"of {len(set(stored))} places some were written twice, {len(stored)} stores in all",
-        "-1 everywhere first, and indices over it: on a GPU two threads then write one place, and nothing says which "
-        "comes last. Write -1 behind the last index only",
-    )
 
 
 @selection_kernel.property("tail")
@@ -122,3 +116,16 @@ def selection_kernel_infinities(kernel):
     row[[3, 40]], row[[7, 20]] = torch.tensor([1.0, -5.0]), INF
     for k in (1, 3, 9, 50):
         _launch(kernel, row, k, 16, cause)
+
+
+@selection_kernel.property("each place once")
+def selection_kernel_each_place_once(kernel):
+    with interpreting.accesses() as seen:
+        launching.launch(kernel, (1,), *_given(normal(16, seed=1), 21), BLOCK=8)
+    stored = [int(address) for access in seen if access.store for address in access.addresses]
+    expect(
+        len(stored) == len(set(stored)),
+        f"of {len(set(stored))} places some were written twice, {len(stored)} stores in all",
+        "-1 everywhere first, and indices over it: on a GPU two threads then write one place, and nothing says which "
+        "comes last. Write -1 behind the last index only",
+    )

@@ -3,11 +3,10 @@
 import math
 
 import numpy as np
-import torch
 
 from dsa_ref.cost import roofline_seconds
 
-from ..checking import Check, expect
+from ..checking import FORGOTTEN, Check, expect, expect_int, expect_number
 from .record import ceilings, row
 
 roofline = Check("roofline")  # (flops, bytes, flops_per_second, bytes_per_second) -> (ms, "computing" or "memory")
@@ -16,23 +15,14 @@ time_after = Check("time_after")  # (parts {name: ms}, faster {name: factor}, si
 
 
 def _pair(got, names):
-    forgotten = "did you forget the return?" if got is None else f"return {names}"
+    forgotten = FORGOTTEN if got is None else f"return {names}"
     expect(isinstance(got, (tuple, list)) and len(got) == 2, f"got {got!r}, expected the pair ({names})", forgotten)
     return got
 
 
-def number(got, what):
-    """got as a float, if it is a number of Python, NumPy or torch."""
-    single = isinstance(got, (torch.Tensor, np.ndarray)) and got.ndim == 0
-    forgotten = "did you forget the return?" if got is None else "one number, not a list of them, no text"
-    real = (isinstance(got, (int, float, np.number)) and not isinstance(got, bool)) or single
-    expect(real, f"{what}: got {got!r}, expected a number", forgotten)
-    return float(got)
-
-
 def _expect_number(got, expected, what, suspects, cause, tolerance=1e-9):
     """Compare one number. suspects: {cause: the number that this mistake gives}."""
-    got = number(got, what)
+    got = expect_number(got, what)
     close = [name for name, wrong in suspects.items() if math.isclose(got, wrong, rel_tol=1e-9, abs_tol=1e-12)]
     expect(
         math.isclose(got, expected, rel_tol=tolerance, abs_tol=1e-12),
@@ -118,12 +108,7 @@ def fitting(threads, registers, shared_bytes):
 def _expect_programs(solution, cases, cause):
     for threads, registers, shared in cases:
         expected, limits = fitting(threads, registers, shared)
-        got = solution(threads, registers, shared)
-        expect(
-            isinstance(got, (int, np.integer)) and not isinstance(got, bool),
-            f"got {got!r}, expected a whole number of programs",
-            "half a program cannot run: divide with //",
-        )
+        got = expect_int(solution(threads, registers, shared), "programs")
         others = ", ".join(f"{name} {limit}" for name, limit in limits.items())
         expect(
             got == expected,

@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from ..checking import Check, expect
+from ..checking import Check, expect, expect_number
 from .card import CALL_MS, OVERWRITE_MS, Card
-from .check import number
 from .ring import ORDERS, Fault, act_out
 
 ring_waits = Check("ring_waits")  # (i, places) -> (place, parity to wait for at free, parity to wait for at full)
@@ -84,7 +83,7 @@ ALLOWED = 0.1  # of the true time
 
 def _expect_time(solution, card, true_ms, suspects, cause):
     """The answer is within 10 % of the true time. suspects: {cause: the time that this mistake gives}."""
-    got = number(solution(card), "ms")
+    got = expect_number(solution(card), "ms")
     expect(card.launches > 0, "the kernel was never launched", "call card.launch()")
     for suspicion, wrong in suspects.items():
         if abs(got / wrong - 1) < 0.05:

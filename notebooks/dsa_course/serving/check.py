@@ -1,20 +1,17 @@
 """Notebook 12: a step's bytes, and the merge of all parts. `check_pages` has the exercises on pages."""
 
-import numbers
-
-import numpy as np
 import torch
 
 from dsa_ref.sparse_attention import masked_softmax
 
-from ..checking import Check, expect, expect_close, expect_shape, normal, spread
+from ..checking import FORGOTTEN, Check, expect, expect_close, expect_int, expect_shape, normal, spread
 
 step_bytes = Check("step_bytes")  # (lengths [B] ints, k, index_bytes, kv_bytes) -> (dsa, dense)
 merge_splits = Check("merge_splits")  # (outs [n, H, V], lses [n, H]) -> (out [H, V], lse [H])
 
 
 def _pair(got, names):
-    forgotten = "did you forget the return?" if got is None else f"return {names}"
+    forgotten = FORGOTTEN if got is None else f"return {names}"
     pair = isinstance(got, (tuple, list)) and len(got) == 2
     expect(pair, f"got {type(got).__name__}, expected the pair ({names})", forgotten)
     return got
@@ -31,11 +28,7 @@ def _expect_bytes(solution, place, lengths, k, index_bytes, kv_bytes, expected, 
     """Compare one of the two numbers, the first (dsa) or the second (dense)."""
     got = _pair(solution(list(lengths), k, index_bytes, kv_bytes), "dsa, dense")[place]
     name = ("dsa", "dense")[place]
-    if isinstance(got, (torch.Tensor, np.ndarray)) and got.ndim == 0:
-        got = got.item()
-    what = f"{name}: got {got!r}, expected one int"
-    expect(isinstance(got, numbers.Real), what, "one number for the whole batch: sum over its sequences")
-    expect(isinstance(got, numbers.Integral), what, "bytes are counted in ints: no / here, and no float")
+    got = expect_int(got, name)
     for suspicion, answer in suspects.items():
         if got == answer != expected:
             cause = suspicion

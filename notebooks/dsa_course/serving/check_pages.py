@@ -9,7 +9,7 @@ import torch
 
 from dsa_ref.index_scores import index_scores
 
-from ..checking import Check, expect, expect_close, expect_shape, spread, whole
+from ..checking import Check, expect, expect_close, expect_shape, spread, tensor, whole
 
 pack_page = Check("pack_page")  # (k_idx e4m3 [n, Di], k_scale fp32 [n], page_size) -> uint8 [page_size · (Di + 4)]
 slots_of = Check("slots_of")  # (positions int32 [B, k], page_table int32 [B, P], page_size) -> int [B, k]
@@ -54,8 +54,7 @@ def _packed(solution, case):
     wide = torch.nn.functional.pad(k_idx.view(torch.uint8), (0, 3), value=0x7F)
     k_idx = wide[:, :Di].view(torch.float8_e4m3fn)  # rows that lie further apart than they are long
     got = solution(k_idx, k_scale, page_size)
-    if isinstance(got, np.ndarray):
-        got = torch.from_numpy(np.ascontiguousarray(got))
+    got = tensor(got, "the page")
     expect_shape(got, [page_size * (Di + 4)], torch.uint8, "the page")
     return got, page_of(k_idx, k_scale, page_size), k_idx, k_scale
 
@@ -225,7 +224,6 @@ def slots_of_minus_1_stays_minus_1(solution):
 
 def _scores(solution, q_idx, w, index_pages, table, length, page_size):
     got = solution(q_idx, w, index_pages, table, length, page_size)
-    got = torch.from_numpy(np.ascontiguousarray(got)) if isinstance(got, np.ndarray) else got
     expect_shape(got, [len(table) * page_size], torch.float32, "scores")
     return got
 

@@ -1,13 +1,12 @@
 """Notebook 15: a probe for RoPE, a diagnosis of index_scores by probing, and symptoms matched to traps."""
 
-import numpy as np
 import torch
 
 from dsa_ref.index_scores import index_scores, index_scores_loops
 from dsa_ref.rope import rope
 from dsa_ref.testing import Failed
 
-from ..checking import Check, expect, expect_shape
+from ..checking import FORGOTTEN, Check, expect, expect_shape, tensor
 from .table import planted, trap
 from .variants import key_scale_left_out, no_relu, weight_inside_the_relu
 
@@ -39,16 +38,16 @@ def _last_dims_first(x, positions, freqs):
 def _probe(solution):
     """What the learner returned, arrays as tensors."""
     got = solution()
-    forgotten = "did you forget the return?" if got is None else "return x, positions, freqs"
+    forgotten = FORGOTTEN if got is None else "return x, positions, freqs"
     expect(isinstance(got, (tuple, list)) and len(got) == 3, f"got {type(got).__name__}, expected three", forgotten)
-    return [torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x for x in got]
+    return [tensor(x, name) for x, name in zip(got, ("x", "positions", "freqs"), strict=True)]
 
 
 @rope_probe.property("sizes")
 def rope_probe_sizes(solution):
     x, positions, freqs = _probe(solution)
-    for name, tensor, dtype in (("x", x, torch.float32), ("freqs", freqs, torch.float32)):
-        expect_shape(tensor, tensor.shape if isinstance(tensor, torch.Tensor) else (), dtype, name)
+    for name, given in (("x", x), ("freqs", freqs)):
+        expect_shape(given, getattr(given, "shape", ()), torch.float32, name)
     expect(x.dim() == 3 and x.shape[1] == 1, f"x: got shape {list(x.shape)}, expected [T, 1, D]", "one head")
     T, D = x.shape[0], x.shape[2]
     expect(x.numel() > 0, f"x: got shape {list(x.shape)}, which holds no number", "at least one position, T >= 1")

@@ -1,14 +1,13 @@
 """Notebook 08: first Triton kernels, and what a tile costs. `check_kernel` has the indexer's scores."""
 
 import math
-import numbers
 
 import torch
 
 from dsa_ref.testing import Failed
 
 from .. import launching
-from ..checking import Check, bits, expect, normal, whole
+from ..checking import FORGOTTEN, Check, bits, expect, expect_int, normal, whole
 
 copy_kernel = Check("copy_kernel")  # (x_ptr, out_ptr, n, BLOCK), grid (cdiv(n, BLOCK),)
 row_sum_kernel = Check("row_sum_kernel")  # (x_ptr, out_ptr, C, row_stride, col_stride, BLOCK), grid (R,)
@@ -166,11 +165,9 @@ TILES = ((3, 32, 5, 20, 2), (2, 64, 64, 128, 1), (1, 64, 64, 128, 4), (64, 4096,
 def _cost(solution, case):
     answer = solution(*case)
     pair = isinstance(answer, (tuple, list)) and len(answer) == 2
-    forgotten = "did you forget the return?" if answer is None else "return flops, bytes"
-    expect(pair, f"got {answer!r}, expected two ints (flops, bytes)", forgotten)
-    ints = [isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in answer]
-    expect(ints == [True, True], f"got {answer!r}, expected two ints", "operations and bytes are counted: no / here")
-    return [int(number) for number in answer]
+    cause = FORGOTTEN if answer is None else "return flops, bytes"
+    expect(pair, f"got {answer!r}, expected two ints (flops, bytes)", cause)
+    return [expect_int(n, name) for n, name in zip(answer, ("flops", "bytes"), strict=True)]
 
 
 def _expect_count(got, expected, case, cause, suspects):
