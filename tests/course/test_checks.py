@@ -1,4 +1,4 @@
-"""The exercises' checks can fail: each rejects its wrong solutions, every one for the stated property."""
+"""The exercises' checks can fail: each rejects its wrong solutions, every one for the stated property, and no right one."""
 
 import importlib
 import pathlib
@@ -13,7 +13,7 @@ from dsa_ref.testing import Failed
 HERE = pathlib.Path(__file__).parent
 for path in sorted((HERE.parent / "wrong_solutions").glob("[a-z]*.py")):
     importlib.import_module(f"wrong_solutions.{path.stem}")
-from wrong_solutions import WRONG  # noqa: E402 (filled by the imports above)
+from wrong_solutions import RIGHT, WRONG  # noqa: E402 (filled by the imports above)
 
 CASES = [(exercise, property, solution) for exercise, found in sorted(WRONG.items()) for property, solution in found]
 
@@ -29,6 +29,18 @@ def test_a_wrong_solution_is_rejected_for_its_fault(exercise, property, solution
     assert failure.value.property == property, str(failure.value)
     assert failure.value.what and failure.value.cause
     assert capsys.readouterr().out == ""  # no ✓ beside a ✗
+
+
+@pytest.mark.parametrize(
+    ("exercise", "solution"),
+    [(exercise, solution) for exercise, found in sorted(RIGHT.items()) for solution in found],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_right_solution_of_another_style_is_accepted(exercise, solution, capsys):
+    if getattr(solution, "needs_triton", False):
+        pytest.skip(NEEDS_TRITON)
+    checks.ALL[exercise](solution)
+    assert capsys.readouterr().out == f"✓ {exercise}: " + " · ".join(checks.ALL[exercise].properties) + "\n"
 
 
 @pytest.mark.parametrize("exercise", checks.ALL)
