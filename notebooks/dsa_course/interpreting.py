@@ -80,7 +80,7 @@ def dots():
 
     def watched(a, b, d, precision, *rest):
         if a.get_element_ty().primitive_bitwidth == 32:
-            seen.append(precision.name)
+            seen.append(precision.name.upper())
         return dot(a, b, d, precision, *rest)
 
     with alone(), mock.patch.object(builder, "create_dot", watched):

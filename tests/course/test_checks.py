@@ -1,4 +1,4 @@
-"""The exercises' checks can fail: each rejects its wrong solutions, every one for the stated property, and no right one."""
+"""The exercises' checks can fail: each rejects its wrong solutions, all for the stated property, and no right one."""
 
 import importlib
 import pathlib

@@ -6,7 +6,7 @@ import torch
 
 from dsa_ref.sparse_attention import masked_softmax
 
-from .. import launching, interpreting
+from .. import interpreting, launching
 from ..checking import Check, expect, normal
 from ..triton_sparse_attention.check import CLOSE, SEEDS, padded
 

@@ -8,7 +8,7 @@ import torch
 
 from dsa_ref.sparse_attention import sparse_attention
 
-from .. import launching, interpreting
+from .. import interpreting, launching
 from ..checking import Check, expect, normal, whole
 from ..toy import toy
 
