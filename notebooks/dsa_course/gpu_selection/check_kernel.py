@@ -30,8 +30,8 @@ def _given(scores, k, beyond=torch.nan):
 
 PAST_K = "-1 fills the places behind the last index up to k - 1: mask that store with place < k"
 TOO_MANY = (
-    "more than k indices were written: too many keys equal to the threshold were kept (`ties` of them, counted over the "
-    "whole row), or lanes past the row's end were, or the place is the prefix sum without the minus 1"
+    "more than k indices were written: too many keys equal to the threshold were kept (`ties` of them, over the whole "
+    "row), or lanes past the row's end were, or the place is the prefix sum without the minus 1"
 )
 
 
