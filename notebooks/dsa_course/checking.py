@@ -94,7 +94,7 @@ def _guarded(solution):
                 raise
             raise crashed(error, _kinds(given)) from error
         for name, value in given.items():
-            if isinstance(value, (torch.Tensor, np.ndarray)) and not _same(value, copies[name]):
+            if not _same(value, copies[name]):
                 name = _argument_name(solution, name)
                 raise Failed(f"{name} was changed by the call", "work on a copy, or on new tensors", "inputs")
         return got
@@ -228,19 +228,38 @@ def strided(x):
     return x.permute(axes).contiguous().permute(axes)
 
 
+def spread(x):
+    """x with other numbers (NaN, or the largest integer) between its own: a view whose last stride is 2."""
+    between = torch.nan if x.dtype.is_floating_point else torch.iinfo(x.dtype).max
+    return torch.stack([x, torch.full_like(x, between)], dim=-1)[..., 0]
+
+
 def _copy(value):
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone().requires_grad_(value.requires_grad)
-    return value.copy(order="K") if isinstance(value, np.ndarray) else value  # both copies keep the strides
+    if isinstance(value, torch.Tensor):  # with its strides, and with what lies between its numbers
+        copy = torch.empty(0, dtype=value.dtype, device=value.device)
+        memory = value.detach().untyped_storage().clone()
+        copy.set_(memory, value.storage_offset(), value.shape, value.stride())
+        return copy.requires_grad_(value.requires_grad)
+    if isinstance(value, np.ndarray):
+        return value.copy(order="K")
+    return value.copy() if isinstance(value, (list, dict)) else value
 
 
 def _same(a, b):
+    """Whether nothing changed in an argument: bit by bit in tensors and arrays, by `==` in lists and dicts."""
+    if isinstance(a, (list, dict)):
+        return a == b
+    if not isinstance(a, (torch.Tensor, np.ndarray)):
+        return True
     if isinstance(a, np.ndarray):
         return a.shape == b.shape and a.tobytes() == b.tobytes()
-    a, b = a.detach(), b.detach()
-    return a.shape == b.shape and torch.equal(
-        a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)
-    )
+    return a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+
+def bits(x):
+    """The tensor's numbers as integers of the same size, so that NaN equals itself and -0.0 differs from 0.0."""
+    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.detach().view(sizes[x.element_size()])
 
 
 def _kinds(given):

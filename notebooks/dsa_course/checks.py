@@ -5,7 +5,8 @@ hold, or says which one is broken, where, and why that usually is. `checking` ex
 from .checking import Check
 from .dense_attention.check import attention_bytes, attention_flops, bill_growth, dense_attention
 from .gather.check import attended_pairs, gather_rows, gathered_attention, pays_from
-from .gpu_selection.check import lower_bound, ordered_bits, selection_kernel, threshold_select
+from .gpu_selection.check import lower_bound, ordered_bits, threshold_select
+from .gpu_selection.check_kernel import selection_kernel
 from .index_scores.check import counterexample, head_weights, index_scores, zero_probability
 from .ladder.check import programs_that_fit, roofline, time_after
 from .ladder.check_machine import measure, ring_waits
@@ -18,7 +19,8 @@ from .serving.check import merge_splits, step_bytes
 from .serving.check_pages import pack_page, paged_scores, slots_of
 from .start.check import three_lines
 from .traps.check import diagnose, match_symptoms, rope_probe
-from .triton_index_scores.check import copy_kernel, index_scores_kernel, planted_bug_kernel, row_sum_kernel, tile_cost
+from .triton_index_scores.check import copy_kernel, planted_bug_kernel, row_sum_kernel, tile_cost
+from .triton_index_scores.check_kernel import index_scores_kernel
 from .triton_online_softmax.check import merge_kernel, row_lse_kernel
 from .triton_sparse_attention.check import gather_kernel, sparse_attention_kernel
 

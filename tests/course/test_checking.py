@@ -1,6 +1,8 @@
 """The machinery under the exercises' checks: what it catches on its own, and what it says."""
 
+import contextlib
 import importlib.util
+import linecache
 import re
 import subprocess
 import sys
@@ -321,10 +323,30 @@ if rungs.has_triton():
         raise NotImplementedError()
 
     @triton.jit
-    def tf32(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
-        i = tl.arange(0, 16)
-        x = tl.load(x_ptr + i[:, None] * 16 + i[None, :])
-        tl.store(y_ptr + i[:, None] * 16 + i[None, :], tl.dot(x, x))
+    def product_in_tf32(a, b):
+        return tl.dot(a, b)
+
+    SQUARE = """
+@triton.jit
+def {name}(x_ptr, y_ptr):
+    i = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    x = tl.load(x_ptr + i)
+    tl.store(y_ptr + i, {product})
+"""
+    DOTS = {
+        "plain": "tl.dot(x, x)",
+        "ieee": 'tl.dot(x, x, input_precision="ieee")',
+        "ieee_by_position": 'tl.dot(x, x, None, "ieee")',
+        "tf32_not_allowed": "tl.dot(x, x, allow_tf32=False)",
+        "helped": "product_in_tf32(x, x)",
+        "split": 'tl.dot(x, x, input_precision="tf32x3")',
+        "halves": "tl.dot(x.to(tl.float16), x.to(tl.float16))",
+    }
+    for name, product in DOTS.items():
+        text = SQUARE.format(name=name, product=product)
+        linecache.cache[f"<{name}>"] = len(text), None, text.splitlines(keepends=True), f"<{name}>"
+        exec(compile(text, f"<{name}>", "exec"))
+        DOTS[name] = locals()[name]
 
 
 needs_triton = pytest.mark.skipif(not rungs.has_triton(), reason="kernels need triton, which cannot be imported here")
@@ -349,5 +371,52 @@ def test_a_launch_tells_a_stub_from_a_crash():
 
 
 @needs_triton
-def test_a_dot_in_tf32_is_seen_in_the_source():
-    assert launching.dots_are_exact(masked) and not launching.dots_are_exact(tf32)
+def test_an_input_that_a_kernel_changes_is_seen():
+    x, y = launching.guarded(checking.normal(10, seed=0)), launching.guarded(checking.normal(10, seed=1))
+    with pytest.raises(Failed, match="inputs: y_ptr was changed by the kernel"):
+        launching.launch(masked, (2,), x, y, 10, BLOCK=8)
+
+
+@needs_triton
+def test_a_place_written_by_another_program_is_seen():
+    x, y = launching.guarded(checking.normal(16, seed=0)), launching.output(16)
+    given = {"BLOCK": 8, "cause": "why"}
+    launching.expect_own_places(masked, (2,), x, y, 16, own=lambda p, *_: y[8 * p : 8 * p + 8], **given)
+    seen = pytest.raises(Failed, match="program 0 of 2 wrote y_ptr [+] 0, which is another program's")
+    with seen if launching.device() == "cpu" else contextlib.nullcontext():  # compiled, nobody can tell
+        launching.expect_own_places(masked, (2,), x, y, 16, own=lambda p, *_: y[8 - 8 * p : 16 - 8 * p], **given)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("kernel", "said"),
+    [("plain", "TF32"), ("ieee", None), ("ieee_by_position", None), ("tf32_not_allowed", None), ("helped", "TF32"),
+     ("split", "TF32X3"), ("halves", None)],
+)  # fmt: skip
+def test_the_precision_of_a_dot_is_seen_however_it_is_said(kernel, said):
+    x, y = launching.guarded(checking.normal(16, 16, seed=0)), launching.output(16, 16)
+    if said is None:
+        return launching.expect_full_precision(DOTS[kernel], (1,), x, y)
+    with pytest.raises(Failed, match=f"a tl.dot of fp32 numbers in {said}, expected IEEE"):
+        launching.expect_full_precision(DOTS[kernel], (1,), x, y)
+
+
+def test_a_result_says_what_was_never_written():
+    got = launching.output(4)
+    got[:2] = torch.tensor([1.0, float("nan")])
+    with pytest.raises(
+        Failed, match=r"i=1: got nan, expected 1 .* 2 of 4 places were never written. Likely cause: why"
+    ):
+        launching.expect_result(got, torch.ones(4), 0.0, "i", "why")
+
+
+def test_inputs_arrive_with_their_strides_and_may_not_be_changed():
+    x, seen = checking.spread(torch.arange(6.0).view(2, 3)), {}
+
+    def look(tensor, numbers):
+        seen.update(strides=tensor.stride(), values=tensor.tolist())
+        numbers.append(1)
+
+    with pytest.raises(Failed, match="inputs: numbers was changed by the call"):
+        checking._guarded(look)(x, [3])
+    assert seen == {"strides": (6, 2), "values": [[0, 1, 2], [3, 4, 5]]} and x.isfinite().all()

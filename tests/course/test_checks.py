@@ -1,4 +1,4 @@
-"""The exercises' checks can fail: each rejects its wrong solutions, every one for the stated property."""
+"""The exercises' checks can fail: each rejects its wrong solutions, all for the stated property, and no right one."""
 
 import importlib
 import pathlib
@@ -43,7 +43,7 @@ def test_a_right_solution_in_another_style_is_accepted(exercise, solution, capsy
     if getattr(solution, "needs_triton", False):
         pytest.skip(NEEDS_TRITON)
     checks.ALL[exercise](solution)
-    assert capsys.readouterr().out.startswith(f"✓ {exercise}: ")
+    assert capsys.readouterr().out == f"✓ {exercise}: " + " · ".join(checks.ALL[exercise].properties) + "\n"
 
 
 NONSENSE = {
