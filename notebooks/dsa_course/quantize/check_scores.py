@@ -203,8 +203,9 @@ def flips_mean_over_rows(solution):
         _expect_flips(solution, one, other, "every row counts the same, however many keys it holds")
         far = [torch.where(side >= 0, side + 100_000, -1).to(torch.int32) for side in (one, other)]
         _expect_flips(solution, *far, "right for small keys, wrong for large ones: a key is any number from 0 up")
-    one, other = (strided(side) for side in _selections(12, 1, 1))
-    _expect_flips(solution, one, other, "one row of one key")
+    for seed, T, k in ((12, 1, 1), (13, 9, 5)):
+        one, other = (strided(side) for side in _selections(seed, T, k))
+        _expect_flips(solution, one, other, "wrong for this shape, or for tensors that are not contiguous")
 
 
 @flips.property("empty row")
