@@ -58,7 +58,7 @@ NONSENSE = {
     "a number": 3.5,
     "an empty tensor": torch.empty(0),
     "an array of objects": np.array([None, "a"], dtype=object),
-    "complex tensors": (torch.ones(2, dtype=torch.complex64),) * 2,
+    "a complex tensor": torch.ones(2, dtype=torch.complex64),
     "a sparse tensor": torch.eye(2).to_sparse(),
     "a long double": np.longdouble(1) * np.ones(3),
 }
