@@ -16,16 +16,21 @@ export JUPYTER_PREFER_ENV_PATH := 1
 # reached, unless a PIP_ variable of the user's says where packages come from.
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 
-.PHONY: help lab test test-grading test-browser test-install course learner api bench lint
+# Where the project lives on the web, for the site's buttons and links: make site REPOSITORY=https://github.com/owner/name
+REPOSITORY ?=
+
+.PHONY: help lab test test-grading test-browser test-site test-install course learner site api bench lint
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
-lab: $(INSTALLED)  ## open JupyterLab on the first notebook (LAB_ARGS="--no-browser" and the like are passed on)
-	$(VENV_PYTHON) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(LAB_ARGS)
+lab: $(INSTALLED)  ## open JupyterLab on your copy of the course, in work/ (LAB_ARGS="--no-browser" and the like are passed on)
+	$(VENV_PYTHON) -m notebooks.maintain.work
+	$(VENV_PYTHON) -m jupyterlab --LabApp.default_url=/lab/tree/work/00_start_here.ipynb \
+		--HTMLExporter.preprocessors=dsa_course.export.AltText $(LAB_ARGS)
 
 # One thread a process: two processes run at once, and sums come out the same on every machine.
-test test-grading test-browser test-install course: export OMP_NUM_THREADS := 1
+test test-grading test-browser test-site test-install course: export OMP_NUM_THREADS := 1
 
 test: $(INSTALLED)  ## run the tests, then every notebook against its stored outputs
 	$(VENV_PYTHON) -m pytest -n 2 --check-skips
@@ -39,6 +44,10 @@ test-browser: $(INSTALLED)  ## move every notebook's slider in JupyterLab (needs
 	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[browser]'
 	$(VENV_PYTHON) -m pytest -m browser tests/course/test_browser.py
 
+test-site: $(INSTALLED)  ## build the site and look at it (needs Chromium, and npm once; installs Playwright and Sphinx)
+	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[browser,site]'
+	$(VENV_PYTHON) -m pytest -m site tests/course/test_site.py
+
 test-install: $(INSTALLED)  ## install our wheel beside Hugging Face's kernels in a new environment (needs PyPI)
 	$(VENV_PYTHON) -m pytest -s -m install tests/test_install.py
 
@@ -50,6 +59,10 @@ course: $(INSTALLED)  ## execute every notebook, then make the learner edition a
 
 learner: $(INSTALLED)  ## make the learner edition, notebooks/*.ipynb, from notebooks/solutions/
 	$(VENV_PYTHON) -m notebooks.maintain.learner
+
+site: $(INSTALLED)  ## build the course as a static site in build/site/html (needs npm once; installs Sphinx)
+	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[site]'
+	$(VENV_PYTHON) -m notebooks.maintain.site --repository "$(REPOSITORY)"
 
 api: $(INSTALLED)  ## make API.md from the docstrings
 	$(VENV_PYTHON) -m notebooks.maintain.api

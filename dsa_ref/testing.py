@@ -38,7 +38,7 @@ class Failed(AssertionError):
         self.what, self.cause, self.property = what, cause, property
 
     def __str__(self) -> str:
-        return f"{self.property}: {self.what}. Likely cause: {self.cause}."
+        return f"{self.property}: {self.what}. Likely cause: {self.cause}{'' if self.cause.endswith('?') else '.'}"
 
     def _render_traceback_(self) -> list[str]:
         """What Jupyter shows: the sentence, and before it the learner's own error where that is the reason."""

@@ -5,6 +5,7 @@ A test that takes `ops` runs once for each rung: "loops", "reference", "kernels"
 """
 
 import collections
+import shutil
 
 import pytest
 import rungs
@@ -28,6 +29,7 @@ EXPECTED_SKIPS = {
 RUN_BY_TARGET = {
     "grading": "tests/course/test_grading.py",
     "browser": "tests/course/test_browser.py",
+    "site": "tests/course/test_site.py",
     "install": "tests/test_install.py",
 }
 MARKS = {"gpu", "hopper"}  # the only tests that NEEDS_GPU and NEEDS_HOPPER may skip, and on a CPU all of them
@@ -150,3 +152,19 @@ class SkipAccount:
             terminalreporter.write_line(f"{count:5d} skipped: {reason}")
         for line in wrong:
             terminalreporter.write_line(line, red=True)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A headless browser, for the tests with the marks `browser` and `site`; only who runs those has Playwright."""
+    from playwright.sync_api import sync_playwright
+
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    assert found, "needs Chromium: apt-get install chromium"
+    without = ("background-networking", "component-update", "gpu", "sync")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=found, args=["--no-sandbox", *(f"--disable-{feature}" for feature in without)]
+        )
+        yield browser
+        browser.close()

@@ -9,6 +9,7 @@ import pytest
 
 RUN = pathlib.Path(__file__).parents[1] / ".ci" / "run"
 TARGETS = ["lint", "test", "test-grading", "test-install"]
+BROWSER = ["test-browser", "test-site"]
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="CI's script needs bash")
 
@@ -40,7 +41,7 @@ def ci(tmp_path):
 
 @pytest.mark.parametrize("name", ["chromium", "chromium_browser", "google_chrome"])
 def test_where_chromium_is_the_browser_test_runs(ci, name):
-    assert ci(**{name: "true"})[:2] == (0, [*TARGETS, "test-browser"])
+    assert ci(**{name: "true"})[:2] == (0, [*TARGETS, *BROWSER])
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_where_chromium_is_the_browser_test_runs(ci, name):
 )
 def test_where_chromium_can_be_installed_it_is(ci, user):
     installs = f'[ "$1" = update ] || {shutil.which("cp")} "$0" "${{0%/*}}/chromium"'
-    assert ci(**user, apt_get=installs)[:2] == (0, [*TARGETS, "test-browser"])
+    assert ci(**user, apt_get=installs)[:2] == (0, [*TARGETS, *BROWSER])
 
 
 @pytest.mark.parametrize("apt_get", ["exit 100", '[ "$1" = update ]', "true"])
@@ -73,7 +74,7 @@ def test_where_it_cannot_be_installed_a_ci_service_fails(ci, machine):
     assert code != 0 and targets == TARGETS and "The browser test cannot run" in said
 
 
-@pytest.mark.parametrize("target", [*TARGETS, "test-browser"])
+@pytest.mark.parametrize("target", [*TARGETS, *BROWSER])
 def test_a_target_that_fails_fails_ci(ci, target):
     code, targets, _ = ci(make=f'echo target $1; [ "$1" != {target} ]', chromium="true")
     assert code != 0 and targets[-1] == target

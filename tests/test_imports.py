@@ -139,6 +139,8 @@ TABLE = [
     # the course, which nothing but notebooks, tests and maintain imports
     Row("dsa_course.*", "dsa_ref.* dsa_kernels.* dsa_course.*", "numpy torch matplotlib ipywidgets IPython PIL"),
     Row("dsa_course.traps.runs", "dsa_ref.* dsa_course.*", "torch pytest"),  # it runs tests
+    Row("dsa_course.export", "", "nbconvert"),  # read by who exports, not by notebooks
+    Row("dsa_course.grading", "", "nbgrader"),  # by a teacher alone
     Row("maintain.*", "dsa_ref.* dsa_course.* maintain.*", "nbformat"),
 ]
 PUBLIC = ("dsa_bench",)  # may take from a package of the reference only what its __all__ names
@@ -306,7 +308,12 @@ def test_every_import_is_in_the_table(module):
 
 def homeless(files):
     """Those of the Python files, named from the root, that belong to no package of the table and are no tests."""
-    rooms = (*(f"{folder}/" for folder in FOLDERS.values()), "tests/", "notebooks/conftest.py")
+    rooms = (
+        *(f"{folder}/" for folder in FOLDERS.values()),
+        "tests/",
+        "notebooks/conftest.py",
+        "notebooks/nbgrader_config.py",
+    )
     return [name for name in files if not name.startswith(rooms)]
 
 

@@ -14,23 +14,35 @@ that holds NaN wherever it was asked for without a value, so nothing passes by l
 import contextlib
 import inspect
 import operator
-import traceback
 
 import numpy as np
 import torch
 
 from dsa_ref.testing import Failed, poisoned
 
+from .crashes import explain
+
 GENERAL = ("runs", "inputs", "bounds")  # what any check may report: a crash, changed arguments, a write out of bounds
 FORGOTTEN = "did you forget the return?"
 NOT_WRITTEN = "a place was never written (fresh memory holds NaN here), or inf - inf, or 0 / 0"
+
+
+class NotWritten(NotImplementedError):
+    """An untouched stub. It fails, for a grader, and is one line to a learner, who did nothing wrong yet."""
+
+    def __str__(self):
+        return "not written yet"
+
+    def _render_traceback_(self):
+        """What Jupyter shows."""
+        return [f"✗ {self}"]
 
 
 class Check:
     """The check of one exercise. `properties` maps each property's name to the function that tries it.
 
     Calling it with a solution prints the names of the properties that hold, or raises: Failed for the first one that
-    does not, NotImplementedError for an untouched stub.
+    does not, NotWritten for an untouched stub.
     """
 
     def __init__(self, name):
@@ -53,6 +65,10 @@ class Check:
         for name, test in self.properties.items():
             try:
                 test(_guarded(solution))
+            except NotImplementedError as error:
+                if error.args:  # torch's own come with a text
+                    raise
+                raise NotWritten from None
             except Failed as failure:
                 if failure.property not in (*self.properties, *GENERAL):
                     if failure.property:  # a word of `compare_selection`
@@ -74,7 +90,7 @@ def _guarded(solution):
             with poisoned():
                 got = solution(*(copies[i] for i in range(len(args))), **{name: copies[name] for name in kwargs})
         except Exception as error:
-            if isinstance(error, NotImplementedError) and not error.args:  # the stub; torch's own come with a text
+            if isinstance(error, NotImplementedError) and not error.args:  # the stub
                 raise
             raise crashed(error, _kinds(given)) from error
         for name, value in given.items():
@@ -87,13 +103,10 @@ def _guarded(solution):
 
 
 def crashed(error, given=""):
-    """The failure that reports an error raised by the code under test, with its traceback for the learner."""
-    failure = Failed(
-        f"{type(error).__name__}: {error}{f' (called with {given})' if given else ''}",
-        "the line is shown above; does it hold for every shape and dtype that the exercise allows?",
-        "runs",
-    )
-    failure.own = "".join(traceback.format_exception(type(error), error, error.__traceback__.tb_next))
+    """The failure that reports an error raised by the code under test, with the learner's own lines."""
+    what, cause, shown = explain(error)
+    failure = Failed(f"{what}{f' (called with {given})' if given else ''}", cause, "runs")
+    failure.own = shown
     return failure
 
 
@@ -138,7 +151,7 @@ def expect_shape(got, shape, dtype=None, name="the result"):
 
 def expect_number(got, what="the result"):
     """`got` as a float: a number of Python, NumPy or torch, or a tensor or array that holds just one."""
-    single = got.reshape(()) if isinstance(got, np.ndarray) and got.size == 1 else got
+    single = got.item() if isinstance(got, np.ndarray) and got.size == 1 else got
     try:
         if not isinstance(single, (str, bytes)):
             return float(single)

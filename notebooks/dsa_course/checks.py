@@ -12,7 +12,8 @@ from .ladder.check import programs_that_fit, roofline, time_after
 from .ladder.check_machine import measure, ring_waits
 from .mla.check import absorb, cache_bytes, rope, softmax_scale
 from .online_softmax.check import block_attention, log_sum_exp, merge_parts, online_update
-from .quantize.check import flips, hadamard, quantize, scores_from_fp8
+from .quantize.check import hadamard, quantize
+from .quantize.check_scores import flips, scores_from_fp8
 from .recall.check import recall, window_selection
 from .select_topk.check import check_selection, select_topk
 from .serving.check import merge_splits, step_bytes

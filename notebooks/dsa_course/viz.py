@@ -38,7 +38,9 @@ LINES = (  # one (colour, line, marker) a curve, in order: the indexer first, it
     ("#000000", (0, (1, 1)), "x"),
 )
 FAINT = "#d0d0d0"  # marks that mean nothing: newlines
-DPI = 100
+DPI = 100  # of the page: a figure of 7 inches is 700 pixels of CSS wide
+SHARP = 2  # pixels of the PNG for each of those, for screens that have them
+ABOVE = 240  # pixels of a screen's height: JupyterLab's bars, and a row or two of controls above the picture
 TAB = 4  # cells
 MONO_ADVANCE = 0.602  # width of a DejaVu Sans Mono character, of its size
 
@@ -56,21 +58,30 @@ def png(figure, alt) -> bytes:
         raise ValueError("alt must describe the picture in words, got an empty str")
     canvas, buffer, description = FigureCanvasAgg(figure), io.BytesIO(), PngInfo()
     description.add_itxt("Description", alt)
-    figure.dpi = DPI
+    figure.dpi = SHARP * DPI
     canvas.draw()
     pixels = PIL.Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     # A third of the bytes of a picture in full colour, and as good: edges of letters are all that many colours serve.
-    pixels.quantize(256, dither=PIL.Image.Dither.NONE).save(buffer, "PNG", optimize=True, pnginfo=description)
+    pixels.quantize(256, dither=PIL.Image.Dither.NONE).save(buffer, "PNG", compress_level=6, pnginfo=description)
     return buffer.getvalue()
 
 
 def picture(figure, alt) -> Image:
     """A figure for a cell's last line: it shows as a PNG that carries its alt text. Errors as `png`."""
-    return Image(data=png(figure, alt), format="png", alt=alt)
+    data = png(figure, alt)
+    return Image(data=data, format="png", alt=alt, width=width_of(data))
+
+
+def width_of(data) -> int:
+    """How wide a PNG made by `png` stands on a page, in CSS pixels."""
+    return PIL.Image.open(io.BytesIO(data)).width // SHARP
 
 
 class LiveFigure(ipywidgets.VBox):
     """A picture with controls above it: a moved control computes anew and draws anew. A PNG where no kernel runs.
+
+    Controls stand side by side, and the picture shrinks until it fits the screen with them. Where `compute` cannot take
+    a control's value, data is a dict whose "instead" has {the control's name: the value shown}, and the figure says so.
 
     name: str, for the repr. compute(**values) -> data; draw(data) -> matplotlib Figure. Kept apart so that a test can
     look at `.data` and never at pixels. alt: what the picture shows, a str or a function of data giving one.
@@ -86,12 +97,13 @@ class LiveFigure(ipywidgets.VBox):
             if not isinstance(control, ipywidgets.Widget) or not control.has_trait("value"):
                 raise TypeError(f"{key} must be an ipywidgets control with a value, got {type(control).__name__}")
         self._refresh()
-        self._image = ipywidgets.HTML(self._img())
+        self._image = ipywidgets.HTML(self._img(), layout=ipywidgets.Layout(width="100%"))
         for control in controls.values():
             if control.has_trait("continuous_update"):
                 control.continuous_update = False  # once a move, not once a pixel
             control.observe(self._show, "value")
-        super().__init__([*controls.values(), self._image])
+        wrapped = ipywidgets.Layout(flex_flow="row wrap", width="100%")
+        super().__init__([*controls.values(), self._image], layout=wrapped)
 
     def _refresh(self):
         data = self._compute(**{key: control.value for key, control in self._controls.items()})
@@ -105,7 +117,20 @@ class LiveFigure(ipywidgets.VBox):
 
     def _img(self):
         """An img element of our own: the Image widget knows no alt, and fails in the browser when given a tooltip."""
-        return f'<img alt="{html.escape(self.alt)}" src="data:image/png;base64,{base64.b64encode(self.png).decode()}">'
+        data, width = base64.b64encode(self.png).decode(), width_of(self.png)
+        fits = (
+            f"max-width: min(100%, {width}px); max-height: calc(100vh - {ABOVE}px)"  # one of them rules; none distorts
+        )
+        return f'{self._note()}<img alt="{html.escape(self.alt)}" style="{fits}" src="data:image/png;base64,{data}">'
+
+    def _note(self):
+        """Which controls ask for something that is not there, and what is shown instead."""
+        instead = self.data.get("instead", {}) if isinstance(self.data, dict) else {}
+        notes = []
+        for key, shown in instead.items():
+            control = self._controls[key]
+            notes.append(f"{control.description} = {control.value} is not there with these settings: {shown} is shown")
+        return f'<p role="status">{html.escape("; ".join(notes))}</p>' if notes else ""
 
     def __repr__(self):
         state = "".join(f", {key}={control.value!r}" for key, control in self._controls.items())
@@ -114,7 +139,7 @@ class LiveFigure(ipywidgets.VBox):
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs)
         bundle["image/png"] = base64.b64encode(self.png).decode()
-        return bundle, {"image/png": {"alt": self.alt}}
+        return bundle, {"image/png": {"alt": self.alt, "width": width_of(self.png)}}
 
 
 def selection_over_text(text_bytes, position, selected, weights=None, columns=80) -> Figure:

@@ -4,6 +4,9 @@ notebooks/solutions/NN_title.ipynb is the source; notebooks/NN_title.ipynb is ge
 What lies between `### BEGIN SOLUTION` and `### END SOLUTION` becomes nbgrader's stub, the folded solution below each
 exercise gets the code, and the check's stored output becomes the error that the stub raises. All other outputs are the
 source's own: no cell may use what a learner wrote, so they are the same. Strict nbval on both editions proves it.
+
+Where a text asks for a guess, the output of the cell below it is folded: JupyterLab opens it when the cell is run or
+the fold is clicked, and the site (`hide-output`) on a click. A source cell with `outputs_hidden` is folded too.
 """
 
 import copy
@@ -12,10 +15,16 @@ import re
 
 import nbformat
 
+from dsa_course.checking import NotWritten
+
 SOURCE = pathlib.Path(__file__).parents[1] / "solutions"
 LEARNER = SOURCE.parent
 
 SOLUTION = re.compile(r"^([ \t]*)### BEGIN SOLUTION[^\n]*\n(.*?)^[ \t]*### END SOLUTION[^\n]*(?:\n|\Z)", re.M | re.S)
+ASKS = re.compile(  # words that ask for a guess
+    r"\bPredict\b|\*\*predict\*\*|\bpredict:|\bGuess\b|\bguess before\b|\b[Bb]efore you (?:look|run)\b"
+    r"|\bDecide before\b|\*\*What will\b"
+)
 PLACE = re.compile(r"<!-- solution: (\w+) -->")  # in the folded text below an exercise
 
 
@@ -40,9 +49,10 @@ def learner_edition(source):
             if exercise not in solved:
                 raise ValueError(f"check {exercise!r} must stand below its solution cell, which is missing")
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), "raises-exception"]
+            stub = NotWritten()
             cell.outputs = [
                 nbformat.v4.new_output(
-                    "error", ename="NotImplementedError", evalue="", traceback=["NotImplementedError: not solved yet"]
+                    "error", ename=type(stub).__name__, evalue=str(stub), traceback=stub._render_traceback_()
                 )
             ]
         elif cell.cell_type == "markdown":
@@ -52,10 +62,27 @@ def learner_edition(source):
                 code = f"```python\n{solved[exercise]}\n```"
                 cell.source = cell.source.replace(f"<!-- solution: {exercise} -->", code)
                 folded.add(exercise)
+    for cell in guessed(nb):
+        cell.metadata["tags"] = list(dict.fromkeys([*cell.metadata.get("tags", []), "hide-output"]))
+        cell.metadata["collapsed"] = True  # JupyterLab keeps this and the next one equal
+        cell.metadata["jupyter"] = {**cell.metadata.get("jupyter", {}), "outputs_hidden": True}
     missing = set(solved) - folded
     if missing:
         raise ValueError(f"every solution must be folded in below its check, missing: {', '.join(sorted(missing))}")
     return nb
+
+
+def guessed(nb):
+    """The code cells whose output somebody was asked to guess: the first below a text that asks, or marked so."""
+    asked = False
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            asked = "<details>" not in cell.source and ASKS.search(cell.source)
+        elif "nbgrader" in cell.metadata:
+            asked = False
+        elif (asked and cell.outputs) or cell.metadata.get("jupyter", {}).get("outputs_hidden"):
+            asked = False
+            yield cell
 
 
 def _code_to_show(source):

@@ -6,13 +6,14 @@ import linecache
 import re
 import subprocess
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import rungs
 import torch
 
-from dsa_course import checking, environment, launching, toy
+from dsa_course import checking, environment, launching, toy, watching
 from dsa_course.checking import Check, expect, expect_close, expect_shape
 from dsa_ref.testing import Failed, poisoned
 
@@ -147,6 +148,108 @@ def test_expect():
     expect(True, "this", "that")
     with pytest.raises(Failed, match="this. Likely cause: that"):
         expect(False, "this", "that")
+
+
+@pytest.mark.parametrize("digits", [6, 9, 15])
+def test_two_numbers_that_differ_are_shown_to_differ(digits):
+    got = 3.760461504 * (1 + 10.0**-digits)
+    first, second = re.fullmatch(r"got (.*), expected (.*)", checking.unequal(got, 3.760461504)).groups()
+    assert first != second and abs(float(first) - 3.76046) < 1e-4
+    assert checking.unequal(2.0, 3.0) == "got 2, expected 3"
+
+
+@pytest.mark.parametrize(
+    "array", [np.ones((2, 3), np.float32), np.arange(6.0)[::-1].reshape(2, 3).T, torch.ones(2, requires_grad=True)]
+)
+def test_an_array_counts_as_a_tensor(array):
+    got = checking.tensor(array)
+    assert isinstance(got, torch.Tensor) and not got.requires_grad
+    assert got.tolist() == array.tolist()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, "got None, expected a tensor.*forget the return"),
+        ([1.0], "got list, expected a tensor.*no list"),
+        (np.array(["a"]), "got ndarray of <U1, expected a tensor of numbers"),
+        (torch.ones(2) * 1j, "got Tensor of torch.complex64"),
+    ],
+)
+def test_what_is_no_tensor_is_said(value, words):
+    with pytest.raises(Failed, match=words):
+        checking.tensor(value)
+
+
+def test_numpys_dtypes_are_torchs():
+    expect_shape(np.zeros(3, np.int32), (3,), torch.int32)
+    with pytest.raises(Failed, match=r"got float64, expected float32.*astype\(np.float32\)"):
+        expect_shape(np.zeros(3), (3,), torch.float32)
+    with pytest.raises(Failed, match="NumPy has no bfloat16"):
+        expect_shape(np.zeros(3), (3,), torch.bfloat16)
+
+
+@pytest.mark.parametrize("number", [3, 3.0, np.int64(3), torch.tensor([3]), np.array([[3.0]]), Fraction(3)])
+def test_a_number_of_any_kind(number):
+    assert checking.expect_number(number) == 3.0
+    if isinstance(number, (int, np.integer)):
+        assert checking.expect_int(number) == 3
+
+
+@pytest.mark.parametrize("value", [None, "3", [3], (3,), {}, 3j, torch.ones(2), np.array("3"), object()])
+def test_no_number(value):
+    for expected in (checking.expect_number, checking.expect_int):
+        with pytest.raises(Failed, match="expected a number"):
+            expected(value)
+    with pytest.raises(Failed, match="got float 3.0, expected an int"):
+        checking.expect_int(3.0)
+
+
+def test_a_strided_copy_holds_the_same_and_reaches_the_solution_strided():
+    x = checking.strided(checking.whole(2, 3, seed=1))
+    assert not x.is_contiguous() and x.equal(checking.whole(2, 3, seed=1))
+    assert not checking._guarded(lambda x: x)(x).is_contiguous()
+    assert not checking._guarded(lambda x: x)(checking.strided(np.ones((2, 3)))).flags.c_contiguous
+
+
+def test_lines_bytes_and_peak_of_a_solution_are_counted():
+    def loop(n):
+        total = 0
+        for _ in range(n):
+            total += np.zeros(1000).sum()
+        return total
+
+    def at_once(n):
+        return np.zeros((n, 1000)).sum()
+
+    seen = {}
+    for solution in (loop, at_once):
+        with watching.Python() as seen[solution]:
+            checking._guarded(solution)(10)
+    assert seen[loop].lines >= 20 > seen[at_once].lines
+    assert all(80_000 <= counts.bytes < 160_000 for counts in seen.values())
+    assert seen[loop].peak < 30_000 < 80_000 <= seen[at_once].peak
+
+
+def test_torchs_memory_is_counted_without_its_views():
+    with watching.TorchMemory() as made:
+        (torch.ones(4, 5).T[1:] + 1).sum()
+    assert (made.elements, made.largest) == (20 + 16 + 1, torch.Size([4, 5]))
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        lambda x: torch.stack([row * 2 for row in x]),
+        lambda x: torch.stack(list(map(torch.neg, x))),
+        lambda x: np.stack([row * 2 for row in x.numpy()]),
+    ],
+)
+def test_a_loop_is_seen_and_a_product_is_none(loop):
+    small, larger = (torch.ones(5, 2),), {"45 rows": (torch.ones(45, 2),)}
+    assert "mul" in " ".join(watching.expect_no_loop(lambda x: x * 2, small, larger, "a loop"))
+    with pytest.raises(Failed, match=r"\d+ (lines of Python|calls of torch).*with 45 rows.*a loop"):
+        watching.expect_no_loop(loop, small, larger, "a loop")
 
 
 def test_memory_is_poisoned_inside_only():

@@ -1,6 +1,6 @@
 """Two editions from one source: the learner edition is what the generator makes, and fails exactly at its checks.
 
-That its stored outputs are true, among them each check's NotImplementedError, is what strict nbval shows (`make test`).
+That its stored outputs are true, among them each check's NotWritten, is what strict nbval shows (`make test`).
 Here: that nbval would notice, that nothing was edited by hand, and that every exercise stands as the course promises.
 """
 
@@ -52,7 +52,7 @@ def test_the_learner_edition_fails_exactly_at_its_checks(name):
     """The stored errors, which nbval compares with what happens."""
     nb = read(LEARNER / name)
     failing = {cell.id: output.ename for cell in nb.cells for output in cell.get("outputs", []) if "ename" in output}
-    assert failing == {cell.id: "NotImplementedError" for kind, _, cell in kinds(nb) if kind == "check"}
+    assert failing == {cell.id: "NotWritten" for kind, _, cell in kinds(nb) if kind == "check"}
     assert {cell.id for cell in nb.cells if "raises-exception" in cell.metadata.get("tags", [])} == set(failing)
 
 
@@ -158,6 +158,12 @@ def notebook(*cells):
     return new_notebook(cells=list(cells), metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
 
 
+MY_SUM = """from dsa_course.checking import Check, expect
+my_sums = Check("my_sum")
+my_sums.property("one")(lambda my_sum: expect(my_sum(1) == 2, "not 2", "1 was not added"))
+my_sums(my_sum)"""
+
+
 def exercise(source="def my_sum(x):\n    ### BEGIN SOLUTION\n    return x + 1\n    ### END SOLUTION"):
     meta = {"schema_version": 3, "task": False}
     stub = {**meta, "solution": True, "grade": False, "grade_id": "my_sum", "locked": False}
@@ -165,10 +171,10 @@ def exercise(source="def my_sum(x):\n    ### BEGIN SOLUTION\n    return x + 1\n 
     return [
         new_code_cell(source, metadata={"nbgrader": stub}),
         new_code_cell(
-            "assert my_sum(1) == 2\nprint('✓')",
+            MY_SUM,
             metadata={"nbgrader": check},
             execution_count=2,
-            outputs=[new_output("stream", name="stdout", text="✓\n")],
+            outputs=[new_output("stream", name="stdout", text="✓ my_sum: one\n")],
         ),
         new_markdown_cell("<!-- solution: my_sum -->"),
     ]
@@ -180,7 +186,7 @@ def test_what_the_generator_makes():
     stub, check, fold = learner_edition(source).cells
     assert nbformat.writes(source) == before
     assert stub.source == "def my_sum(x):\n    # YOUR CODE HERE\n    raise NotImplementedError()"
-    assert [output.ename for output in check.outputs] == ["NotImplementedError"]
+    assert [output.ename for output in check.outputs] == ["NotWritten"]
     assert check.source == source.cells[1].source and check.metadata.tags == ["raises-exception"]
     assert fold.source == "```python\ndef my_sum(x):\n    return x + 1\n```"
 

@@ -1,8 +1,11 @@
-"""A teacher's path, with nbgrader itself: full marks for the solutions, none for the stubs, and the same stubs as ours.
+"""A teacher's path, with nbgrader itself: hand out, fetch, work, hand in, grade; and what was handed out runs through.
+
+Full marks for the solutions, none for the stubs, one exercise's for one exercise; the same stubs as ours, no solutions.
 
 Run by `make test-grading`, which installs nbgrader; plain pytest leaves these tests out (marker `grading`).
 """
 
+import getpass
 import os
 import pathlib
 import shutil
@@ -12,18 +15,20 @@ import sys
 import nbformat
 import pytest
 
-from notebooks.maintain.learner import SOURCE, learner_edition
+from notebooks.maintain.learner import LEARNER, SOURCE, learner_edition
 
 pytestmark = pytest.mark.grading
 
 NAME = "04_gather"  # one notebook without Triton and one with it would cost twice as much and show the same
-STUDENTS = ("solved", "unsolved", "half")
+CONFIG = LEARNER / "nbgrader_config.py"
+FETCHED = getpass.getuser()  # the student who goes by nbgrader's own exchange
+STUDENTS = ("solved", "unsolved", FETCHED)
 
 
-def nbgrader(course, *arguments):
+def nbgrader(folder, *arguments):
     path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # nbgrader calls alembic by name
     command = [sys.executable, "-m", "nbgrader", *arguments]
-    ran = subprocess.run(command, cwd=course, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    ran = subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
@@ -33,22 +38,32 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def course(tmp_path_factory):
-    """A course with one assignment, released by nbgrader, handed in by three students, and graded."""
-    course = tmp_path_factory.mktemp("course")
+    """A course with one assignment, released by nbgrader, handed in by three students, and graded.
+
+    Two hand in by themselves. The third fetches the release, solves the first exercise, and submits.
+    """
+    course, home, exchange = (tmp_path_factory.mktemp(name) for name in ("course", "home", "exchange"))
+    exchange.chmod(0o777)
+    by_exchange = f"--Exchange.root={exchange}"
+    shutil.copy(CONFIG, course)
     source = course / "source" / "dsa" / f"{NAME}.ipynb"
     source.parent.mkdir(parents=True)
     shutil.copy(SOURCE / source.name, source)
     nbgrader(course, "generate_assignment", "dsa", "--create")
     released = course / "release" / "dsa" / source.name
-    for student in STUDENTS:
+    nbgrader(course, "release_assignment", "dsa", by_exchange)
+    for student in ("solved", "unsolved"):
         handed_in = course / "submitted" / student / "dsa" / source.name
         handed_in.parent.mkdir(parents=True)
         shutil.copy(source if student == "solved" else released, handed_in)
-    half = course / "submitted" / "half" / "dsa" / source.name
+    nbgrader(home, "fetch_assignment", "dsa", "--course", "dsa", by_exchange)
+    half = home / "dsa" / source.name
     nb, solved = read(half), {cell.id: cell for cell in read(source).cells}
     first = next(cell for cell in nb.cells if cell.metadata.get("nbgrader", {}).get("solution"))
     first.source = solved[first.id].source
     nbformat.write(nb, half)
+    nbgrader(home, "submit", "dsa", "--course", "dsa", by_exchange)
+    nbgrader(course, "collect", "dsa", by_exchange)
     for student in STUDENTS:
         nbgrader(course, "autograde", "dsa", "--student", student)
     return course
@@ -73,7 +88,7 @@ def test_the_solutions_get_full_marks_and_the_stubs_none(course):
     assert scores(course, "solved") == points
     assert scores(course, "unsolved") == dict.fromkeys(points, 0)
     first, *others = points
-    assert scores(course, "half") == {first: points[first], **dict.fromkeys(others, 0)}
+    assert scores(course, FETCHED) == {first: points[first], **dict.fromkeys(others, 0)}
 
 
 def test_the_release_shows_no_solution_and_has_our_stubs(course):
@@ -83,8 +98,55 @@ def test_the_release_shows_no_solution_and_has_our_stubs(course):
         assert "END SOLUTION" not in theirs.source
         if cell.cell_type == "code":
             assert theirs.source == cell.source
-        else:
-            assert "```python" not in theirs.source or "```python" in cell.source
+    text = "\n".join(cell.source for cell in released.cells)
+    shown = "\n".join(cell.source for cell in ours.cells)
+    exercises = len(scores(course, "solved"))
+    for word, count in (("Why.**", 0), ("Common wrong answers", 0), ("<!-- solution", 0), ("<summary>Solution", 0)):
+        assert text.count(word) == count and shown.count(word) in (exercises, 0)
+    assert text.count("<summary>Hint") == shown.count("<summary>Hint") >= exercises
+    assert text.count("<details>") == text.count("</details>") == shown.count("<details>") - exercises
+
+
+def test_the_release_runs_from_top_to_bottom(course):
+    """As "Run All" does: it stops at the first error of a cell that may not fail."""
+    release = course / "release" / "dsa" / f"{NAME}.ipynb"
+    command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--output-dir", str(course / "run")]
+    subprocess.run([*command, str(release)], check=True, capture_output=True)
+    cells = [cell for cell in read(course / "run" / release.name).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        errors = [output for output in cell.outputs if output.output_type == "error"]
+        assert bool(errors) == bool(cell.metadata.get("nbgrader", {}).get("grade")), cell.source
+        assert all(error.traceback == ["✗ not written yet"] for error in errors)
+
+
+def test_without_the_settings_it_would_stop_and_show_solutions(course, tmp_path):
+    """So that it is the settings that the tests above try."""
+    (tmp_path / "source" / "dsa").mkdir(parents=True)
+    shutil.copy(course / "source" / "dsa" / f"{NAME}.ipynb", tmp_path / "source" / "dsa")
+    nbgrader(tmp_path, "generate_assignment", "dsa", "--create")
+    cells = read(tmp_path / "release" / "dsa" / f"{NAME}.ipynb").cells
+    assert any("Common wrong answers" in cell.source for cell in cells)
+    assert not any("raises-exception" in cell.metadata.get("tags", []) for cell in cells)
+
+
+@pytest.mark.parametrize("path", sorted(pathlib.Path(SOURCE).glob("*.ipynb")), ids=lambda path: path.stem)
+def test_every_notebooks_solutions_are_taken_out_whole(path):
+    from dsa_course.grading import HandOut
+
+    nb, _ = HandOut().preprocess(read(path), {})
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            assert "<summary>Solution" not in cell.source and "<!-- solution" not in cell.source
+            assert cell.source.count("<details>") == cell.source.count("</details>")
+
+
+def test_a_solution_outside_of_a_fold_is_refused():
+    from dsa_course.grading import HandOut
+
+    cell = nbformat.v4.new_markdown_cell("<details><summary>Hint</summary>\n\nh\n</details>\n<!-- solution: x -->")
+    with pytest.raises(ValueError, match="every solution must stand in a fold of its own"):
+        HandOut().preprocess_cell(cell, {}, 0)
 
 
 @pytest.mark.parametrize("path", sorted(pathlib.Path(SOURCE).glob("*.ipynb")), ids=lambda path: path.stem)

@@ -29,8 +29,10 @@ def bars(heights):
 
 
 def pixels(figure):
-    """Lightness of each pixel in [0, 1], as a grey printer would show it."""
-    return np.asarray(Image.open(io.BytesIO(viz.png(figure, "x"))).convert("L")) / 255
+    """Lightness of each pixel of the page in [0, 1], as a grey printer would show it."""
+    grey = np.asarray(Image.open(io.BytesIO(viz.png(figure, "x"))).convert("L")) / 255
+    h, w = (n // viz.SHARP * viz.SHARP for n in grey.shape)
+    return grey[:h, :w].reshape(h // viz.SHARP, viz.SHARP, w // viz.SHARP, viz.SHARP).mean((1, 3))
 
 
 def cell(figure, place):
@@ -38,7 +40,7 @@ def cell(figure, place):
     x, y, w = place
     axes = figure.axes[0]
     grey = pixels(figure)
-    (left, top), (right, bottom) = axes.transData.transform([(x, y), (x + w, y + 1)])
+    (left, top), (right, bottom) = axes.transData.transform([(x, y), (x + w, y + 1)]) / viz.SHARP
     rows = slice(grey.shape[0] - round(top), grey.shape[0] - round(bottom))
     return grey[rows, round(left) : round(right)]
 
@@ -96,7 +98,10 @@ def image(live):
     (child,) = (child for child in live.children if isinstance(child, ipywidgets.HTML))
     # ipywidgets 8.1 fails in the browser on a tooltip without a description, and no Python test would see it.
     assert child.tooltip is None
-    alt, data = re.fullmatch(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]*)">', child.value).groups()
+    found = re.fullmatch(
+        r'(?:<p .*</p>)?<img alt="([^"]*)" style="[^"]*" src="data:image/png;base64,([^"]*)">', child.value
+    )
+    alt, data = found.groups()
     return base64.b64decode(data), html.unescape(alt)
 
 
@@ -134,6 +139,32 @@ def test_what_a_notebook_stores(live):
     control(live, ipywidgets.IntSlider).value = 2
     assert base64.b64decode(live._repr_mimebundle_()[0]["image/png"]) == viz.png(bars([0, 1]), "2 bars up to 1.")
     assert repr(live) == "LiveFigure('squares', n=2, double=False)"
+
+
+def test_pictures_are_sharp_and_as_large_as_meant(live):
+    """Twice the pixels, and the width that stands in the notebook is that of the page."""
+    for _, metadata in (DisplayFormatter().format(viz.picture(bars([1]), "One bar.")), live._repr_mimebundle_()):
+        assert metadata["image/png"]["width"] == 200  # a figure of 2 inches
+    assert Image.open(io.BytesIO(live.png)).size == (400, 200)
+    style = re.search('style="([^"]*)"', live.children[-1].value)[1]
+    assert "max-width: min(100%, 200px)" in style and "max-height: calc(100vh - " in style
+
+
+def test_a_value_that_cannot_be_shown_is_said():
+    sliders = {name: ipywidgets.IntSlider(value=1, min=1, max=9, description=name.upper()) for name in ("n", "i")}
+    live = viz.LiveFigure(
+        "bounded",
+        lambda n, i: {"i": min(i, n), "instead": {"i": n} if i > n else {}},
+        lambda data: bars([data["i"]]),
+        "x",
+        **sliders,
+    )
+    assert "status" not in live.children[-1].value
+    sliders["i"].value = 5
+    assert '<p role="status">I = 5 is not there with these settings: 1 is shown</p>' in live.children[-1].value
+    assert image(live)[1] == "x"
+    sliders["n"].value = 7
+    assert "status" not in live.children[-1].value and live.data["i"] == 5
 
 
 def test_a_failing_draw_leaves_the_old_state_whole():

@@ -157,7 +157,7 @@ def a_loop_in_numpy(q, k, v):
         scores = (q[t] * k[: t + 1]).sum(2) / math.sqrt(D)
         exponentials = np.exp(scores - scores.max(0))
         u[t] = ((exponentials / exponentials.sum(0))[..., None] * v[: t + 1]).sum(0)
-    return torch.from_numpy(u)
+    return torch.from_numpy(u).float()
 
 
 @wrong("dense_attention", "no loop over tokens")
@@ -213,7 +213,7 @@ wrong("attention_bytes", "cache")(lambda T, H, D, n: (3 * T * H * D * n, H * T *
 wrong("attention_bytes", "score matrix")(lambda T, H, D, n: (2 * T * H * D * n, H * T * (T + 1) // 2 * n))
 wrong("attention_bytes", "score matrix")(lambda T, H, D, n: (2 * T * H * D * n, T * T * n))
 wrong("attention_bytes", "score matrix")(lambda T, H, D, n: (2 * T * H * D * n, H * T * T * D * n))
-wrong("attention_bytes", "score matrix")(lambda T, H, D, n: (2 * T * H * D * n, "a lot"))
+wrong("attention_bytes", "two ints")(lambda T, H, D, n: (2 * T * H * D * n, "a lot"))
 wrong("attention_bytes", "score matrix")(lambda T, H, D, n: (2 * T * H * D * n, H * T * T * 4))
 wrong("attention_bytes", "score matrix")(lambda T, H, D, n: (2 * T * H * D * n, H * T * (T - 1) // 2 * n))
 

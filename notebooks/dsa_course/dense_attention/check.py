@@ -227,7 +227,9 @@ BYTES = ((1000, 8, 64, 4), (37, 3, 5, 4), (131_072, 128, 128, 2))  # T, H, D, by
 
 def _two_numbers(solution, case):
     got = solution(*case)
-    pair = list(got) if hasattr(got, "__len__") and hasattr(got, "__iter__") and not isinstance(got, (str, dict)) else []
+    pair = (
+        list(got) if hasattr(got, "__len__") and hasattr(got, "__iter__") and not isinstance(got, (str, dict)) else []
+    )
     if len(pair) != 2:
         cause = FORGOTTEN if got is None else "return cache, scores: two numbers"
         raise Failed(f"got {type(got).__name__}, expected two ints", cause)

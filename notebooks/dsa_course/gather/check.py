@@ -282,7 +282,7 @@ def gathered_attention_low_scores(solution):
 
 @gathered_attention.property("sparse work")
 def gathered_attention_sparse_work(solution):
-    T, S, H, k = 16, 16_384, 32, 4
+    T, S, H, k = 16, 8192, 32, 4
     given = _inputs(7, T, S, H, k)
     end = torch.arange(S - T + 1, S + 1, dtype=torch.int32)
     given["indices"] = random_selection(k, torch.zeros_like(end), end, seed=7)

@@ -127,7 +127,7 @@ CASES = ((1, 3, (4, 4, 4), 2), (2, 1, (5, 1, 7), 3), (3, 4, (4, 4, 1), 4), (4, 2
 @online_update.property("one block")
 def online_update_one_block(solution):
     for seed, H, sizes, V in CASES:
-        blocks = _blocks(seed, H, sizes[:1], V)
+        blocks = [tuple(strided(x) for x in block) for block in _blocks(seed, H, sizes[:1], V)]
         m, l, acc = _state(blocks)  # noqa: E741 (l is the field's name for it)
         ((got_m, got_l, got_acc),) = _run(solution, blocks)
         expect_close(got_m, m, EXACT, "h", "m is the largest logit so far, each head its own")

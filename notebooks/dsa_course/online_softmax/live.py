@@ -29,6 +29,7 @@ def live_online_softmax(logits, blocks=3, size=16, head=0) -> LiveFigure:
     H, k = logits.shape
 
     def read(blocks, size, head):
+        there = -(-k // size)
         row, done = logits[head], min(blocks * size, k)
         m, l, acc = np.full(1, -np.inf), np.zeros(1), np.zeros((1, k))  # noqa: E741
         rescale, last = 1.0, slice(0, 0)
@@ -41,20 +42,16 @@ def live_online_softmax(logits, blocks=3, size=16, head=0) -> LiveFigure:
         final = np.exp(row - row.max())
         return {
             "head": head, "size": size, "read": done, "block": last, "logits": row, "m": float(m[0]), "l": float(l[0]),
+            "instead": {"blocks": there} if blocks > there else {},
             "rescale": rescale, "weights": acc[0] / max(float(l[0]), 1e-300), "final": final / final.sum(),
         }  # fmt: skip
 
-    largest = -(-k // size)
+    largest = -(-k // min(SIZES))  # with larger blocks there are fewer, and the figure says so
     sliders = {
         "blocks": ipywidgets.IntSlider(blocks, min=0, max=largest, description="blocks read"),
         "size": ipywidgets.SelectionSlider(value=size, options=SIZES, description="block size"),
         "head": ipywidgets.IntSlider(head, min=0, max=H - 1, description="head"),
     }
-
-    def fit(change):  # first of the observers: the picture is then drawn for the new number of blocks
-        sliders["blocks"].max = -(-k // change["new"])
-
-    sliders["size"].observe(fit, "value")
     return LiveFigure("online softmax", read, _draw, _describe, **sliders)
 
 

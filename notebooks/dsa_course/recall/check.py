@@ -111,7 +111,9 @@ def recall_any_shape(solution):
     for T, S, k, seed in ((1, 1, 1, 1), (5, 5, 5, 2), (37, 9, 1, 3), (2, 50, 50, 4)):
         weights = _weights(T, S, seed)
         indices = torch.arange(k, dtype=torch.int32).expand(T, k).clone()  # with k = S all of the mass
-        _recall(solution, weights, indices, "wrong for this shape: is a size, or a largest value, written into the code?")
+        _recall(
+            solution, weights, indices, "wrong for this shape: is a size, or a largest value, written into the code?"
+        )
     weights, indices = _weights(5, 9, 5), _rows([[8, 0, -1], [7, 7, 1], [2, -1, -1], [3, 4, 5], [-1, -1, -1]])
     cause = "wrong for tensors that are not contiguous, as after a transpose: reshape, do not view"
     _recall(solution, strided(weights), strided(indices), cause)

@@ -107,6 +107,7 @@ def score_tiles() -> LiveFigure:
         computed = int((kind > 0).sum()) * BQ * BK
         return {
             "T": T, "S": S, "BQ": BQ, "BK": BK, "program": min(program, rows - 1), "kind": kind,
+            "instead": {"program": rows - 1} if program >= rows else {},
             "visible": int((last + 1).sum()), "computed": computed,
         }  # fmt: skip
 

@@ -32,25 +32,22 @@ def live_gather(step, scale, byte, tile=1, BK=16, head=0) -> LiveFigure:
             m, l, acc = online_update(m, l, acc, logits[None, j0 : j0 + BK], np.zeros((BK, 1)))  # noqa: E741
             ms.append(float(m[0]))
             ls.append(float(l[0]))
+        instead = {"tile": len(ms) - 1} if tile >= len(ms) else {}
         tile = min(tile, len(ms) - 1)
         places = np.arange(tile * BK, tile * BK + BK)
         return {
             "byte": byte, "head": head, "BK": BK, "tile": tile, "S": kv.shape[0], "places": places,
-            "rows": padded[places], "indices": row, "m": ms, "l": ls, "lse": ms[-1] + float(np.log(ls[-1])),
+            "instead": instead, "rows": padded[places], "indices": row,
+            "m": ms, "l": ls, "lse": ms[-1] + float(np.log(ls[-1])),
         }  # fmt: skip
 
     wide = ipywidgets.Layout(width="600px")
     sliders = {
         "byte": ipywidgets.IntSlider(byte, min=0, max=len(q) - 1, description="byte t", layout=wide),
-        "tile": ipywidgets.IntSlider(tile, min=0, max=-(-k // BK) - 1, description="tile"),
+        "tile": ipywidgets.IntSlider(tile, min=0, max=-(-k // min(TILES)) - 1, description="tile"),
         "BK": ipywidgets.SelectionSlider(value=BK, options=TILES, description="BK"),
         "head": ipywidgets.IntSlider(head, min=0, max=q.shape[1] - 1, description="head"),
     }
-
-    def fit(change):  # first of the observers: the picture is then drawn for the new number of tiles
-        sliders["tile"].max = -(-k // change["new"]) - 1
-
-    sliders["BK"].observe(fit, "value")
     return LiveFigure("gather", walk, _draw, _describe, **sliders)
 
 

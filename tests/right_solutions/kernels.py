@@ -1,8 +1,9 @@
 """Notebooks 08 to 10: right kernels of another style than the notebooks' solutions."""
 
+from wrong_solutions._changed import changed
+from wrong_solutions._triton import jit, tl
+
 from . import right
-from ._changed import changed
-from ._triton import jit, tl
 
 
 def other_style(exercise, name, *changes):
