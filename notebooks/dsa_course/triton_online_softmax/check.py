@@ -76,6 +76,13 @@ def row_lse_kernel_large_logits(kernel):
         _expect_lse(kernel, normal(3, 32, seed=seed) + shift, cause)
 
 
+@row_lse_kernel.property("long row")
+def row_lse_kernel_long_row(kernel):
+    x = normal(1, 1000, seed=1) - 16.0
+    x[0, 500] = 0.0
+    _expect_lse(kernel, x, "many small numbers weigh something together: none is left out, however long the row is")
+
+
 @row_lse_kernel.property("tail")
 def row_lse_kernel_tail(kernel):
     for seed, n in zip(SEEDS, (37, 3), strict=True):
