@@ -110,6 +110,10 @@ nearly(
     ("    tl.store(", "    tl.store(indices_ptr + j, s * 0 - 1, j < k)\n    tl.store("),
 )
 
+D_16 = ("(d < D)[None, :], 0.0)", "(d < 16)[None, :] & (d < D)[None, :], 0.0)")
+nearly("gather_kernel", "narrow rows", "at_most_16_numbers_a_row", D_16)
+CUT = ("tl.exp(x - finite_m)", "tl.where(x - finite_m > -15, tl.exp(x - finite_m), 0.0)")
+nearly("row_lse_kernel", "long row", "small_numbers_left_out", CUT)
 BLOCKS_OWN = 'new_m = tl.max(x, axis=0)\n        new_m = tl.where(new_m == float("-inf"), m, new_m)'
 nearly(
     "row_lse_kernel", "falling blocks", "a_blocks_own_maximum", ("new_m = tl.maximum(m, tl.max(x, axis=0))", BLOCKS_OWN)

@@ -72,6 +72,8 @@ nearly(
     "nothing_lost",
     ("return new, 1 - new / total(parts.values())", "return new, max(0.0, 1 - new / total(parts.values()))"),
 )
+nearly("programs_that_fit", "shared memory", "a_byte_too_few", ("+ 1024", "+ 1023"))
+nearly("programs_that_fit", "registers", "at_most_168_registers", ("-registers //", "-min(registers, 168) //"))
 
 
 @wrong("time_after", "inputs")

@@ -43,6 +43,7 @@ def _rows_of_whole_groups():
     row = normal(60, seed=4).abs().neg()
     row[::5] += 10.0
     yield row, 6, 5
+    yield normal(1000, seed=7), 100, 4
     yield spread(normal(64, seed=6)), 5, 4  # a view whose numbers do not lie side by side
 
 

@@ -34,7 +34,13 @@ def _expect_number(got, expected, what, suspects, cause, tolerance=1e-9):
 # ---------------------------------------------------------------------------------------------------------- roofline
 
 # FLOPs, bytes, FLOPs a second, bytes a second: first those that compute, then those that wait for memory
-COMPUTING = ((8e12, 2e9, 1e15, 4e12), (3e9, 1e6, 2e12, 1e9), (1e11, 1e9, 1e14, 2e12), (5e12, 0, 1e15, 2e12))
+COMPUTING = (
+    (8e12, 2e9, 1e15, 4e12),
+    (3e9, 1e6, 2e12, 1e9),
+    (1e11, 1e9, 1e14, 2e12),
+    (5e12, 0, 1e15, 2e12),
+    (1e6, 1e3, 1e15, 4e12),
+)
 MEMORY = (
     (1e9, 2e9, 1e15, 4e12),
     (0.0, 5e8, 1e15, 2e12),
@@ -120,13 +126,13 @@ def _expect_programs(solution, cases, cause):
 
 @programs_that_fit.property("registers")
 def programs_that_fit_registers(solution):
-    cases = ((128, 128, 16), (256, 128, 1024), (384, 168, 0), (128, 136, 0))
+    cases = ((128, 128, 16), (256, 128, 1024), (384, 168, 0), (128, 136, 0), (128, 255, 0))
     _expect_programs(solution, cases, "65,536 registers, shared by threads · registers of each program")
 
 
 @programs_that_fit.property("shared memory")
 def programs_that_fit_shared_memory(solution):
-    cases = ((128, 32, 58_880), (256, 64, 103_496), (128, 32, 115_712), (128, 32, 116_000))
+    cases = ((128, 32, 58_880), (256, 64, 103_496), (128, 32, 115_712), (128, 32, 115_713), (128, 32, 116_000))
     _expect_programs(solution, cases, "233,472 bytes, of which each program takes shared_bytes and 1,024 more")
 
 

@@ -100,7 +100,7 @@ def step_bytes_batch(solution):
 EXACT = 1e-9
 BASE_2 = "this is right but for the base: exp2 and log2 where exp and log are asked for"
 # seed, H, V, keys in each part
-MERGES = ((1, 3, 4, (5, 9, 2)), (2, 1, 3, (1, 30)), (3, 2, 5, (4, 4, 4, 4, 4)), (4, 2, 3, (7,)))
+MERGES = ((1, 3, 4, (5, 9, 2)), (2, 1, 3, (1, 30)), (3, 2, 5, (4, 4, 4, 4, 4)), (4, 2, 3, (7,)), (5, 2, 3, (3,) * 40))
 
 
 def _parts(seed, H, V, sizes, shift=0.0, empty=()):

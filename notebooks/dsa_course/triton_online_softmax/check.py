@@ -76,6 +76,13 @@ def row_lse_kernel_large_logits(kernel):
         _expect_lse(kernel, normal(3, 32, seed=seed) + shift, cause)
 
 
+@row_lse_kernel.property("long row")
+def row_lse_kernel_long_row(kernel):
+    x = normal(1, 1000, seed=1) - 16.0
+    x[0, 500] = 0.0
+    _expect_lse(kernel, x, "many small numbers weigh something together: none is left out, however long the row is")
+
+
 @row_lse_kernel.property("tail")
 def row_lse_kernel_tail(kernel):
     for seed, n in zip(SEEDS, (37, 3), strict=True):
@@ -101,7 +108,8 @@ def row_lse_kernel_empty_blocks(kernel):
         x[0] = -torch.inf
         x[1, :16] = x[2, 16:32] = x[3, 20:] = -torch.inf
         cause = (
-            "where new_m is -inf subtract 0, for -inf minus -inf is NaN; a row of nothing gives -inf, no number near it"
+            "a block of nothing but -inf changes neither m nor l, wherever it stands; where new_m is -inf subtract 0, "
+            "for -inf minus -inf is NaN; a row of nothing gives -inf, no number near it"
         )
         _expect_lse(kernel, x, cause)
 
@@ -193,5 +201,8 @@ def merge_kernel_narrow_values(kernel):
 def merge_kernel_empty_parts(kernel):
     for seed in SEEDS:
         empty = [(0, 0), (2, 1), (0, 2), (1, 2), (2, 2)]
-        cause = "a part without keys has lse -inf and weighs 0; where all are empty the result is 0 and -inf, not NaN"
+        cause = (
+            "a part without keys has lse -inf and weighs 0: it changes nothing, wherever it stands, and m stays the "
+            "largest so far; where all are empty the result is 0 and -inf, not NaN"
+        )
         _expect_merged(kernel, *_parts(seed, 3, 4, 16, empty=empty), cause)

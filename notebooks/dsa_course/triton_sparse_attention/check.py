@@ -133,7 +133,7 @@ def gather_kernel_row_stride(kernel):
 
 @gather_kernel.property("narrow rows")
 def gather_kernel_narrow_rows(kernel):
-    for seed, D in zip(SEEDS, (12, 3), strict=True):
+    for seed, D in zip((*SEEDS, 3), (12, 3, 21), strict=True):
         kv = whole(29, D, seed=seed, largest=99)
         cause = "D is smaller than the tile's DP lanes: mask them, and let the output's rows be D apart"
         _expect_rows(kernel, kv, _pick(29, 16, seed=seed), cause)
@@ -225,11 +225,11 @@ def sparse_attention_kernel_value_columns(kernel):
 @sparse_attention_kernel.property("several tiles")
 def sparse_attention_kernel_several_tiles(kernel):
     for seed in SEEDS:
-        q, kv, indices = _inputs(seed, 2, 16, 80, 16, 64)
+        q, kv, indices = _inputs(seed, 2, 16, 120, 16, 96)
         order = (q[:, :1] @ kv.T)[:, 0].gather(1, indices.long()).argsort(1)  # head 0's logits rise, others are mixed
         indices = indices.gather(1, order)
         for BK in (16, 32, 64):
-            cause = f"64 keys in tiles of {BK}: m, l and acc go on, and l and acc are rescaled when m rises"
+            cause = f"96 keys in tiles of {BK}: m, l and acc go on, and l and acc are rescaled when m rises"
             suspects = {
                 "only the last tile counts": sparse_attention(q, kv, indices[:, -BK:].contiguous(), 0.4, 16)[0],
                 "only the first tile counts": sparse_attention(q, kv, indices[:, :BK].contiguous(), 0.4, 16)[0],
@@ -300,7 +300,7 @@ def sparse_attention_kernel_few_heads_odd_sizes(kernel):
     for seed, H, D, V in zip(SEEDS, (3, 1), (12, 21), (7, 21), strict=True):
         q, kv, indices = _inputs(seed, 2, H, 80, D, 21)
         cause = "H and D are smaller than the tile: lanes past them load 0 and are not stored"
-        _expect_attention(kernel, q, kv, indices, V, cause)
+        _expect_attention(kernel, q, kv, indices, V, cause, scale=0.7)
         cause = "rows of kv are kv_row apart, which need not be D: here NaN lies between two rows"
         _expect_attention(kernel, q, kv, indices, V, cause, gap=5)
     x = toy()
