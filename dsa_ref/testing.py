@@ -72,10 +72,16 @@ def compare_selection(
     if not 0.0 <= tolerance < math.inf:
         raise ValueError(f"tolerance must be finite and at least 0, got {tolerance}")
     got = _selection(got, T, k, scores.device)
-    for t, (first, last) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+    ranges = list(zip(start.tolist(), end.tolist(), strict=True))
+    for t, (first, last) in enumerate(ranges):
         _check_places(t, got[t], k, first, last, S)
         if last > first:
-            _check_scores(t, got[t], scores[t, first:last].double(), k, first, tolerance)
+            try:
+                _check_scores(t, got[t], scores[t, first:last].double(), k, first, tolerance)
+            except Failed as failure:
+                if failure.property == "scores":
+                    failure.cause = _cause_of_wrong_scores(got[t:], scores[t:], k, ranges[t:])
+                raise
 
 
 def _selection(got, T, k, device):
@@ -153,7 +159,7 @@ def _check_scores(t, row, visible, k, first, tolerance):
             f"row t={t}, s={first + int(taken)}: got a key with score {float(visible[taken])!r}, "
             f"expected s={first + int(left)} with score {float(visible[left])!r} (the {n} largest reach down to "
             f"{float(threshold)!r})",
-            _cause_of_wrong_scores(visible, kept, n),
+            "",  # not one row alone shows why
         )
     if tolerance == 0.0:
         tied = visible == threshold
@@ -170,15 +176,47 @@ def _check_scores(t, row, visible, k, first, tolerance):
             )
 
 
-def _cause_of_wrong_scores(visible, kept, n):
-    if visible[kept].sort().values.equal(visible.topk(n, largest=False).values.sort().values):
-        return "the smallest scores were kept: sort descending"
-    if visible.abs()[kept].sort().values.equal(visible.abs().topk(n).values.sort().values):
-        return "magnitudes were ranked: a negative score stays negative"
-    if kept[-n:].all():
-        return "the last keys were kept, whatever their scores"
-    if kept[:n].all():
-        return "the first keys were kept, whatever their scores"
+def _reach(x, n):
+    """The first n of x that reach its n-th largest value."""
+    reach = x >= x.topk(n).values[-1]
+    return reach & (reach.cumsum(dim=0) <= n)
+
+
+def _same_values(x, kept, others):
+    return x[kept].sort().values.equal(others.sort().values)
+
+
+MISTAKES = (  # (visible scores x, kept bool, how many keys n) -> whether this mistake gives this row; the cause
+    (
+        lambda x, kept, n: kept.equal(_reach(x, n)),
+        "the first keys that reach the threshold were kept: all above it come first, then the first that equal it",
+    ),
+    (
+        lambda x, kept, n: _same_values(x, kept, x.topk(n, largest=False).values),
+        "the smallest scores were kept: sort descending",
+    ),
+    (
+        lambda x, kept, n: _same_values(x.abs(), kept, x.abs().topk(n).values),
+        "magnitudes were ranked: a negative score stays negative",
+    ),
+    (lambda x, kept, n: kept[-n:].all(), "the last keys were kept, whatever their scores"),
+    (lambda x, kept, n: kept[:n].all(), "the first keys were kept, whatever their scores"),
+)
+
+
+def _cause_of_wrong_scores(got, scores, k, ranges):
+    """The first of MISTAKES that explains every wrong row: one short row alone often fits several."""
+    rows = []
+    for row, numbers, (first, last) in zip(got, scores, ranges, strict=True):
+        n, places = min(k, last - first), row[row >= 0].long() - first
+        if len(places) == n > 0 and 0 <= places.min() and places.max() < last - first:
+            visible, kept = numbers[first:last].double(), torch.zeros(last - first, dtype=torch.bool, device=row.device)
+            kept[places] = True
+            if not _same_values(visible, kept, visible.topk(n).values):
+                rows.append((visible, kept, n))
+    for mistake, cause in MISTAKES:
+        if all(mistake(*row) for row in rows):
+            return cause
     return "a part of the keys was never looked at, or scores were rounded before they were compared"
 
 

@@ -40,6 +40,7 @@ def turn_on() -> None:
             del os.environ[SWITCH]  # a process that this one starts may have a GPU
     _interpret_the_language(interpreter.InterpretedFunction)
     _let_scalars_be_counts(interpreter)
+    _let_masks_mix_scalars(interpreter.InterpreterBuilder)
     _interpret_one_at_a_time(interpreter.InterpretedFunction)
 
 
@@ -74,6 +75,21 @@ def _let_scalars_be_counts(interpreter):
             tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
     interpreter._patch_lang_tensor = patched
+
+
+def _let_masks_mix_scalars(builder):
+    """`(i < n) & (x > 0)` with a scalar x: the interpreter spreads the scalar's truth value in the dtype of x, and `&`
+    of truth values and floats is an error. Truth values stay truth values, as they do compiled."""
+    splat = builder.create_splat
+
+    @functools.wraps(splat)
+    def patched(self, ret_ty, arg):
+        spread = splat(self, ret_ty, arg)
+        if arg.data.dtype == bool:
+            spread.data = spread.data.astype(bool)
+        return spread
+
+    builder.create_splat = patched
 
 
 def _interpret_one_at_a_time(interpreted):

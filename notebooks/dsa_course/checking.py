@@ -13,6 +13,7 @@ that holds NaN wherever it was asked for without a value, so nothing passes by l
 
 import contextlib
 import inspect
+import operator
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from dsa_ref.testing import Failed, poisoned
 from .crashes import explain
 
 GENERAL = ("runs", "inputs", "bounds")  # what any check may report: a crash, changed arguments, a write out of bounds
+FORGOTTEN = "did you forget the return?"
 NOT_WRITTEN = "a place was never written (fresh memory holds NaN here), or inf - inf, or 0 / 0"
 
 
@@ -92,7 +94,7 @@ def _guarded(solution):
                 raise
             raise crashed(error, _kinds(given)) from error
         for name, value in given.items():
-            if isinstance(value, (torch.Tensor, np.ndarray)) and not _same(value, copies[name]):
+            if not _same(value, copies[name]):
                 name = _argument_name(solution, name)
                 raise Failed(f"{name} was changed by the call", "work on a copy, or on new tensors", "inputs")
         return got
@@ -114,14 +116,65 @@ def expect(condition, what, cause):
         raise Failed(what, cause)
 
 
-def expect_shape(got, shape, dtype=None, name="the result"):
-    """A tensor (or array) of this shape, and of this dtype where one is given."""
+def tensor(got, name="the result"):
+    """`got`, a tensor or a NumPy array of plain numbers, as a tensor; Failed, in words, for anything else."""
+    if got is None:
+        raise Failed(f"{name}: got None, expected a tensor", FORGOTTEN)
     if not isinstance(got, (torch.Tensor, np.ndarray)):
-        raise Failed(f"{name}: got {type(got).__name__}, expected a tensor", "did you forget the return?")
+        kind = type(got).__name__
+        raise Failed(f"{name}: got {kind}, expected a tensor", f"return one tensor or NumPy array, and no {kind}")
+    if isinstance(got, np.ndarray):
+        plain = got.dtype.kind in "biuf" and got.dtype.itemsize <= 8
+        got = np.array(got, order="C") if plain else got  # torch takes no negative strides
+    else:
+        plain = got.layout is torch.strided and not got.is_complex() and not got.is_meta
+    if not plain:
+        cause = "return plain numbers, of the dtype that the card names"
+        raise Failed(f"{name}: got {type(got).__name__} of {got.dtype}, expected a tensor of numbers", cause)
+    return torch.as_tensor(got).detach()
+
+
+def expect_shape(got, shape, dtype=None, name="the result"):
+    """A tensor or NumPy array of this shape, and of this dtype where one is given (float32 is float32 in both)."""
+    given, got = got, tensor(got, name)
     if list(got.shape) != list(shape):
         raise Failed(f"{name}: got shape {list(got.shape)}, expected {list(shape)}", "the axes, their order or number")
-    if dtype is not None and got.dtype != dtype:
-        raise Failed(f"{name}: got {got.dtype}, expected {dtype}", "a missing or an unwanted conversion")
+    if dtype is None or got.dtype == dtype:
+        return
+    wanted, cause = str(dtype).removeprefix("torch."), "a missing or an unwanted conversion"
+    if isinstance(given, np.ndarray):
+        cause = f"NumPy makes float64 and int64 where nobody says otherwise: .astype(np.{wanted}) at the end"
+        if not hasattr(np, wanted):
+            cause = f"NumPy has no {wanted}: convert with torch.from_numpy(...).to({dtype})"
+    raise Failed(f"{name}: got {str(got.dtype).removeprefix('torch.')}, expected {wanted}", cause)
+
+
+def expect_number(got, what="the result"):
+    """`got` as a float: a number of Python, NumPy or torch, or a tensor or array that holds just one."""
+    single = got.item() if isinstance(got, np.ndarray) and got.size == 1 else got
+    try:
+        if not isinstance(single, (str, bytes)):
+            return float(single)
+    except (TypeError, ValueError, RuntimeError):  # float() of a group, of text, of complex numbers
+        pass
+    cause = FORGOTTEN if got is None else "return one plain number: no text, no group of numbers"
+    raise Failed(f"{what}: got {_named(got)}, expected a number", cause)
+
+
+def expect_int(got, what="the result"):
+    """`got` as an int: of Python, NumPy or torch, but no float, which is exact up to 2^53 only."""
+    with contextlib.suppress(TypeError):
+        return operator.index(got)
+    expect_number(got, what)
+    cause = "a float, exact up to 2^53 only: compute with ints, // in place of /"
+    raise Failed(f"{what}: got {_named(got)}, expected an int", cause)
+
+
+def _named(got):
+    """None, or a value with its type, as far as it is short."""
+    text = " ".join(repr(got).split())
+    kind = type(got).__name__
+    return "None" if got is None else f"{kind} {text}" if len(text) <= 40 else kind
 
 
 def expect_close(got, expected, tolerance, axes, cause, suspects=None):
@@ -146,10 +199,12 @@ def expect_close(got, expected, tolerance, axes, cause, suspects=None):
     else:
         if got[bad].isnan().all():
             cause = NOT_WRITTEN
+        elif tolerance < 1e-3 and _near(got, expected, 1e-2).all():
+            cause += "; all of it is right within 1 %, so perhaps something was rounded on the way"
     place = tuple(int(i) for i in bad.nonzero()[0])
     where = ", ".join(f"{axis}={i}" for axis, i in zip(axes.split(), place, strict=True))
     raise Failed(
-        f"{where + ': ' if where else ''}got {_number(got[place])}, expected {_number(expected[place])} "
+        f"{where + ': ' if where else ''}{unequal(got[place], expected[place])} "
         f"({int(bad.sum())} of {bad.numel()} are wrong, first bad place named)",
         cause,
     )
@@ -165,19 +220,46 @@ def whole(*shape, seed, largest=3, dtype=torch.float32):
     return torch.from_numpy(np.random.default_rng(seed).integers(-largest, largest + 1, shape)).to(dtype)
 
 
+def strided(x):
+    """The same values with the axes in reverse order in memory, as after a transpose: not contiguous."""
+    if isinstance(x, np.ndarray):
+        return np.asfortranarray(x)
+    axes = tuple(range(x.dim()))[::-1]
+    return x.permute(axes).contiguous().permute(axes)
+
+
+def spread(x):
+    """x with other numbers (NaN, or the largest integer) between its own: a view whose last stride is 2."""
+    between = torch.nan if x.dtype.is_floating_point else torch.iinfo(x.dtype).max
+    return torch.stack([x, torch.full_like(x, between)], dim=-1)[..., 0]
+
+
 def _copy(value):
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone().requires_grad_(value.requires_grad)
-    return value.copy() if isinstance(value, np.ndarray) else value
+    if isinstance(value, torch.Tensor):  # with its strides, and with what lies between its numbers
+        copy = torch.empty(0, dtype=value.dtype, device=value.device)
+        memory = value.detach().untyped_storage().clone()
+        copy.set_(memory, value.storage_offset(), value.shape, value.stride())
+        return copy.requires_grad_(value.requires_grad)
+    if isinstance(value, np.ndarray):
+        return value.copy(order="K")
+    return value.copy() if isinstance(value, (list, dict)) else value
 
 
 def _same(a, b):
+    """Whether nothing changed in an argument: bit by bit in tensors and arrays, by `==` in lists and dicts."""
+    if isinstance(a, (list, dict)):
+        return a == b
+    if not isinstance(a, (torch.Tensor, np.ndarray)):
+        return True
     if isinstance(a, np.ndarray):
         return a.shape == b.shape and a.tobytes() == b.tobytes()
-    a, b = a.detach(), b.detach()
-    return a.shape == b.shape and torch.equal(
-        a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)
-    )
+    return a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+
+def bits(x):
+    """The tensor's numbers as integers of the same size, so that NaN equals itself and -0.0 differs from 0.0."""
+    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.detach().view(sizes[x.element_size()])
 
 
 def _kinds(given):
@@ -203,5 +285,11 @@ def _near(got, expected, tolerance):
     return ((got - expected).abs() <= slack) | (got == expected)  # equal infinities
 
 
-def _number(x):
-    return f"{float(x):.6g}"
+def unequal(got, expected):
+    """`got 3.7605, expected 3.7604`: as many digits, from six up, as it takes to tell the two apart."""
+    got, expected = float(got), float(expected)
+    for digits in range(6, 18):
+        first, second = (f"{x:.{digits}g}" for x in (got, expected))
+        if first != second:
+            break
+    return f"got {first}, expected {second}"

@@ -5,7 +5,8 @@ hold, or says which one is broken, where, and why that usually is. `checking` ex
 from .checking import Check
 from .dense_attention.check import attention_bytes, attention_flops, bill_growth, dense_attention
 from .gather.check import attended_pairs, gather_rows, gathered_attention, pays_from
-from .gpu_selection.check import lower_bound, ordered_bits, selection_kernel, threshold_select
+from .gpu_selection.check import lower_bound, ordered_bits, threshold_select
+from .gpu_selection.check_kernel import selection_kernel
 from .index_scores.check import counterexample, head_weights, index_scores, zero_probability
 from .ladder.check import programs_that_fit, roofline, time_after
 from .ladder.check_machine import measure, ring_waits
@@ -14,7 +15,8 @@ from .million.check import chunk_ms, dollars, half_from
 from .million.check_limits import most_tokens, needed_keys
 from .mla.check import absorb, cache_bytes, rope, softmax_scale
 from .online_softmax.check import block_attention, log_sum_exp, merge_parts, online_update
-from .quantize.check import flips, hadamard, quantize, scores_from_fp8
+from .quantize.check import hadamard, quantize
+from .quantize.check_scores import flips, scores_from_fp8
 from .recall.check import recall, window_selection
 from .select_topk.check import check_selection, select_topk
 from .serving.check import merge_splits, step_bytes
@@ -22,7 +24,8 @@ from .serving.check_pages import pack_page, paged_scores, slots_of
 from .start.check import three_lines
 from .start.check_last import keep_last
 from .traps.check import diagnose, match_symptoms, rope_probe
-from .triton_index_scores.check import copy_kernel, index_scores_kernel, planted_bug_kernel, row_sum_kernel, tile_cost
+from .triton_index_scores.check import copy_kernel, planted_bug_kernel, row_sum_kernel, tile_cost
+from .triton_index_scores.check_kernel import index_scores_kernel
 from .triton_online_softmax.check import merge_kernel, row_lse_kernel
 from .triton_sparse_attention.check import gather_kernel, sparse_attention_kernel
 

@@ -21,8 +21,10 @@ FOREIGN = ("<frozen", "<__array_function__") + tuple(
     )
 )
 CAUSES = (  # what an error's text holds: its usual cause in an exercise
+    (r"BFloat16|Float8", "NumPy has no bf16 and no fp8, and not all of torch takes them: convert first, x.float()"),
+    (r"view size is not", "view needs memory in order, and any tensor may come, a transposed one too: use reshape"),
     (
-        r"'Tensor' object has no attribute|numpy\(\) on Tensor|ndarray' object has no attribute|to numpy",
+        r"'Tensor' object has no attr|numpy\(\) on Tensor|ndarray' object has no attr|to numpy|numpy\.ndarray",
         "NumPy's name on a torch tensor, or torch's on an array: x.numpy() and torch.as_tensor(x) convert",
     ),
     (r"name '\w+' is not defined", "a name that no cell above has defined; cells run in their order"),

@@ -1,30 +1,32 @@
 """Launch a learner's Triton kernel so that it cannot pass by luck: guarded memory, poisoned outputs, odd strides.
 
-The kernel arrives from the notebook as an object, so nothing here imports triton.
+The kernel arrives from the notebook as an object, so nothing here imports triton. What is seen in the interpreter alone
+comes from `interpreting`.
 """
 
-import ast
 import contextlib
 import inspect
 import math
-import sys
+import re
 import textwrap
-from unittest import mock
 
 import numpy as np
 import torch
 
 from dsa_ref.testing import Failed
 
-from .checking import crashed
+from . import interpreting
+from .checking import NOT_WRITTEN, bits, crashed, expect_close
 
 GUARD = 4096  # elements of NaN (or the largest integer) on either side of every buffer: wide, so strays land in it
-STRAY = 100  # an undefined integer: as a row of a small tensor it leads into the guard, not to a crash
 
 
 def device():
     """Where kernels run: on the GPU if there is one, else interpreted on the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# ----------------------------------------------------------------------------------------------------------- memory
 
 
 def guarded(values, row_gap=0):
@@ -42,9 +44,17 @@ def output(*shape, dtype=torch.float32, row_gap=0):
     Its poison has other bits than an input's: a kernel that copies one guard over the other is then seen as well.
     """
     if dtype.is_floating_point:
-        return _inside(shape, dtype, row_gap, lambda buffer: buffer.view(torch.uint8).fill_(255))  # NaN in every format
-    made = _inside(shape, dtype, row_gap, lambda buffer: buffer.fill_(torch.iinfo(dtype).max - 1))
-    return made.fill_(torch.iinfo(dtype).max)
+        made = _inside(shape, dtype, row_gap, lambda buffer: buffer.view(torch.uint8).fill_(255))  # NaN in any format
+    else:
+        made = _inside(shape, dtype, row_gap, lambda buffer: buffer.fill_(torch.iinfo(dtype).max - 1))
+        made.fill_(torch.iinfo(dtype).max)
+    made.may_be_written = True  # every other tensor is an input to `launch`
+    return made
+
+
+def unwritten(tensor):
+    """Where an `output` still holds its poison, bool of its shape."""
+    return bits(tensor) == (-1 if tensor.dtype.is_floating_point else torch.iinfo(tensor.dtype).max)
 
 
 def _inside(shape, dtype, row_gap, poison):
@@ -62,30 +72,44 @@ def _outside(tensor):
     return buffer.view(torch.uint8)
 
 
-def launch(kernel, grid, *args, **constants):
-    """Run kernel[grid](*args, **constants) and fail if it wrote outside its tensors (which come from this module).
+# --------------------------------------------------------------------------------------------------------- launches
 
-    Interpreted, what a masked lane of a load without `other` holds is as undefined as Triton says: NaN or STRAY.
-    Raises: NotImplementedError for an untouched stub, Failed for an error of its own and for a write out of bounds.
+
+def launch(kernel, grid, *args, **constants):
+    """Run kernel[grid](*args, **constants) and fail if it wrote to anything but its outputs; what Triton returned.
+
+    The tensors come from this module: outputs from `output`, all others are inputs. Interpreted, what a masked lane of
+    a load without `other` holds is as undefined as Triton says: NaN or interpreting.STRAY.
+    Raises: NotImplementedError for an untouched stub, Failed for an error of its own, for a write out of bounds, and
+    for an input that was changed.
     """
     _check_kernel(kernel)
     tensors = {i: x for i, x in enumerate(args) if isinstance(x, torch.Tensor)}
-    before = {i: _outside(x) for i, x in tensors.items()}
+    outside = {i: _outside(x) for i, x in tensors.items()}
+    inputs = {i: x.clone() for i, x in tensors.items() if not getattr(x, "may_be_written", False)}
     try:
-        with _alone(), _undefined_others():
-            kernel[grid](*args, **constants)
+        with interpreting.alone(), interpreting.undefined_others():
+            launched = kernel[grid](*args, **constants)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     except Exception as error:
         raise crashed(error.__cause__ or error) from error
     names = _names(kernel)
     for i, tensor in tensors.items():
-        if not torch.equal(before[i], _outside(tensor)):
+        if not torch.equal(outside[i], _outside(tensor)):
             raise Failed(
                 f"{names[i]}: memory outside the tensor of shape {list(tensor.shape)} was written",
-                "the store has no mask, or the wrong one, or a wrong stride",
+                "the store has no mask, or the wrong one, or a wrong stride; or more was stored than there is room for",
                 "bounds",
             )
+    for i, given in inputs.items():
+        if not torch.equal(bits(given), bits(tensors[i])):
+            raise Failed(
+                f"{names[i]} was changed by the kernel",
+                "an input is only read: other programs, and whoever launched the kernel, still need it",
+                "inputs",
+            )
+    return launched
 
 
 def expect_reads_inside(kernel, grid, *args, **constants):
@@ -95,77 +119,78 @@ def expect_reads_inside(kernel, grid, *args, **constants):
     judged, since a read that spoils them has a better name there.
     """
     tensors = {name: x for name, x in zip(_names(kernel), args, strict=False) if isinstance(x, torch.Tensor)}
-    with _alone(), _watched_loads(tensors) as strays:
+    inside = np.concatenate([_addresses(x) for x in tensors.values()])
+    with interpreting.accesses() as seen:
         launch(kernel, grid, *args, **constants)
-    if strays:
-        program, address = strays[0]
-        name, x = min(tensors.items(), key=lambda item: _distance(item[1], address))
-        offset = (address - x.data_ptr()) // x.element_size()
-        raise Failed(
-            f"program {program} read {name} + {offset}, outside the tensor of shape {list(x.shape)} and strides "
-            f"{list(x.stride())}; no result shows it, but nobody promises what lies there, or that it may be read",
-            "a load without a mask, or with the wrong one: masking the store does not undo the read",
-            "bounds",
-        )
+    for access in seen:
+        stray = access.addresses[~np.isin(access.addresses, inside)]
+        if len(stray) and not access.store:  # `launch` judges the stores
+            name, offset = _place(tensors, int(stray[0]))
+            x = tensors[name]
+            raise Failed(
+                f"program {access.program} read {name} + {offset}, outside the tensor of shape {list(x.shape)} and "
+                f"strides {list(x.stride())}; no result shows it, but nobody promises what lies there, or that it may "
+                "be read",
+                "a load without a mask, or with the wrong one: masking the store does not undo the read",
+                "bounds",
+            )
 
 
-def _alone():
-    """While interpreting, no other thread's kernel runs: what is changed for this one would change that one too."""
-    if interpreter() is None:
-        return contextlib.nullcontext()
-    from dsa_kernels.interpreter import LOCK  # here: where nothing is interpreted, nothing needs triton
+def expect_own_places(kernel, grid, *args, own, cause, **constants):
+    """Run the kernel as `launch` does and fail if a program wrote an element of the output that is not its own.
 
-    return LOCK
-
-
-@contextlib.contextmanager
-def _watched_loads(tensors):
-    """A list of (program id, address), one for each stray `tl.load` in the interpreter; empty in compiled mode."""
-    strays, builder = [], interpreter()
-    if builder is None or any(x.is_cuda for x in tensors.values()):
-        yield strays
-        return
-    inside = [_addresses(x) for x in tensors.values()]
-    load = builder.create_masked_load
-
-    def watched(ptrs, mask, *rest):
-        read = np.asarray(ptrs.data)[np.asarray(mask.data, dtype=bool)].astype(np.int64).ravel()
-        stray = read[~np.isin(read, np.concatenate(inside))]
-        if len(stray):
-            strays.append((tuple(int(i) for i in builder.grid_idx), int(stray[0])))
-        return load(ptrs, mask, *rest)
-
-    with mock.patch.object(builder, "create_masked_load", watched):
-        yield strays
-
-
-@contextlib.contextmanager
-def _undefined_others():
-    """While interpreting, a masked lane of a `tl.load` without `other` holds NaN (or the integer STRAY).
-
-    Triton leaves it undefined. The zero that the interpreter and NVIDIA's compiler put there is luck.
+    own: (program ids) -> the part of the output that is that program's, a view. Only the interpreter can tell.
     """
-    builder = interpreter()
-    if builder is None:
-        yield
-        return
-    load = builder.create_masked_load
-
-    def poisoned(ptrs, mask, other, *rest):
-        loaded = load(ptrs, mask, other, *rest)
-        if other is None:
-            kind = loaded.data.dtype
-            poison = np.nan if kind.kind == "f" else True if kind.kind == "b" else STRAY
-            loaded.data = np.where(mask.data, loaded.data, kind.type(poison))
-        return loaded
-
-    with mock.patch.object(builder, "create_masked_load", poisoned):
-        yield
+    tensors = {name: x for name, x in zip(_names(kernel), args, strict=False) if isinstance(x, torch.Tensor)}
+    with interpreting.accesses() as seen:
+        launch(kernel, grid, *args, **constants)
+    for access in seen:
+        if access.store:
+            stray = access.addresses[~np.isin(access.addresses, _addresses(own(*access.program)))]
+            if len(stray):
+                name, offset = _place(tensors, int(stray[0]))
+                program = access.program[: len(grid)]
+                raise Failed(
+                    f"program {program if len(grid) > 1 else program[0]} of {math.prod(grid)} wrote {name} + {offset}, "
+                    "which is another program's",
+                    cause,
+                )
 
 
-def interpreter():
-    """What executes a kernel's operations in the interpreter; None in compiled mode."""
-    return getattr(sys.modules.get("triton.runtime.interpreter"), "interpreter_builder", None)
+def expect_full_precision(kernel, grid, *args, **constants):
+    """Run the kernel as `launch` does and fail if a `tl.dot` of fp32 numbers cuts them to TF32, or to parts in it.
+
+    However the precision is given, and in helper kernels too: the interpreter is asked when it runs, a compiled kernel
+    by its intermediate code.
+    """
+    with interpreting.dots() as precisions:
+        launched = launch(kernel, grid, *args, **constants)
+    if launched is not None:  # compiled: `ieee` is the attribute's default, which is not printed
+        found = re.findall(r"tt\.dot .*inputPrecision = (\w+) : tensor<[\dx]*f32>", launched.asm["ttir"])
+        precisions = [name.upper() for name in found]
+    for name in precisions:
+        if name != "IEEE":
+            raise Failed(
+                f"a tl.dot of fp32 numbers in {name}, expected IEEE",
+                'say input_precision="ieee": on a GPU, tl.dot cuts fp32 numbers to TF32\'s 10 bits unless told '
+                "otherwise, and the interpreter does not show it",
+            )
+
+
+def expect_result(got, expected, tolerance, axes, cause, suspects=None):
+    """`expect_close` for what a kernel wrote. Places never written are said so; NaN keeps the `cause`, since it was
+    taken in from outside of a tensor as a rule."""
+    try:
+        expect_close(got, expected, tolerance, axes, cause, suspects)
+    except Failed as failure:
+        if failure.cause == NOT_WRITTEN:
+            failure.cause = cause
+        if missing := int(unwritten(got).sum()):
+            failure.what += f"; {missing} of {got.numel()} places were never written"
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------------- details
 
 
 def _addresses(x):
@@ -177,10 +202,15 @@ def _addresses(x):
     return (x.data_ptr() + x.element_size() * offsets).numpy().ravel()
 
 
-def _distance(x, address):
-    """How far the address lies from the tensor's buffer, in bytes; 0 inside."""
-    first = x.untyped_storage().data_ptr()
-    return max(first - address, address - (first + x.untyped_storage().nbytes() - 1), 0)
+def _place(tensors, address):
+    """(name, offset in elements) of the tensor in or near whose buffer the address lies."""
+
+    def distance(item):
+        first = item[1].untyped_storage().data_ptr()
+        return max(first - address, address - (first + item[1].untyped_storage().nbytes() - 1), 0)
+
+    name, x = min(tensors.items(), key=distance)
+    return name, (address - x.data_ptr()) // x.element_size()
 
 
 def _check_kernel(kernel):
@@ -202,15 +232,3 @@ def _names(kernel):
 def source(kernel):
     """The text of the kernel, as the learner wrote it."""
     return textwrap.dedent(inspect.getsource(getattr(kernel, "fn", kernel)))
-
-
-def dots_are_exact(kernel):
-    """Whether every `tl.dot` in the kernel says input_precision="ieee"; without it, fp32 is cut to TF32 on a GPU.
-
-    Read from the source, since the interpreter does not round to TF32.
-    """
-    calls = [n for n in ast.walk(ast.parse(source(kernel))) if isinstance(n, ast.Call)]
-    dots = [n for n in calls if isinstance(n.func, ast.Attribute) and n.func.attr == "dot"]
-    return all(
-        any(k.arg == "input_precision" and getattr(k.value, "value", None) == "ieee" for k in n.keywords) for n in dots
-    )

@@ -1,16 +1,19 @@
 """The machinery under the exercises' checks: what it catches on its own, and what it says."""
 
+import contextlib
 import importlib.util
+import linecache
 import re
 import subprocess
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import rungs
 import torch
 
-from dsa_course import checking, environment, launching, toy
+from dsa_course import checking, environment, launching, toy, watching
 from dsa_course.checking import Check, expect, expect_close, expect_shape
 from dsa_ref.testing import Failed, poisoned
 
@@ -50,8 +53,8 @@ def in_place(x):
     ("solution", "property", "words"),
     [
         (lambda x: 2 * x[0], "shape", r"got shape \[3\], expected \[2, 3\]"),
-        (lambda x: None, "shape", "got NoneType, expected a tensor"),
-        (lambda x: (2 * x).double(), "shape", "got torch.float64, expected torch.float32"),
+        (lambda x: None, "shape", "got None, expected a tensor.*forget the return"),
+        (lambda x: (2 * x).double(), "shape", "got float64, expected float32"),
         (lambda x: 2 * x + (len(x) == 5), "value", r"t=0, d=0: got -?\d, expected -?\d .*every entry counts twice"),
         (lambda x: x * x, "value", "that is the square"),
         (lambda x: 2 * x if len(x) == 2 else never_written(x), "value", "a place was never written"),
@@ -147,6 +150,108 @@ def test_expect():
         expect(False, "this", "that")
 
 
+@pytest.mark.parametrize("digits", [6, 9, 15])
+def test_two_numbers_that_differ_are_shown_to_differ(digits):
+    got = 3.760461504 * (1 + 10.0**-digits)
+    first, second = re.fullmatch(r"got (.*), expected (.*)", checking.unequal(got, 3.760461504)).groups()
+    assert first != second and abs(float(first) - 3.76046) < 1e-4
+    assert checking.unequal(2.0, 3.0) == "got 2, expected 3"
+
+
+@pytest.mark.parametrize(
+    "array", [np.ones((2, 3), np.float32), np.arange(6.0)[::-1].reshape(2, 3).T, torch.ones(2, requires_grad=True)]
+)
+def test_an_array_counts_as_a_tensor(array):
+    got = checking.tensor(array)
+    assert isinstance(got, torch.Tensor) and not got.requires_grad
+    assert got.tolist() == array.tolist()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, "got None, expected a tensor.*forget the return"),
+        ([1.0], "got list, expected a tensor.*no list"),
+        (np.array(["a"]), "got ndarray of <U1, expected a tensor of numbers"),
+        (torch.ones(2) * 1j, "got Tensor of torch.complex64"),
+    ],
+)
+def test_what_is_no_tensor_is_said(value, words):
+    with pytest.raises(Failed, match=words):
+        checking.tensor(value)
+
+
+def test_numpys_dtypes_are_torchs():
+    expect_shape(np.zeros(3, np.int32), (3,), torch.int32)
+    with pytest.raises(Failed, match=r"got float64, expected float32.*astype\(np.float32\)"):
+        expect_shape(np.zeros(3), (3,), torch.float32)
+    with pytest.raises(Failed, match="NumPy has no bfloat16"):
+        expect_shape(np.zeros(3), (3,), torch.bfloat16)
+
+
+@pytest.mark.parametrize("number", [3, 3.0, np.int64(3), torch.tensor([3]), np.array([[3.0]]), Fraction(3)])
+def test_a_number_of_any_kind(number):
+    assert checking.expect_number(number) == 3.0
+    if isinstance(number, (int, np.integer)):
+        assert checking.expect_int(number) == 3
+
+
+@pytest.mark.parametrize("value", [None, "3", [3], (3,), {}, 3j, torch.ones(2), np.array("3"), object()])
+def test_no_number(value):
+    for expected in (checking.expect_number, checking.expect_int):
+        with pytest.raises(Failed, match="expected a number"):
+            expected(value)
+    with pytest.raises(Failed, match="got float 3.0, expected an int"):
+        checking.expect_int(3.0)
+
+
+def test_a_strided_copy_holds_the_same_and_reaches_the_solution_strided():
+    x = checking.strided(checking.whole(2, 3, seed=1))
+    assert not x.is_contiguous() and x.equal(checking.whole(2, 3, seed=1))
+    assert not checking._guarded(lambda x: x)(x).is_contiguous()
+    assert not checking._guarded(lambda x: x)(checking.strided(np.ones((2, 3)))).flags.c_contiguous
+
+
+def test_lines_bytes_and_peak_of_a_solution_are_counted():
+    def loop(n):
+        total = 0
+        for _ in range(n):
+            total += np.zeros(1000).sum()
+        return total
+
+    def at_once(n):
+        return np.zeros((n, 1000)).sum()
+
+    seen = {}
+    for solution in (loop, at_once):
+        with watching.Python() as seen[solution]:
+            checking._guarded(solution)(10)
+    assert seen[loop].lines >= 20 > seen[at_once].lines
+    assert all(80_000 <= counts.bytes < 160_000 for counts in seen.values())
+    assert seen[loop].peak < 30_000 < 80_000 <= seen[at_once].peak
+
+
+def test_torchs_memory_is_counted_without_its_views():
+    with watching.TorchMemory() as made:
+        (torch.ones(4, 5).T[1:] + 1).sum()
+    assert (made.elements, made.largest) == (20 + 16 + 1, torch.Size([4, 5]))
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        lambda x: torch.stack([row * 2 for row in x]),
+        lambda x: torch.stack(list(map(torch.neg, x))),
+        lambda x: np.stack([row * 2 for row in x.numpy()]),
+    ],
+)
+def test_a_loop_is_seen_and_a_product_is_none(loop):
+    small, larger = (torch.ones(5, 2),), {"45 rows": (torch.ones(45, 2),)}
+    assert "mul" in " ".join(watching.expect_no_loop(lambda x: x * 2, small, larger, "a loop"))
+    with pytest.raises(Failed, match=r"\d+ (lines of Python|calls of torch).*with 45 rows.*a loop"):
+        watching.expect_no_loop(loop, small, larger, "a loop")
+
+
 def test_memory_is_poisoned_inside_only():
     with poisoned():
         assert torch.empty(3).isnan().all() and torch.empty_like(torch.ones(2)).isnan().all()
@@ -218,10 +323,30 @@ if rungs.has_triton():
         raise NotImplementedError()
 
     @triton.jit
-    def tf32(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
-        i = tl.arange(0, 16)
-        x = tl.load(x_ptr + i[:, None] * 16 + i[None, :])
-        tl.store(y_ptr + i[:, None] * 16 + i[None, :], tl.dot(x, x))
+    def product_in_tf32(a, b):
+        return tl.dot(a, b)
+
+    SQUARE = """
+@triton.jit
+def {name}(x_ptr, y_ptr):
+    i = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    x = tl.load(x_ptr + i)
+    tl.store(y_ptr + i, {product})
+"""
+    DOTS = {
+        "plain": "tl.dot(x, x)",
+        "ieee": 'tl.dot(x, x, input_precision="ieee")',
+        "ieee_by_position": 'tl.dot(x, x, None, "ieee")',
+        "tf32_not_allowed": "tl.dot(x, x, allow_tf32=False)",
+        "helped": "product_in_tf32(x, x)",
+        "split": 'tl.dot(x, x, input_precision="tf32x3")',
+        "halves": "tl.dot(x.to(tl.float16), x.to(tl.float16))",
+    }
+    for name, product in DOTS.items():
+        text = SQUARE.format(name=name, product=product)
+        linecache.cache[f"<{name}>"] = len(text), None, text.splitlines(keepends=True), f"<{name}>"
+        exec(compile(text, f"<{name}>", "exec"))
+        DOTS[name] = locals()[name]
 
 
 needs_triton = pytest.mark.skipif(not rungs.has_triton(), reason="kernels need triton, which cannot be imported here")
@@ -246,5 +371,52 @@ def test_a_launch_tells_a_stub_from_a_crash():
 
 
 @needs_triton
-def test_a_dot_in_tf32_is_seen_in_the_source():
-    assert launching.dots_are_exact(masked) and not launching.dots_are_exact(tf32)
+def test_an_input_that_a_kernel_changes_is_seen():
+    x, y = launching.guarded(checking.normal(10, seed=0)), launching.guarded(checking.normal(10, seed=1))
+    with pytest.raises(Failed, match="inputs: y_ptr was changed by the kernel"):
+        launching.launch(masked, (2,), x, y, 10, BLOCK=8)
+
+
+@needs_triton
+def test_a_place_written_by_another_program_is_seen():
+    x, y = launching.guarded(checking.normal(16, seed=0)), launching.output(16)
+    given = {"BLOCK": 8, "cause": "why"}
+    launching.expect_own_places(masked, (2,), x, y, 16, own=lambda p, *_: y[8 * p : 8 * p + 8], **given)
+    seen = pytest.raises(Failed, match="program 0 of 2 wrote y_ptr [+] 0, which is another program's")
+    with seen if launching.device() == "cpu" else contextlib.nullcontext():  # compiled, nobody can tell
+        launching.expect_own_places(masked, (2,), x, y, 16, own=lambda p, *_: y[8 - 8 * p : 16 - 8 * p], **given)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("kernel", "said"),
+    [("plain", "TF32"), ("ieee", None), ("ieee_by_position", None), ("tf32_not_allowed", None), ("helped", "TF32"),
+     ("split", "TF32X3"), ("halves", None)],
+)  # fmt: skip
+def test_the_precision_of_a_dot_is_seen_however_it_is_said(kernel, said):
+    x, y = launching.guarded(checking.normal(16, 16, seed=0)), launching.output(16, 16)
+    if said is None:
+        return launching.expect_full_precision(DOTS[kernel], (1,), x, y)
+    with pytest.raises(Failed, match=f"a tl.dot of fp32 numbers in {said}, expected IEEE"):
+        launching.expect_full_precision(DOTS[kernel], (1,), x, y)
+
+
+def test_a_result_says_what_was_never_written():
+    got = launching.output(4)
+    got[:2] = torch.tensor([1.0, float("nan")])
+    with pytest.raises(
+        Failed, match=r"i=1: got nan, expected 1 .* 2 of 4 places were never written. Likely cause: why"
+    ):
+        launching.expect_result(got, torch.ones(4), 0.0, "i", "why")
+
+
+def test_inputs_arrive_with_their_strides_and_may_not_be_changed():
+    x, seen = checking.spread(torch.arange(6.0).view(2, 3)), {}
+
+    def look(tensor, numbers):
+        seen.update(strides=tensor.stride(), values=tensor.tolist())
+        numbers.append(1)
+
+    with pytest.raises(Failed, match="inputs: numbers was changed by the call"):
+        checking._guarded(look)(x, [3])
+    assert seen == {"strides": (6, 2), "values": [[0, 1, 2], [3, 4, 5]]} and x.isfinite().all()

@@ -1,9 +1,11 @@
-"""The exercises' checks can fail: each rejects its wrong solutions, every one for the stated property."""
+"""The exercises' checks can fail: each rejects its wrong solutions, all for the stated property, and no right one."""
 
 import importlib
 import pathlib
 
+import numpy as np
 import pytest
+import torch
 from conftest import NEEDS_TRITON
 
 from dsa_course import checks
@@ -11,9 +13,11 @@ from dsa_course.checking import Check
 from dsa_ref.testing import Failed
 
 HERE = pathlib.Path(__file__).parent
-for path in sorted((HERE.parent / "wrong_solutions").glob("[a-z]*.py")):
-    importlib.import_module(f"wrong_solutions.{path.stem}")
-from wrong_solutions import WRONG  # noqa: E402 (filled by the imports above)
+for folder in ("wrong_solutions", "right_solutions"):
+    for path in sorted((HERE.parent / folder).glob("[a-z]*.py")):
+        importlib.import_module(f"{folder}.{path.stem}")
+from right_solutions import RIGHT  # noqa: E402 (filled by the imports above)
+from wrong_solutions import WRONG  # noqa: E402
 
 CASES = [(exercise, property, solution) for exercise, found in sorted(WRONG.items()) for property, solution in found]
 
@@ -29,6 +33,44 @@ def test_a_wrong_solution_is_rejected_for_its_fault(exercise, property, solution
     assert failure.value.property == property, str(failure.value)
     assert failure.value.what and failure.value.cause
     assert capsys.readouterr().out == ""  # no ✓ beside a ✗
+
+
+ACCEPTED = [(exercise, solution) for exercise, found in sorted(RIGHT.items()) for solution in found]
+
+
+@pytest.mark.parametrize(("exercise", "solution"), ACCEPTED, ids=[f"{e}-{s.__name__}" for e, s in ACCEPTED])
+def test_a_right_solution_in_another_style_is_accepted(exercise, solution, capsys):
+    if getattr(solution, "needs_triton", False):
+        pytest.skip(NEEDS_TRITON)
+    checks.ALL[exercise](solution)
+    assert capsys.readouterr().out == f"✓ {exercise}: " + " · ".join(checks.ALL[exercise].properties) + "\n"
+
+
+NONSENSE = {
+    "nothing": None,
+    "text": "ten",
+    "a list": [1.0, 2.0],
+    "a pair of nothing": (None, None),
+    "three texts": ("a", "b", "c"),
+    "a dict": {"mha": None, "whole text": "much"},
+    "an object": object(),
+    "a complex number": 1j,
+    "a number": 3.5,
+    "an empty tensor": torch.empty(0),
+    "an array of objects": np.array([None, "a"], dtype=object),
+    "a complex tensor": torch.ones(2, dtype=torch.complex64),
+    "a sparse tensor": torch.eye(2).to_sparse(),
+    "a long double": np.longdouble(1) * np.ones(3),
+}
+
+
+@pytest.mark.parametrize("exercise", checks.ALL)
+def test_nonsense_is_refused_in_our_words(exercise):
+    """Whatever comes back, the check says what is wrong, and does not crash itself."""
+    for name, value in NONSENSE.items():
+        with pytest.raises(Failed) as failure:
+            checks.ALL[exercise](lambda *given, value=value, **named: value)
+        assert failure.value.what and failure.value.cause, name
 
 
 @pytest.mark.parametrize("exercise", checks.ALL)

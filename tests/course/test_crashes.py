@@ -39,6 +39,9 @@ CRASHES = [  # a wrong answer, what the failure must name of it, and the cause
     (lambda q, k: q + k, "size of tensor", "these shapes do not fit"),
     (lambda q, k: q.double() @ k.T, "double != float", "two dtypes met"),
     (lambda q, k: q.astype("float32"), "astype", "NumPy's name on a torch tensor"),
+    (lambda q, k: q.bfloat16().numpy(), "BFloat16", "NumPy has no bf16"),
+    (lambda q, k: k.T.view(-1), "view size", "use reshape"),
+    (lambda q, k: torch.matmul(q, k.numpy().T), "ndarray", "NumPy's name on a torch tensor, or torch's on an array"),
     (lambda q, k: q[len(k)], r"index 7 .*k \[7, 4\]", "an index past the end"),
     (lambda q, k: no_such_scores(q, k), "no_such_scores", "no cell above has defined"),  # noqa: F821
     (lambda q: q, "2 were given", "keep the stub's parameters"),

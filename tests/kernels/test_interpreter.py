@@ -90,7 +90,8 @@ import torch
 @triton.jit
 def total(x_ptr, out_ptr, n, N: tl.constexpr):
     i = tl.arange(0, N)
-    x = tl.load(x_ptr + i, i < n, 0.0)
+    last = tl.load(x_ptr + n - 1)
+    x = tl.load(x_ptr + i, (i < n) & (last > 3.5), 0.0)  # a scalar in the mask
     tl.store(out_ptr, x.sum() + tl.max(tl.cumsum(x), axis=0) + tl.cdiv(n, 2))
 
 x, out = torch.arange(5.0), torch.zeros(1)

@@ -146,6 +146,29 @@ def test_a_selection_by_another_key_is_recognised(key, cause, seed):
         compare_selection(select_topk(key(scores), 9), scores, 9)
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ([[2.0, 2.0, 3.0]], [[0, 1]]),  # by itself it could also be "the smallest", or "the first keys"
+        ([[1.0, 3.0, 1.0, 2.0, 2.0], [1.0, 2.0, 1.0, 1.0, 3.0]], [[1, 3, 4], [0, 1, 2]]),
+    ],
+)
+def test_the_first_keys_that_reach_the_threshold_are_recognised(rows):
+    scores, wrong = torch.tensor(rows[0]), int32(*rows[1])
+    everything = {"start": torch.zeros(len(scores)).int(), "end": torch.full((len(scores),), scores.shape[1]).int()}
+    with pytest.raises(AssertionError, match=r"^scores: row t=\d.*the first keys that reach the threshold"):
+        compare_selection(wrong, scores, wrong.shape[1], **everything)
+
+
+def test_a_cause_explains_every_wrong_row():
+    scores = torch.tensor([[1.0, 2.0, 3.0], [2.0, 1.0, 3.0]])  # row 0 alone: the smallest were kept
+    with pytest.raises(AssertionError, match=r"^scores: row t=0, .*Likely cause: the first keys were kept"):
+        compare_selection(int32([0], [0]), scores, 1, start=int32([0, 0])[0], end=int32([3, 3])[0])
+    scores = torch.tensor([[2.0, 1.0, 3.0, 4.0], [4.0, -5.0, 2.0, 3.0]])
+    with pytest.raises(AssertionError, match=r"^scores: row t=0, .*a part of the keys was never looked at"):
+        compare_selection(int32([1], [2]), scores, 1, start=int32([0, 0])[0], end=int32([4, 4])[0])
+
+
 def test_the_first_bad_row_and_both_keys_are_named():
     scores = torch.tensor([[5.0, 4.0, 3.0, 2.0], [2.0, 3.0, 4.0, 5.0]])
     everything = {"start": int32([0, 0])[0], "end": int32([4, 4])[0]}

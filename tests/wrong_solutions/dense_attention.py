@@ -157,7 +157,7 @@ def a_loop_in_numpy(q, k, v):
         scores = (q[t] * k[: t + 1]).sum(2) / math.sqrt(D)
         exponentials = np.exp(scores - scores.max(0))
         u[t] = ((exponentials / exponentials.sum(0))[..., None] * v[: t + 1]).sum(0)
-    return torch.from_numpy(u)
+    return torch.from_numpy(u).float()
 
 
 @wrong("dense_attention", "no loop over tokens")
@@ -202,8 +202,8 @@ wrong("attention_flops", "amount")(lambda T, H, D: 2 * H * D * T * T * 2 - T)
 wrong("attention_flops", "short texts")(lambda T, H, D: 2 * H * D * T * T)
 wrong("attention_flops", "short texts")(lambda T, H, D: 2 * H * D * T * (T - 1))
 
-wrong("attention_bytes", "two numbers")(lambda T, H, D, n: 2 * T * H * D * n + H * T * T * n)
-wrong("attention_bytes", "two numbers")(lambda T, H, D, n: None)
+wrong("attention_bytes", "two ints")(lambda T, H, D, n: 2 * T * H * D * n + H * T * T * n)
+wrong("attention_bytes", "two ints")(lambda T, H, D, n: None)
 wrong("attention_bytes", "cache")(lambda T, H, D, n: (T * H * D * n, H * T * T * n))
 wrong("attention_bytes", "cache")(lambda T, H, D, n: (2 * T * D * n, H * T * T * n))
 wrong("attention_bytes", "cache")(lambda T, H, D, n: (2 * T * H * D, H * T * T))
@@ -213,7 +213,7 @@ wrong("attention_bytes", "cache")(lambda T, H, D, n: (3 * T * H * D * n, H * T *
 wrong("attention_bytes", "score matrix")(lambda T, H, D, n: (2 * T * H * D * n, H * T * (T + 1) // 2 * n))
 wrong("attention_bytes", "score matrix")(lambda T, H, D, n: (2 * T * H * D * n, T * T * n))
 wrong("attention_bytes", "score matrix")(lambda T, H, D, n: (2 * T * H * D * n, H * T * T * D * n))
-wrong("attention_bytes", "score matrix")(lambda T, H, D, n: (2 * T * H * D * n, "a lot"))
+wrong("attention_bytes", "two ints")(lambda T, H, D, n: (2 * T * H * D * n, "a lot"))
 wrong("attention_bytes", "score matrix")(lambda T, H, D, n: (2 * T * H * D * n, H * T * T * 4))
 wrong("attention_bytes", "score matrix")(lambda T, H, D, n: (2 * T * H * D * n, H * T * (T - 1) // 2 * n))
 

@@ -16,7 +16,7 @@ def arange_of_k(scores_ptr, threshold_ptr, ties_ptr, out_ptr, S, k, BLOCK: tl.co
     tl.store(out_ptr + place, tl.full([k], -1, tl.int32))
 
 
-@wrong("selection_kernel", "bounds")
+@wrong("selection_kernel", "one block")
 @jit
 def prefix_sum_without_minus_one(scores_ptr, threshold_ptr, ties_ptr, out_ptr, S, k, BLOCK: tl.constexpr):
     threshold, lane = tl.load(threshold_ptr), tl.arange(0, BLOCK)
@@ -136,7 +136,7 @@ def padded_with_zeros(scores_ptr, threshold_ptr, ties_ptr, out_ptr, S, k, BLOCK:
         written += tl.sum(kept, axis=0)
 
 
-@wrong("selection_kernel", "bounds")
+@wrong("selection_kernel", "padding")
 @jit
 def padding_without_a_mask(scores_ptr, threshold_ptr, ties_ptr, out_ptr, S, k, BLOCK: tl.constexpr):
     threshold, lane = tl.load(threshold_ptr), tl.arange(0, BLOCK)

@@ -124,13 +124,13 @@ def scores_cut_at_zero(q_idx, k_idx, w):
     return torch.where(scores.isfinite(), scores.relu(), scores)
 
 
-@wrong("index_scores", "fp32 sums")
+@wrong("index_scores", "fp32 throughout")
 def sums_in_bf16(q_idx, k_idx, w):
     dots = torch.einsum("thd,sd->ths", q_idx, k_idx).relu()
     return _masked(torch.einsum("ths,th->ts", dots, w.to(dots.dtype)).float())
 
 
-@wrong("index_scores", "fp32 sums")
+@wrong("index_scores", "fp32 throughout")
 def dots_rounded_to_bf16(q_idx, k_idx, w):
     dots = torch.einsum("thd,sd->ths", q_idx, k_idx).relu().float()
     return _masked(torch.einsum("ths,th->ts", dots, w))
@@ -225,22 +225,22 @@ def no_dim_factor(x, W_w, q_scale, Hi, Di):
     return _plain(x, W_w) * q_scale * Hi**-0.5
 
 
-@wrong("head_weights", "fp32 product")
+@wrong("head_weights", "fp32 throughout")
 def product_in_bf16(x, W_w, q_scale, Hi, Di):
     return (x @ W_w).float() * q_scale * (Hi * Di) ** -0.5
 
 
-@wrong("head_weights", "fp32 product")
+@wrong("head_weights", "fp32 throughout")
 def product_and_factors_in_bf16(x, W_w, q_scale, Hi, Di):
     return (x @ W_w * Hi**-0.5 * Di**-0.5) * q_scale
 
 
-@wrong("head_weights", "fp32 product")
+@wrong("head_weights", "fp32 throughout")
 def rounded_at_the_end(x, W_w, q_scale, Hi, Di):
     return (_plain(x, W_w) * q_scale * (Hi * Di) ** -0.5).bfloat16().float()
 
 
-@wrong("head_weights", "fp32 product")
+@wrong("head_weights", "fp32 throughout")
 def rounded_once(x, W_w, q_scale, Hi, Di):
     return (_plain(x, W_w).bfloat16() * q_scale * (Hi * Di) ** -0.5).float()
 

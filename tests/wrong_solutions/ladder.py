@@ -218,4 +218,4 @@ def per_cent(parts, faster, side_by_side):
 
 @wrong("time_after", "the recorded chain")
 def factors_below_three_halves_are_noise(parts, faster, side_by_side):
-    return right(parts, {name: factor for name, factor in faster.items() if factor >= 1.5}, side_by_side)
+    return right(parts, {name: factor for name, factor in faster.items() if not 1 < factor < 1.5}, side_by_side)

@@ -167,6 +167,25 @@ def nearest_wins(scores, k):
     return right
 
 
+@wrong("select_topk", "ties")
+def latest_wins_below_zero(scores, k):
+    _refuse_nan(scores)
+    keys = [[(-x, -s if -1e38 < x < 0 else s) for s, x in enumerate(row)] for row in scores.tolist()]
+    ranked = [sorted(range(n), key=row.__getitem__)[:k] for n, row in zip(_visible(scores).tolist(), keys, strict=True)]
+    return torch.tensor([row + [-1] * (k - len(row)) for row in ranked], dtype=torch.int32)
+
+
+@wrong("select_topk", "scores")
+def first_that_reach_the_threshold(scores, k):
+    _refuse_nan(scores)
+    indices = torch.full((len(scores), k), -1, dtype=torch.int32)
+    for t, n in enumerate(_visible(scores).tolist()):
+        threshold = scores[t, :n].topk(min(k, n)).values[-1]
+        found = (scores[t, :n] >= threshold).nonzero().flatten()[:k]
+        indices[t, : len(found)] = found.int()
+    return indices
+
+
 @wrong("select_topk", "signed zeros")
 def compares_bits(scores, k):
     bits = scores.contiguous().view(torch.int32)
@@ -194,6 +213,13 @@ def nan_sorted_somewhere(scores, k):
 @wrong("select_topk", "NaN refused")
 def nan_as_minus_infinity(scores, k):
     return _padded(_ranked(scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)), k, _visible(scores))
+
+
+@wrong("select_topk", "NaN refused")
+def nan_looked_for_at_each_rows_own_key(scores, k):
+    if scores.diagonal(scores.shape[1] - scores.shape[0]).isnan().any():
+        raise ValueError("NaN")
+    return _padded(_ranked(scores), k, _visible(scores))
 
 
 @wrong("select_topk", "NaN refused")
@@ -307,6 +333,39 @@ def sums_of_scores(indices, scores, k):
         return torch.where(chosen >= 0, scores.gather(1, chosen.clamp(min=0).long()), 0).sum(dim=1)
 
     return torch.equal(total(indices), total(dsa_ref.select_topk(scores, k)))
+
+
+@wrong("check_selection", "any scores")
+def rounds_first(indices, scores, k):
+    return _rules(indices, scores.bfloat16(), k)
+
+
+@wrong("check_selection", "any scores")
+def forgives_one_percent(indices, scores, k):
+    def kept(chosen):
+        return scores.gather(1, chosen.clamp(min=0).long()).masked_fill(chosen < 0, 0.0).sort(dim=1).values
+
+    if not _rules(indices, scores, k, ["scores", "ties"]):
+        return False
+    got, best = kept(indices), kept(dsa_ref.select_topk(scores, k))
+    return _rules(indices, scores, k) if torch.equal(got, best) else torch.allclose(got, best, rtol=0.01, atol=0.0)
+
+
+@wrong("check_selection", "any scores")
+def judges_fp32_only(indices, scores, k):
+    return _rules(indices, scores.float(), k)
+
+
+@wrong("check_selection", "type")
+def any_integers(indices, scores, k):
+    return not indices.is_floating_point() and indices.dtype != torch.int64 and _rules(indices, scores, k, ["type"])
+
+
+@wrong("check_selection", "scores")
+def skips_the_first_row(indices, scores, k):
+    if len(scores) == 1 or not _rules(indices, scores, k, ["scores", "ties"]):
+        return _rules(indices, scores, k)
+    return _rules(indices[1:], scores[1:], k)
 
 
 @wrong("check_selection", "scores")

@@ -96,7 +96,7 @@ def k_rows_for_the_whole_batch(lengths, k, index_bytes, kv_bytes):
 @wrong("step_bytes", "batch")
 def the_mean_length(lengths, k, index_bytes, kv_bytes):
     B = len(lengths)
-    return B * each([sum(lengths) / B], k, index_bytes, kv_bytes)[0], dense(lengths, kv_bytes)
+    return int(B * each([sum(lengths) / B], k, index_bytes, kv_bytes)[0]), dense(lengths, kv_bytes)
 
 
 def codes_of(k_idx):
@@ -437,7 +437,7 @@ def garbage_known_by_its_nan(q_idx, w, index_pages, table, length, page_size):
     return placed(torch.where(scores.isnan(), -torch.inf, scores), table, page_size)
 
 
-@wrong("paged_scores", "decode equals prefill (trained model)")
+@wrong("paged_scores", "one page")
 def summed_in_half_precision(q_idx, w, index_pages, table, length, page_size):
     """Exact for small whole numbers; products of 448 and 448 pass fp16's largest number."""
     keys, scales = unpacked(index_pages, used(table), page_size, q_idx.shape[1])

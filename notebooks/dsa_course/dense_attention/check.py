@@ -1,22 +1,37 @@
 """Notebook 01: causal attention without loops, and what it costs in FLOPs and bytes."""
 
-import sys
-
 import torch
-from torch.overrides import TorchFunctionMode
 
 from dsa_ref.cost import causal_pairs
 from dsa_ref.dense_attention import mha_attention
 from dsa_ref.testing import Failed
 
-from ..checking import Check, expect, expect_close, expect_shape, normal
+from ..checking import (
+    FORGOTTEN,
+    Check,
+    expect,
+    expect_close,
+    expect_int,
+    expect_number,
+    expect_shape,
+    normal,
+    strided,
+    tensor,
+    unequal,
+)
+from ..watching import expect_no_loop
 
 dense_attention = Check("dense_attention")  # my_dense_attention(q, k, v) -> out, all [T, H, D]
 attention_flops = Check("attention_flops")  # my_attention_flops(T, H, D) -> FLOPs of the two products
 attention_bytes = Check("attention_bytes")  # my_attention_bytes(T, H, D, number_bytes) -> cache, scores
 bill_growth = Check("bill_growth")  # my_bill_growth(short, long) -> {bill: factor}
 
-CASES = ((1, 37, 3, 5), (2, 8, 1, 16), (3, 1, 2, 4))  # seed, T, H, D: none a round size, one head, one token
+CASES = (  # seed, T, H, D: none a round size, one head, one token, one number
+    (1, 37, 3, 5),
+    (2, 8, 1, 16),
+    (3, 1, 2, 4),
+    (4, 5, 2, 1),
+)
 
 
 def _qkv(seed, T, H, D):
@@ -27,32 +42,11 @@ def _reference(q, k, v, scale=None):
     return mha_attention(q, k, v, q.shape[2] ** -0.5 if scale is None else scale, None)[0]
 
 
-class _Watched(TorchFunctionMode):
-    """What runs inside: the lines of Python (a loop repeats its own, in torch and in NumPy), and torch's functions."""
-
-    def __enter__(self):
-        self.lines, self.functions, self.before = 0, set(), sys.gettrace()
-        sys.settrace(self._line)
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        sys.settrace(self.before)
-        return super().__exit__(*error)
-
-    def _line(self, frame, event, argument):
-        self.lines += event == "line" and frame.f_code.co_filename != __file__
-        return self._line
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.functions.add(getattr(function, "__name__", ""))
-        return function(*args, **(kwargs or {}))
-
-
 @dense_attention.property("shape")
 def dense_attention_shape(solution):
     for case in CASES:
         q, k, v = _qkv(*case)
-        expect_shape(solution(q, k, v), q.shape)
+        expect_shape(solution(q, k, v), q.shape, torch.float32)
 
 
 @dense_attention.property("weights sum to 1")
@@ -73,7 +67,7 @@ def dense_attention_weights_sum_to_1(solution):
         suspects = {cause: weights.sum(2, keepdim=True).expand(T, H, D).clone() for cause, weights in suspects.items()}
         heads = "the heads' outputs were added up: the letter h must stand in both factors and in the result"
         suspects[heads] = torch.full((T, H, D), float(H))
-        got = torch.as_tensor(solution(q, k, torch.ones_like(q))).clone()
+        got = tensor(solution(q, k, torch.ones_like(q))).clone()
         for answer in (got, *suspects.values()):
             answer[0] = 1.0  # token 0 is judged by "sees itself"
         cause = "values that are all 1 must average to 1: each query's weights over its keys sum to 1"
@@ -83,9 +77,9 @@ def dense_attention_weights_sum_to_1(solution):
 @dense_attention.property("heads apart")
 def dense_attention_heads_apart(solution):
     q, k, v = _qkv(4, 11, 3, 4)
-    before = torch.as_tensor(solution(q, k, v)).clone()
+    before = tensor(solution(q, k, v)).clone()
     k[:, 2], v[:, 2] = -1.0, 9.0
-    after = torch.as_tensor(solution(q, k, v)).clone()
+    after = tensor(solution(q, k, v)).clone()
     before[0] = after[0] = 0.0  # token 0 is judged by "sees itself"
     cause = (
         "it changed with the keys and values of head 2: the letter h must stand in both factors and in the result "
@@ -98,12 +92,13 @@ def dense_attention_heads_apart(solution):
 def dense_attention_future_hidden(solution):
     for seed, T, H, D in CASES[:2]:
         q, k, v = _qkv(seed, T, H, D)
-        before = torch.as_tensor(solution(q, k, v))
+        before = tensor(solution(q, k, v))
         for t in (0, T // 2, T - 2):
             later_k, later_v = k.clone(), v.clone()
             later_k[t + 1 :], later_v[t + 1 :] = 2.0, 50.0
             after = solution(q, later_k, later_v)
-            changed = ~torch.isclose(before, torch.as_tensor(after), 1e-4, 1e-4, equal_nan=True)
+            expect_shape(after, before.shape, before.dtype)
+            changed = ~torch.isclose(before, tensor(after), 1e-4, 1e-4, equal_nan=True)
             rows = changed[: t + 1].flatten(1).any(dim=1).nonzero().flatten().tolist()
             expect(
                 not rows,
@@ -120,7 +115,7 @@ def dense_attention_sees_itself(solution):
         cause = (
             "token 0 sees only itself, so its output is its own value: keep the diagonal s = t (an empty row gives NaN)"
         )
-        got = torch.as_tensor(solution(q, k, v))[0]
+        got = tensor(solution(q, k, v))[0]
         expect(not got.isnan().any(), "got NaN for token 0, expected its own value", cause)
         expect_close(got, v[0], 1e-5, "h d", cause)
 
@@ -136,7 +131,10 @@ def dense_attention_values(solution):
             "the scores were scaled by H^-0.5, not by D^-0.5": _reference(q, k, v, H**-0.5),
         }
         cause = "not softmax(q·k / sqrt(D)) times the values: look at scale, mask and axes one by one"
-        expect_close(solution(q, k, v), _reference(q, k, v), 1e-5, "t h d", cause, suspects)
+        expected = _reference(q, k, v)
+        expect_close(solution(q, k, v), expected, 1e-5, "t h d", cause, suspects)
+        cause = "wrong for tensors that are not contiguous, as after a transpose: reshape them, do not view them"
+        expect_close(solution(*map(strided, (q, k, v))), expected, 1e-5, "t h d", cause)
 
 
 @dense_attention.property("large scores")
@@ -146,7 +144,7 @@ def dense_attention_large_scores(solution):
         cause = (
             "exp overflows fp32 above 88 (or all of a row falls to 0): subtract the row's largest visible score first"
         )
-        got = torch.as_tensor(solution(q * 300, k, v))
+        got = tensor(solution(q * 300, k, v))
         bad = (~got.isfinite()).nonzero()
         where = f"t={int(bad[0, 0])}: " if len(bad) else ""
         expect(not len(bad), f"{where}got NaN or infinity for scores in the hundreds, expected a weighted mean", cause)
@@ -155,37 +153,25 @@ def dense_attention_large_scores(solution):
 
 @dense_attention.property("no loop over tokens")
 def dense_attention_no_loop_over_tokens(solution):
-    counts = []
-    for T in (5, 5, 45):  # the first call may load or compile something
-        inputs = _qkv(5, T, 2, 4)
-        with _Watched() as watched:
-            solution(*inputs)
-        counts.append(watched.lines)
+    cause = "right, but there is still a loop over t or s: let one einsum make all scores at once"
+    called = expect_no_loop(solution, _qkv(5, 5, 2, 4), {"45 tokens instead of 5": _qkv(5, 45, 2, 4)}, cause)
     expect(
-        "scaled_dot_product_attention" not in watched.functions,
+        "scaled_dot_product_attention" not in called,
         "torch's scaled_dot_product_attention was called, expected your own",
         "right, but then there is nothing to learn: scores, mask, softmax, mean of the values",
-    )
-    expect(
-        counts[2] < counts[1] + 20,
-        f"{counts[1]} lines of Python ran for 5 tokens and {counts[2]} for 45, expected the same number",
-        "right, but there is still a loop over t or s: let one einsum make all scores at once",
     )
 
 
 def _close(got, expected, what, cause, suspects=None, tolerance=0.01):
     """A number within `tolerance` of the expected one; suspects: {cause: the number that this mistake gives}."""
-    try:
-        got = float(got)
-    except (TypeError, ValueError):
-        raise _no_number(got, what) from None
+    got = expect_number(got, what)
     if abs(got - expected) <= tolerance * expected:
         return
     for suspicion, answer in (suspects or {}).items():
         if abs(got - answer) <= 1e-3 * abs(answer):
             cause = suspicion
             break
-    raise Failed(f"{what}: got {got:.6g}, expected {expected:.6g}", cause)
+    raise Failed(f"{what}: {unequal(got, expected)}", cause)
 
 
 FLOPS = ((4096, 8, 64), (1000, 1, 128), (3001, 5, 32))  # T, H, D
@@ -194,7 +180,7 @@ FLOPS = ((4096, 8, 64), (1000, 1, 128), (3001, 5, 32))  # T, H, D
 @attention_flops.property("growth with T")
 def attention_flops_growth_with_t(solution):
     for T, H, D in FLOPS:
-        small, large = (float(_number(solution(n, H, D), f"T={n}")) for n in (T, 2 * T))
+        small, large = (expect_number(solution(n, H, D), f"T={n}") for n in (T, 2 * T))
         cause = "twice the tokens see twice as many keys each: the bill must grow fourfold (T·T pairs, not T)"
         _close(large / max(small, 1e-9), 4.0, f"H={H}, D={D}: from T={T} to {2 * T} it grows by the factor", cause)
 
@@ -202,10 +188,10 @@ def attention_flops_growth_with_t(solution):
 @attention_flops.property("heads and width")
 def attention_flops_heads_and_width(solution):
     for T, H, D in FLOPS:
-        once = float(solution(T, H, D))
+        once = expect_number(solution(T, H, D))
         for name, other in (("H", (T, 2 * H, D)), ("D", (T, H, 2 * D))):
             cause = f"every head works on vectors of D numbers: the bill is proportional to {name}"
-            factor = float(solution(*other)) / max(once, 1e-9)
+            factor = expect_number(solution(*other)) / max(once, 1e-9)
             _close(factor, 2.0, f"T={T}, H={H}, D={D}: {name} doubled, the factor is", cause, tolerance=0.02)
 
 
@@ -241,32 +227,23 @@ BYTES = ((1000, 8, 64, 4), (37, 3, 5, 4), (131_072, 128, 128, 2))  # T, H, D, by
 
 def _two_numbers(solution, case):
     got = solution(*case)
-    if not isinstance(got, (tuple, list)) or len(got) != 2:
-        raise Failed(f"got {type(got).__name__} {got!r}, expected two numbers", "return cache, scores: two numbers")
-    return got
+    pair = (
+        list(got) if hasattr(got, "__len__") and hasattr(got, "__iter__") and not isinstance(got, (str, dict)) else []
+    )
+    if len(pair) != 2:
+        cause = FORGOTTEN if got is None else "return cache, scores: two numbers"
+        raise Failed(f"got {type(got).__name__}, expected two ints", cause)
+    return [expect_int(x, name) for x, name in zip(pair, ("cache", "scores"), strict=True)]
 
 
 def _exact(got, expected, what, suspects):
-    got = _number(got, what)
     if got != expected:
         found = [suspicion for suspicion, answer in suspects.items() if got == answer]
         cause = found[0] if found else "a tensor is stored: multiply its sizes, then by number_bytes"
         raise Failed(f"{what}: got {got}, expected {expected}", cause)
 
 
-def _number(got, what):
-    """got, if it is a number (no text, no list)."""
-    if isinstance(got, (str, list, tuple, dict)) or not hasattr(got, "__float__"):
-        raise _no_number(got, what)
-    return got
-
-
-def _no_number(got, what):
-    cause = "did you forget the return?" if got is None else "one number, not a text or a group of numbers"
-    return Failed(f"{what}: got {type(got).__name__}, expected a number", cause)
-
-
-@attention_bytes.property("two numbers")
+@attention_bytes.property("two ints")
 def attention_bytes_two_numbers(solution):
     for case in BYTES:
         _two_numbers(solution, case)
@@ -314,7 +291,8 @@ def _growth(solution, name):
     for short, long in SPANS:
         got = solution(short, long)
         if not isinstance(got, dict) or name not in got:
-            raise Failed(f"got {got!r}, expected a dict with the entry {name!r}", "one entry for each of the bills")
+            cause = FORGOTTEN if got is None else "one entry for each of the bills, by the name on the card"
+            raise Failed(f"got {type(got).__name__}, expected a dict with the entry {name!r}", cause)
         suspects = {
             "the factor is upside down: long over short": factor(long, short),
             "// drops what is behind the point: use /": factor(short, long // short * short),

@@ -1,11 +1,8 @@
 """Notebook 04: sparse attention that gathers its rows, and the count that proves it."""
 
 import math
-import tracemalloc
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dsa_ref.cost import causal_pairs
 from dsa_ref.dense_attention import dense_attention
@@ -13,14 +10,33 @@ from dsa_ref.select_topk import select_topk
 from dsa_ref.sparse_attention import sparse_attention
 from dsa_ref.testing import Failed, random_selection
 
-from ..checking import Check, expect, expect_close, expect_shape, normal
+from ..checking import (
+    FORGOTTEN,
+    Check,
+    expect,
+    expect_close,
+    expect_int,
+    expect_number,
+    expect_shape,
+    normal,
+    strided,
+    tensor,
+    unequal,
+)
+from ..watching import Python, TorchMemory
 
 gather_rows = Check("gather_rows")  # my_gather_rows(kv, indices) -> rows [T, k, D], there [T, k]
 gathered_attention = Check("gathered_attention")  # my_gathered_attention(q, kv, indices, scale, v_dim) -> out, lse
 attended_pairs = Check("attended_pairs")  # my_attended_pairs(T, S, k) -> int
 pays_from = Check("pays_from")  # my_pays_from(index_flops, attention_flops, k) -> context
 
-CASES = ((1, 37, 37, 3, 5), (2, 9, 14, 1, 4), (3, 1, 6, 2, 8))  # seed, T, S, H, k: square, a tail, one query and k > S
+CASES = (  # seed, T, S, H, k: square, a tail with one head, one query and k > S, one place, one key
+    (1, 37, 37, 3, 5),
+    (2, 9, 14, 1, 4),
+    (3, 1, 6, 2, 8),
+    (4, 5, 7, 2, 1),
+    (5, 1, 2, 1, 1),
+)
 D, V_DIM, SCALE = 6, 4, 0.4
 
 
@@ -38,11 +54,10 @@ def _inputs(seed, T, S, H, k):
 def _pair(got, names):
     """Two results, as tensors."""
     if not isinstance(got, (tuple, list)) or len(got) != 2:
-        raise Failed(f"got {type(got).__name__}, expected two tensors: {names}", f"return {names}")
-    for x, name in zip(got, names.split(", "), strict=True):
-        if not hasattr(x, "shape"):
-            raise Failed(f"{name}: got {type(x).__name__}, expected a tensor", f"return {names}: both are tensors")
-    return tuple(torch.as_tensor(x) for x in got)
+        count = f" of {len(got)}" if isinstance(got, (tuple, list)) else ""
+        cause = FORGOTTEN if got is None else f"return {names}"
+        raise Failed(f"got {type(got).__name__}{count}, expected two tensors: {names}", cause)
+    return tuple(tensor(x, name) for x, name in zip(got, names.split(", "), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------- gather_rows
@@ -55,9 +70,10 @@ def _rows(solution, kv, indices):
 @gather_rows.property("shapes")
 def gather_rows_shapes(solution):
     for seed, T, S, _, k in CASES:
-        rows, there = _rows(solution, normal(S, D, seed=seed), _selection(seed, T, S, k))
-        expect_shape(rows, [T, k, D], torch.float32, "rows")
-        expect_shape(there, [T, k], torch.bool, "there")
+        for width in (D, 1):
+            rows, there = _rows(solution, normal(S, width, seed=seed), _selection(seed, T, S, k))
+            expect_shape(rows, [T, k, width], torch.float32, "rows")
+            expect_shape(there, [T, k], torch.bool, "there")
 
 
 @gather_rows.property("there")
@@ -88,19 +104,27 @@ def gather_rows_rows(solution):
         expect_close(got.masked_fill(nan, 0.0), expected.masked_fill(nan, 0.0), 0.0, "selected d", cause)
         cause = "nan_to_num hides a fault that you want to see: put 0 only where the index is -1"
         expect(got[nan].isnan().all(), "a selected row holds NaN: got a number there, expected NaN", cause)
+    kv, indices = normal(9, D, seed=6), torch.tensor([[8, 0, 3], [3, 3, 8]], dtype=torch.int32)
+    cause = "a row may be selected by any query, and in any place"
+    expect_close(_rows(solution, kv, indices)[0], kv[indices.long()], 0.0, "t place d", cause)
+    cause = "wrong for tensors that are not contiguous, as after a transpose: reshape, do not view"
+    expect_close(_rows(solution, strided(kv), strided(indices))[0], kv[indices.long()], 0.0, "t place d", cause)
 
 
 @gather_rows.property("padding is zero")
 def gather_rows_padding_is_zero(solution):
-    for seed, T, S, _, k in CASES[::2]:  # those with padding
-        kv, indices = normal(S, D, seed=seed), _selection(seed, T, S, k)
-        rows, _ = _rows(solution, kv, indices)
+    scattered = torch.tensor([[-1, 3, 0], [2, -1, 5], [-1, -1, 4]], dtype=torch.int32)  # -1 in any place
+    for seed, S, indices in ((1, 37, _selection(1, 37, 37, 5)), (3, 6, _selection(3, 1, 6, 8)), (7, 6, scattered)):
+        kv = normal(S, D, seed=seed)
+        rows, there = _rows(solution, kv, indices)
         padding = rows[indices < 0]
         causes = {
             "kv[-1] is the last row: an index of -1 wraps around": kv[-1].expand_as(padding),
             "-1 was clamped to 0, and row 0 was left standing": kv[0].expand_as(padding),
         }
         expect_close(padding, torch.zeros_like(padding), 0.0, "padding d", "where indices is -1 the row is 0", causes)
+        cause = "there is True exactly where the index is not -1, in whatever place"
+        expect_close(there, indices >= 0, 0.0, "t place", cause)
 
 
 @gather_rows.property("NaN stays out")
@@ -123,7 +147,7 @@ def _attend(q, rows, there):
 
 
 def _answer(solution, given):
-    return _pair(solution(**given), "out, lse")
+    return _pair(solution(*given.values()), "out, lse")  # by position: the names of the parameters are the learner's
 
 
 def _full(case):
@@ -140,11 +164,11 @@ def gathered_attention_shapes(solution):
         given = _inputs(*case)
         T, H, _ = given["q"].shape
         out, lse = _answer(solution, given)
-        if out.shape == given["q"].shape:
+        if out.shape == given["q"].shape != (T, H, V_DIM):
             what = f"out: got shape {list(out.shape)}, expected {[T, H, V_DIM]}"
             raise Failed(what, "the value is the first v_dim columns of a row, not the whole row")
-        expect_shape(out, [T, H, V_DIM], name="out")
-        expect_shape(lse, [T, H], name="lse")
+        expect_shape(out, [T, H, V_DIM], torch.float32, "out")
+        expect_shape(lse, [T, H], torch.float32, "lse")
 
 
 @gathered_attention.property("values")
@@ -173,6 +197,13 @@ def gathered_attention_values(solution):
         out, _ = _answer(solution, given)
         cause = "not softmax(scale · q·row) times the row's first v_dim columns, over the selected rows"
         expect_close(out, expected, 1e-5, "t h v", cause, causes)
+    cause = "right for one scale and v_dim, wrong for others: both are arguments"
+    for scale, v_dim in ((1.0, 1), (0.1, D)):
+        given["scale"], given["v_dim"] = scale, v_dim
+        expect_close(_answer(solution, given)[0], sparse_attention(**given)[0], 1e-5, "t h v", cause)
+    given = {name: strided(x) if isinstance(x, torch.Tensor) else x for name, x in _inputs(8, 9, 14, 3, 4).items()}
+    cause = "wrong for tensors that are not contiguous, as after a transpose: reshape, do not view"
+    expect_close(_answer(solution, given)[0], sparse_attention(**given)[0], 1e-5, "t h v", cause)
 
 
 @gathered_attention.property("log-sum-exp")
@@ -249,49 +280,28 @@ def gathered_attention_low_scores(solution):
             expect_close(got[i], expected[i], 1e-4, axes, cause)
 
 
-class Work(TorchDispatchMode):
-    """What the torch operations inside it make: `elements`, all new memory together, and `largest`, one shape."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements, self.largest = 0, torch.Size()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        tensors = [[x for x in tree_leaves(y) if isinstance(x, torch.Tensor)] for y in ((args, kwargs), made)]
-        known = {x.untyped_storage().data_ptr() for x in tensors[0]}  # a view is no work
-        for x in tensors[1]:
-            if x.untyped_storage().data_ptr() not in known:
-                self.elements += x.numel()
-                self.largest = max(self.largest, x.shape, key=math.prod)
-        return made
-
-
 @gathered_attention.property("sparse work")
 def gathered_attention_sparse_work(solution):
-    T, S, H, k = 64, 4096, 4, 8
+    T, S, H, k = 16, 8192, 32, 4
     given = _inputs(7, T, S, H, k)
     end = torch.arange(S - T + 1, S + 1, dtype=torch.int32)
     given["indices"] = random_selection(k, torch.zeros_like(end), end, seed=7)
     from torch.utils.flop_counter import FlopCounterMode  # here: it imports triton, which takes a second
 
-    with FlopCounterMode(display=False) as products, Work() as work:
+    with FlopCounterMode(display=False) as products, TorchMemory() as made:
         _answer(solution, given)
-    tracemalloc.start()  # a second run: the first may have imported things, which would be counted here
-    try:
+    with Python() as python:  # a second run: the first may have imported things, which would be counted here
         _answer(solution, given)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
     needed = 2 * T * k * H * (D + V_DIM)
     cause = "right, but dense work: gather the selected rows first, and let nothing of size T · S come into being"
-    largest = f"the largest tensor has shape {list(work.largest)}"
+    largest = f"the largest tensor has shape {list(made.largest)}"
     flops = products.get_total_flops()
     expect(flops <= 2 * needed, f"{flops:,} FLOPs counted, expected {needed:,}; {largest}", cause)
-    limit = 4 * S * D + 40 * T * k * (D + H)  # some copies of the cache, some of the gathered rows
-    expect(work.elements <= limit, f"{work.elements:,} numbers made, expected at most {limit:,}; {largest}", cause)
-    outside = f"{peak:,} bytes held at once outside torch, in NumPy or lists, expected at most {8 * limit:,}"
-    expect(peak <= 8 * limit, outside, cause)
+    limit = 4 * S * D + 40 * T * k * H * D  # some copies of the cache, some of the gathered rows, a head at a time
+    expect(made.elements <= limit, f"{made.elements:,} numbers made, expected at most {limit:,}; {largest}", cause)
+    outside = f"{python.bytes:,} bytes made outside torch, in NumPy or lists, expected at most {8 * limit:,}"
+    expect(python.bytes <= 8 * limit, f"{outside}; all T · S · H scores are {4 * T * S * H:,}", cause)
+    expect(python.lines <= limit, f"{python.lines:,} lines of Python ran, expected at most {limit:,}", cause)
 
 
 @gathered_attention.property("unselected rows")
@@ -312,9 +322,7 @@ def gathered_attention_unselected_rows(solution):
 
 
 def _count(solution, T, S, k, cause, suspects=None):
-    got, expected = solution(T, S, k), causal_pairs(T, S, k)
-    if not hasattr(got, "__float__"):
-        raise Failed(f"got {type(got).__name__}, expected a number", "did you forget the return?")
+    got, expected = expect_int(solution(T, S, k), f"T={T}, S={S}, k={k}"), causal_pairs(T, S, k)
     for suspicion, answer in (suspects or {}).items():
         cause = suspicion if got == answer else cause
     expect(got == expected, f"T={T}, S={S}, k={k}: got {got}, expected {expected}", cause)
@@ -360,15 +368,16 @@ def attended_pairs_exact_at_a_million(solution):
 def _context(solution, index_flops, attention_flops, k, cause, suspects=None):
     expected = math.inf if index_flops >= attention_flops else attention_flops * k / (attention_flops - index_flops)
     got = solution(index_flops, attention_flops, k)
-    if not hasattr(got, "__float__"):
-        forgot = "did you forget the return?" if expected < math.inf else cause
-        raise Failed(f"got {type(got).__name__}, expected a number", forgot)
+    what = f"{index_flops}, {attention_flops}, k={k}"
+    if got is None and expected == math.inf:
+        raise Failed(f"{what}: got None, expected inf", cause)
+    got = expect_number(got, what)
     for suspicion, answer in (suspects or {}).items():
         cause = suspicion if got == answer else cause
     if expected < math.inf and got in (math.floor(expected), math.ceil(expected)):
         cause = "do not round: the context is a float"
     near = got == expected or abs(got - expected) <= 1e-6 * expected < math.inf
-    expect(near, f"{index_flops}, {attention_flops}, k={k}: got {float(got):.6g}, expected {expected:.6g}", cause)
+    expect(near, f"{what}: {unequal(got, expected)}", cause)
 
 
 @pays_from.property("V3.2")

@@ -1,7 +1,8 @@
-"""Notebook 10: selecting on a GPU."""
+"""Notebook 10: selecting on a GPU. `check_kernel` has the kernel."""
 
 import contextlib
 import math
+import operator
 import sys
 from unittest import mock
 
@@ -12,13 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsa_ref.select_topk import select_topk
 from dsa_ref.testing import Failed, compare_selection
 
-from .. import launching
-from ..checking import GENERAL, Check, expect, expect_shape, normal, whole
+from ..checking import GENERAL, Check, expect, expect_number, expect_shape, normal, spread, tensor, whole
 
 INF = math.inf
 
 
-def _whole_row(scores, k):
+def whole_row(scores, k):
     """The reference's selection from one row, all of it visible to its one query: int32 [k]."""
     return select_topk(scores[None], k)[0]
 
@@ -31,12 +31,7 @@ def _maxima(scores, group, of=max):
 
 
 def _bound(solution, scores, k, group):
-    got = solution(scores, k, group)
-    expect(isinstance(got, (int, float, np.number, torch.Tensor, np.ndarray)), f"got {type(got).__name__}, expected "
-           "a number", "did you forget the return?")  # fmt: skip
-    got = torch.as_tensor(got)
-    expect(got.numel() == 1, f"got shape {list(got.shape)}, expected one number", "all maxima, not the k-th of them")
-    return float(got)
+    return expect_number(solution(scores, k, group), "the bound")
 
 
 def _rows_of_whole_groups():
@@ -48,6 +43,8 @@ def _rows_of_whole_groups():
     row = normal(60, seed=4).abs().neg()
     row[::5] += 10.0
     yield row, 6, 5
+    yield normal(1000, seed=7), 100, 4
+    yield spread(normal(64, seed=6)), 5, 4  # a view whose numbers do not lie side by side
 
 
 @lower_bound.property("never above")
@@ -119,7 +116,9 @@ def lower_bound_few_groups(solution):
 
 ordered_bits = Check("ordered_bits")  # ordered_bits(x fp32, any shape) -> integers of that shape and order
 
-POSITIVE = torch.tensor([1e-45, 1e-42, 1.1754944e-38, 1e-20, 0.5, 1.0, 1.0000001, 1.5, 2.0, 3.0, 448.0, 3e38, INF])
+# among them three that differ in the last bit, and the largest float beside infinity
+SMALL, LARGE = [1e-45, 1e-42, 1.1754944e-38, 1e-20, 0.5], [1.5, 2.0, 3.0, 448.0, 3e38, 3.4028234663852886e38, INF]
+POSITIVE = torch.tensor([*SMALL, 1.0, 1.0 + 2**-23, 1.0 + 2**-22, *LARGE])
 
 
 def _integers(solution, x):
@@ -186,7 +185,7 @@ def ordered_bits_zeros(solution):
 @ordered_bits.property("number by number")
 def ordered_bits_number_by_number(solution):
     x = normal(100, seed=3)
-    all_, some = _integers(solution, x), _integers(solution, x[::3].contiguous())
+    all_, some = _integers(solution, x), _integers(solution, x[::3])
     expect(
         torch.equal(all_[::3], some),
         "the same numbers gave other integers in a shorter tensor",
@@ -199,8 +198,7 @@ threshold_select = Check("threshold_select")  # threshold_select(scores fp32 [S]
 
 def _select(solution, scores, k, judge_ties=True):
     got = solution(scores, k)
-    got = torch.as_tensor(got) if isinstance(got, np.ndarray) else got
-    expect(isinstance(got, torch.Tensor), f"got {type(got).__name__}, expected a tensor", "did you forget the return?")
+    got = tensor(got)
     expect(got.dim() == 1, f"got shape {list(got.shape)}, expected [k] = [{k}]", "one row, so one axis")
     try:
         compare_selection(got[None], scores[None], k)
@@ -220,7 +218,7 @@ def _select_for(solution, scores, k, cause):
         raise
 
 
-def _last_bit(S, seed):
+def last_bit(S, seed):
     """Scores that differ in the last bit of fp32 alone, all of them."""
     return 1.0 + normal(S, seed=seed).argsort() * 2.0**-23
 
@@ -229,7 +227,8 @@ def _last_bit(S, seed):
 def threshold_select_largest(solution):
     for seed, S, k in ((1, 300, 7), (2, 1000, 100), (3, 37, 5), (4, 64, 64)):
         _select(solution, normal(S, seed=seed), k)
-    _select(solution, _last_bit(300, seed=5), 11)
+    _select(solution, last_bit(300, seed=5), 11)
+    _select(solution, spread(normal(300, seed=6)), 7)
 
 
 @threshold_select.property("exactly k")
@@ -270,7 +269,7 @@ def threshold_select_short_row(solution):
 def threshold_select_ascending(solution):
     for seed, S, k in ((1, 300, 7), (2, 5, 9)):
         scores = whole(S, seed=seed)
-        got, expected = _select(solution, scores, k).tolist(), _whole_row(scores, k).tolist()
+        got, expected = _select(solution, scores, k).tolist(), whole_row(scores, k).tolist()
         cause = "the right set, but not by ascending index"
         expect(got == expected, f"S={S}, k={k}: got {got}, expected {expected}", cause)
 
@@ -290,6 +289,7 @@ def threshold_select_few_sorted(solution):
 
 SORTS = ("sort", "topk", "kthvalue", "median", "nanmedian", "mode", "_unique2", "unique_dim")  # what argsort etc. call
 METHODS = ("sort", "argsort", "partition", "argpartition")  # of a list or an array
+HEAPS = ("nlargest", "nsmallest")  # of heapq, Python's topk
 
 
 @contextlib.contextmanager
@@ -306,6 +306,8 @@ def _watched_sorts():
     def method(frame, event, called):  # np.sort, np.argsort and others arrive here as well
         if event == "c_call" and called.__name__ in METHODS and isinstance(called.__self__, (list, np.ndarray)):
             lengths.append(len(called.__self__))
+        if event == "call" and frame.f_code.co_name in HEAPS and "iterable" in frame.f_locals:
+            lengths.append(operator.length_hint(frame.f_locals["iterable"]))
 
     def pythons(x, sort=sorted, **kwargs):
         lengths.append(len(x := list(x)))
@@ -317,84 +319,3 @@ def _watched_sorts():
         stack.enter_context(mock.patch("builtins.sorted", pythons))
         sys.setprofile(method)
         yield lengths
-
-
-selection_kernel = Check("selection_kernel")
-# selection_kernel[(1,)](scores_ptr, threshold_ptr, ties_ptr, out_ptr, S, k, BLOCK)
-
-
-def _given(scores, k, beyond=torch.nan):
-    """The kernel's arguments for one row; `beyond` stands in memory after the row's end."""
-    kept = _whole_row(scores, k)
-    kept = scores[kept[kept >= 0].long()]
-    ties = (kept == kept.min()).sum().to(torch.int32)
-    memory = launching.guarded(torch.cat([scores, torch.full((len(scores) + 64,), beyond)]))
-    return (
-        memory[: len(scores)], launching.guarded(kept.min().reshape(1)), launching.guarded(ties.reshape(1)),
-        launching.output(k, dtype=torch.int32), len(scores), k,
-    )  # fmt: skip
-
-
-def _launch(kernel, scores, k, block, cause, beyond=torch.nan):
-    """Run the kernel on one row and compare all k places."""
-    expected, given = _whole_row(scores, k), _given(scores, k, beyond)
-    launching.launch(kernel, (1,), *given, BLOCK=block)
-    got = given[3].cpu()
-    wrong = (got != expected).nonzero().flatten()
-    if len(wrong):
-        i = int(wrong[0])
-        unwritten = int(got[i]) == torch.iinfo(torch.int32).max
-        raise Failed(
-            f"S={len(scores)}, k={k}, BLOCK={block}, place {i}: got "
-            f"{'nothing written' if unwritten else int(got[i])}, expected {int(expected[i])} "
-            f"({len(wrong)} of {k} places are wrong)",
-            cause,
-        )
-
-
-@selection_kernel.property("one block")
-def selection_kernel_one_block(kernel):
-    cause = "place = prefix sum of the kept keys, minus 1; kept = above the threshold, or equal to it while ties last"
-    for seed, S, k in ((1, 32, 5), (2, 64, 13)):
-        _launch(kernel, normal(S, seed=seed), k, S, cause)
-    _launch(kernel, _last_bit(128, seed=3), 11, 128, "scores were rounded before they were compared")
-
-
-@selection_kernel.property("padding")
-def selection_kernel_padding(kernel):
-    cause = "after the last index -1 fills out[written] to out[k - 1], however many blocks that takes"
-    for S, k, block in ((32, 37, 32), (8, 45, 8), (16, 17, 16)):
-        _launch(kernel, normal(S, seed=S), k, block, cause)
-
-
-@selection_kernel.property("tail")
-def selection_kernel_tail(kernel):
-    cause = "lanes past the row's end were kept (mask the comparison, too), or a last block not full was left out"
-    for seed, S, k, beyond in ((1, 13, 16, INF), (2, 29, 31, -0.5), (3, 13, 5, INF), (4, 29, 7, 0.0)):
-        scores = normal(S, seed=seed).abs().neg() - 1.0  # all negative: a 0 loaded for a masked lane would win
-        _launch(kernel, scores, k, 1 << S.bit_length(), cause, beyond)
-    launching.expect_reads_inside(kernel, (1,), *_given(normal(13, seed=4), 5), BLOCK=16)
-
-
-@selection_kernel.property("carry")
-def selection_kernel_carry(kernel):
-    cause = "carry two counts, how many were written and how many ties were met; and write s, not the lane"
-    for seed, S, k, block in ((1, 96, 11, 16), (2, 151, 40, 32), (3, 64, 50, 8)):
-        _launch(kernel, normal(S, seed=seed), k, block, cause)
-
-
-@selection_kernel.property("smallest index")
-def selection_kernel_smallest_index(kernel):
-    cause = "of the keys equal to the threshold the first `ties` are kept, counted over all blocks together"
-    for seed, S, k, block in ((1, 32, 13, 32), (2, 151, 29, 16), (3, 100, 61, 32)):
-        _launch(kernel, whole(S, seed=seed), k, block, cause)
-    _launch(kernel, torch.full((70,), 1.5), 21, 16, cause)
-
-
-@selection_kernel.property("zeros")
-def selection_kernel_zeros(kernel):
-    cause = "-0.0 equals 0.0 as a float, not bit by bit"
-    for seed, S, k, block in ((1, 60, 7, 16), (2, 37, 30, 64)):
-        row = whole(S, seed=seed, largest=1).clamp(max=0.0)
-        row[row == 0] = torch.tensor([0.0, -0.0, -0.0]).repeat(S)[: int((row == 0).sum())]
-        _launch(kernel, row, k, block, cause)

@@ -6,7 +6,19 @@ import torch
 
 from dsa_ref.index_scores import index_scores as reference
 
-from ..checking import Check, expect, expect_close, expect_shape, normal, whole
+from ..checking import (
+    Check,
+    expect,
+    expect_close,
+    expect_number,
+    expect_shape,
+    normal,
+    strided,
+    tensor,
+    unequal,
+    whole,
+)
+from ..watching import expect_no_loop
 
 index_scores = Check("index_scores")  # (q_idx [T, Hi, Di], k_idx [S, Di], w [T, Hi]) -> scores [T, S]
 head_weights = Check("head_weights")  # (x [T, dim], W_w [dim, Hi], q_scale [T, Hi], Hi, Di) -> w fp32 [T, Hi]
@@ -39,7 +51,7 @@ def _hidden(solution, T, S, seed, cause):
     """-inf exactly where key s comes after query t; the other values do not matter here."""
     got = solution(*_numbers(T, S, 2, 3, seed))
     expect_shape(got, (T, S))
-    for t, row in enumerate(torch.as_tensor(got).tolist()):
+    for t, row in enumerate(tensor(got).tolist()):
         last = S - T + t
         for s, score in enumerate(row):
             if not (score == -math.inf if s > last else math.isfinite(score)):
@@ -52,10 +64,9 @@ def _hidden(solution, T, S, seed, cause):
 @index_scores.property("shape")
 def index_scores_shape(solution):
     for T, S in ((5, 9), (7, 7)):
-        got = solution(*_numbers(T, S, 3, 4, seed=T))
-        expect_shape(got, (T, S))
-        dtype = torch.as_tensor(got).dtype
-        expect(dtype in (torch.float32, torch.float64), f"got {dtype}, expected float32", "a rounding too early")
+        for dtype in (torch.float32, torch.bfloat16):
+            q, k, w = _numbers(T, S, 3, 4, seed=T)
+            expect_shape(solution(q.to(dtype), k.to(dtype), w), (T, S), torch.float32)
 
 
 @index_scores.property("future hidden")
@@ -115,26 +126,48 @@ def index_scores_negative_weights(solution):
         _judge(solution, _numbers(T, S, 3, 4, seed, weights="any"), cause, suspects)
 
 
-@index_scores.property("fp32 sums")
-def index_scores_fp32_sums(solution):
-    for T, S, seed in ((5, 5, 1), (3, 7, 2)):
-        q, k = (normal(*shape, seed=seed, dtype=torch.bfloat16) for shape in ((T, 16, 64), (S, 64)))
-        w = normal(T, 16, seed=seed + 5)
-        cause = "bf16 inputs were multiplied, summed or rounded in bf16: convert them to float32 first"
-        expect_close(solution(q, k, w), reference(q, k, w), 1e-5, "t s", cause)
+@index_scores.property("fp32 throughout")
+def index_scores_fp32_throughout(solution):
+    for dtype in (torch.float32, torch.bfloat16):
+        for T, S, seed in ((5, 5, 1), (3, 7, 2)):
+            q, k = (normal(*shape, seed=seed, dtype=dtype) for shape in ((T, 16, 64), (S, 64)))
+            w = normal(T, 16, seed=seed + 5)
+            cause = (
+                f"inputs in {str(dtype).removeprefix('torch.')} were rounded, multiplied or summed in fewer bits: "
+                + (
+                    "convert them to float32 first"
+                    if dtype == torch.bfloat16
+                    else "float32 is exact enough, bf16 is not"
+                )
+            )
+            expected = reference(q.double(), k.double(), w.double())
+            expect_close(solution(q, k, w), expected, 1e-5, "t s", cause)
 
 
 @index_scores.property("any size")
 def index_scores_any_size(solution):
-    for T, S, Hi, Di in ((1, 1, 1, 1), (37, 37, 1, 5), (2, 37, 5, 1)):
+    for T, S, Hi, Di in ((1, 1, 1, 1), (37, 37, 1, 5), (2, 37, 5, 1), (1, 6, 6, 6), (6, 6, 6, 6)):
         given = _numbers(T, S, Hi, Di, seed=T, weights="any")
         _judge(solution, given, f"wrong for T={T}, S={S}, Hi={Hi}, Di={Di}: is a size written into the code?")
+    given = tuple(strided(x) for x in _numbers(5, 9, 3, 4, seed=8, weights="any"))
+    _judge(solution, given, "wrong for tensors that are not contiguous, as after a transpose: reshape, do not view")
+
+
+@index_scores.property("no loops")
+def index_scores_no_loops(solution):
+    larger = {
+        "30 more queries": (35, 39, 3, 4), "30 more keys": (5, 39, 3, 4),
+        "30 more heads": (5, 9, 33, 4), "30 more numbers a head": (5, 9, 3, 34),
+    }  # fmt: skip
+    larger = {what: _numbers(*sizes, seed=1) for what, sizes in larger.items()}
+    cause = "right, but it loops: the first einsum makes all [T, Hi, S] dot products, the second sums over all heads"
+    expect_no_loop(solution, _numbers(5, 9, 3, 4, seed=1), larger, cause)
 
 
 # ------------------------------------------------------------------------------------------------------ head_weights
 
 
-ROUNDED = 1e-2  # lets bf16's rounding pass where another fault is looked for: "fp32 product" finds it
+ROUNDED = 1e-2  # lets bf16's rounding pass where another fault is looked for: "fp32 throughout" finds it
 
 
 def _ones(T, Hi):
@@ -150,17 +183,15 @@ def _product(T, dim, Hi, seed):
 @head_weights.property("shape")
 def head_weights_shape(solution):
     x, W_w, product = _product(5, 7, 3, seed=1)
-    got = solution(x, W_w, _ones(5, 3), 3, 4)
-    expect_shape(got, product.shape)
-    dtype = torch.as_tensor(got).dtype
-    expect(dtype in (torch.float32, torch.float64), f"got {dtype}, expected float32", "w is not rounded back to bf16")
+    for dtype in (torch.bfloat16, torch.float32):
+        expect_shape(solution(x.to(dtype), W_w.to(dtype), _ones(5, 3), 3, 4), product.shape, torch.float32)
 
 
 @head_weights.property("product")
 def head_weights_product(solution):
     for T, Hi, seed in ((37, 1, 1), (6, 3, 2)):  # the factor is left out: only the share of each weight is compared
         x, W_w, product = _product(T, 5, Hi, seed)
-        got = torch.as_tensor(solution(x, W_w, _ones(T, Hi), Hi, 4)).double()
+        got = tensor(solution(x, W_w, _ones(T, Hi), Hi, 4)).double()
         expect_shape(got, product.shape)
         suspects = {
             "a softmax: the weights are used as they are, negative ones too": (product * 0.5 * Hi**-0.5).softmax(1),
@@ -177,8 +208,8 @@ def head_weights_q_scale(solution):
         x, W_w, product = _product(T, 5, Hi, seed)
         x, W_w = x.abs() + 1, W_w.abs() + 1  # no zeros to divide by
         q_scale = 2.0 ** whole(T, Hi, seed=seed + 2)
-        plain = torch.as_tensor(solution(x, W_w, _ones(T, Hi), Hi, 4)).double()
-        ratio = torch.as_tensor(solution(x, W_w, q_scale, Hi, 4)).double() / plain
+        plain = tensor(solution(x, W_w, _ones(T, Hi), Hi, 4)).double()
+        ratio = tensor(solution(x, W_w, q_scale, Hi, 4)).double() / plain
         suspects = {
             "divided by q_scale: the stored values were divided, so w multiplies": 1 / q_scale,
             "q_scale was not used": _ones(T, Hi),
@@ -214,27 +245,31 @@ def head_weights_di_factor(solution):
         expect_close(got, product * Di**-0.5, ROUNDED, "t h", "the factor of a head of width Di is Di^-0.5", suspects)
 
 
-@head_weights.property("fp32 product")
-def head_weights_fp32_product(solution):
+@head_weights.property("fp32 throughout")
+def head_weights_fp32_throughout(solution):
+    bf16, fp32 = torch.bfloat16, torch.float32
     for T, dim, Hi, seed in ((37, 96, 3, 1), (6, 512, 16, 2)):
-        x, W_w = normal(T, dim, seed=seed, dtype=torch.bfloat16), normal(dim, Hi, seed=seed + 1, dtype=torch.bfloat16)
-        q_scale = 2.0 ** whole(T, Hi, seed=seed + 2)
-        expected = x.double() @ W_w.double() * q_scale * Hi**-0.5 * 32**-0.5
-        cause = "the product was computed or rounded in bf16: convert x and W_w to float32 first"
-        expect_close(solution(x, W_w, q_scale, Hi, 32), expected, 1e-5, "t h", cause)
+        for x_dtype, W_dtype in ((bf16, bf16), (fp32, fp32), (bf16, fp32), (fp32, bf16)):
+            x, W_w = normal(T, dim, seed=seed, dtype=x_dtype), normal(dim, Hi, seed=seed + 1, dtype=W_dtype)
+            q_scale = normal(T, Hi, seed=seed + 2).abs() + 0.1
+            expected = x.double() @ W_w.double() * q_scale * Hi**-0.5 * 32**-0.5
+            kinds = " and ".join(str(dtype).removeprefix("torch.") for dtype in (x_dtype, W_dtype))
+            cause = f"x and W_w in {kinds}: something was rounded below fp32. Convert x and W_w to float32 first"
+            expect_close(solution(x, W_w, q_scale, Hi, 32), expected, 1e-5, "t h", cause)
+    given = (strided(x) for x in (x, W_w, q_scale))
+    cause = "wrong for tensors that are not contiguous, as after a transpose: reshape, do not view"
+    expect_close(solution(*given, Hi, 32), expected, 1e-5, "t h", cause)
 
 
 # ---------------------------------------------------------------------------------------------------- counterexample
 
 
 def _example(solution):
-    got = solution()
-    expect(
-        isinstance(got, (tuple, list)) and len(got) == 4 and all(isinstance(x, torch.Tensor) for x in got),
-        f"got {type(got).__name__}, expected four tensors (q_idx, k_idx, w_a, w_b)",
-        "return q_idx, k_idx, w_a, w_b",
-    )
-    return [x.detach().double() for x in got]
+    got, names = solution(), ("q_idx", "k_idx", "w_a", "w_b")
+    cause = "return q_idx, k_idx, w_a, w_b"
+    expect(isinstance(got, (tuple, list)), f"got {type(got).__name__}, expected four tensors {names}", cause)
+    expect(len(got) == 4, f"got {len(got)} results, expected four tensors {names}", cause)
+    return [tensor(x, name).double() for x, name in zip(got, names, strict=True)]
 
 
 @counterexample.property("shapes")
@@ -303,11 +338,7 @@ def counterexample_no_tie(solution):
 
 
 def _probability(solution, Hi):
-    got = solution(Hi)
-    try:
-        return float(got)
-    except (TypeError, ValueError):
-        expect(False, f"Hi={Hi}: got {type(got).__name__}, expected a float", "did you forget the return?")
+    return expect_number(solution(Hi), f"Hi={Hi}")
 
 
 def measured_zeros(Hi, seed, T=768, Di=32):
@@ -349,4 +380,4 @@ def zero_probability_exact(solution):
     for Hi in (16, 64):
         got, expected = _probability(solution, Hi), 0.5**Hi
         cause = "a simulation, or a rounded number: give the formula"
-        expect(math.isclose(got, expected, rel_tol=1e-9), f"Hi={Hi}: got {got:.6g}, expected {expected:.6g}", cause)
+        expect(math.isclose(got, expected, rel_tol=1e-9), f"Hi={Hi}: {unequal(got, expected)}", cause)

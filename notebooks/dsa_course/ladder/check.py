@@ -6,7 +6,7 @@ import numpy as np
 
 from dsa_ref.cost import roofline_seconds
 
-from ..checking import Check, expect
+from ..checking import FORGOTTEN, Check, expect, expect_int, expect_number
 from .record import ceilings, row
 
 roofline = Check("roofline")  # (flops, bytes, flops_per_second, bytes_per_second) -> (ms, "computing" or "memory")
@@ -15,25 +15,18 @@ time_after = Check("time_after")  # (parts {name: ms}, faster {name: factor}, si
 
 
 def _pair(got, names):
-    expect(
-        isinstance(got, (tuple, list)) and len(got) == 2,
-        f"got {got!r}, expected the pair ({names})",
-        f"return {names}",
-    )
+    forgotten = FORGOTTEN if got is None else f"return {names}"
+    expect(isinstance(got, (tuple, list)) and len(got) == 2, f"got {got!r}, expected the pair ({names})", forgotten)
     return got
 
 
 def _expect_number(got, expected, what, suspects, cause, tolerance=1e-9):
     """Compare one number. suspects: {cause: the number that this mistake gives}."""
-    expect(
-        isinstance(got, (int, float, np.number)) and not isinstance(got, bool),
-        f"{what}: got {got!r}, expected a number",
-        "did you forget the return?",
-    )
+    got = expect_number(got, what)
     close = [name for name, wrong in suspects.items() if math.isclose(got, wrong, rel_tol=1e-9, abs_tol=1e-12)]
     expect(
         math.isclose(got, expected, rel_tol=tolerance, abs_tol=1e-12),
-        f"{what}: got {float(got):.6g}, expected {expected:.6g}",
+        f"{what}: got {got:.9g}, expected {expected:.9g}",
         close[0] if close else cause,
     )
 
@@ -41,8 +34,19 @@ def _expect_number(got, expected, what, suspects, cause, tolerance=1e-9):
 # ---------------------------------------------------------------------------------------------------------- roofline
 
 # FLOPs, bytes, FLOPs a second, bytes a second: first those that compute, then those that wait for memory
-COMPUTING = ((8e12, 2e9, 1e15, 4e12), (3e9, 1e6, 2e12, 1e9))
-MEMORY = ((1e9, 2e9, 1e15, 4e12), (0.0, 5e8, 1e15, 2e12), (16_384 * 5_000_000, 132 * 5_000_000, 1e15, 2e12))
+COMPUTING = (
+    (8e12, 2e9, 1e15, 4e12),
+    (3e9, 1e6, 2e12, 1e9),
+    (1e11, 1e9, 1e14, 2e12),
+    (5e12, 0, 1e15, 2e12),
+    (1e6, 1e3, 1e15, 4e12),
+)
+MEMORY = (
+    (1e9, 2e9, 1e15, 4e12),
+    (0.0, 5e8, 1e15, 2e12),
+    (16_384 * 5_000_000, 132 * 5_000_000, 1e15, 2e12),
+    (1e12, 1e9, 2e15, 1e12),  # 1,000 FLOPs a byte, and still too few for this card
+)
 
 
 def _expect_time(solution, work, cause):
@@ -110,12 +114,7 @@ def fitting(threads, registers, shared_bytes):
 def _expect_programs(solution, cases, cause):
     for threads, registers, shared in cases:
         expected, limits = fitting(threads, registers, shared)
-        got = solution(threads, registers, shared)
-        expect(
-            isinstance(got, (int, np.integer)) and not isinstance(got, bool),
-            f"got {got!r}, expected a whole number of programs",
-            "half a program cannot run: divide with //",
-        )
+        got = expect_int(solution(threads, registers, shared), "programs")
         others = ", ".join(f"{name} {limit}" for name, limit in limits.items())
         expect(
             got == expected,
@@ -127,13 +126,13 @@ def _expect_programs(solution, cases, cause):
 
 @programs_that_fit.property("registers")
 def programs_that_fit_registers(solution):
-    cases = ((128, 128, 16), (256, 128, 1024), (384, 168, 0), (128, 136, 0))
+    cases = ((128, 128, 16), (256, 128, 1024), (384, 168, 0), (128, 136, 0), (128, 255, 0))
     _expect_programs(solution, cases, "65,536 registers, shared by threads · registers of each program")
 
 
 @programs_that_fit.property("shared memory")
 def programs_that_fit_shared_memory(solution):
-    cases = ((128, 32, 58_880), (256, 64, 103_496), (128, 32, 115_712), (128, 32, 116_000))
+    cases = ((128, 32, 58_880), (256, 64, 103_496), (128, 32, 115_712), (128, 32, 115_713), (128, 32, 116_000))
     _expect_programs(solution, cases, "233,472 bytes, of which each program takes shared_bytes and 1,024 more")
 
 
@@ -156,7 +155,7 @@ def programs_that_fit_32_programs(solution):
 
 @programs_that_fit.property("rounded up")
 def programs_that_fit_rounded_up(solution):
-    cases = ((128, 55, 8192), (128, 73, 0), (256, 97, 0))
+    cases = ((128, 55, 8192), (128, 73, 0), (256, 97, 0), (128, 100, 0))
     _expect_programs(solution, cases, "a thread gets registers eight at a time: 55 take the place of 56, 73 of 80")
 
 
@@ -200,6 +199,7 @@ AFTER = (  # parts, faster
     ({"a": 6.0, "b": 4.0}, {"a": 3.0}),
     ({"a": 1.0, "b": 3.0, "c": 4.0}, {"c": 4.0, "b": 1.5}),
     ({"a": 1.0, "b": 9.0}, {"a": 1000.0}),
+    ({"a": 6.0, "b": 4.0, "c": 5.0}, {"a": 0.5, "b": 2.0}),  # a becomes slower, and less than nothing is saved
 )
 
 

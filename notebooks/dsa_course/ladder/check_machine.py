@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..checking import Check, expect
+from ..checking import Check, expect, expect_number
 from .card import CALL_MS, OVERWRITE_MS, Card
 from .ring import ORDERS, Fault, act_out
 
@@ -83,12 +83,7 @@ ALLOWED = 0.1  # of the true time
 
 def _expect_time(solution, card, true_ms, suspects, cause):
     """The answer is within 10 % of the true time. suspects: {cause: the time that this mistake gives}."""
-    got = solution(card)
-    expect(
-        isinstance(got, (int, float, np.number)) and not isinstance(got, bool),
-        f"got {got!r}, expected a number of ms",
-        "did you forget the return?",
-    )
+    got = expect_number(solution(card), "ms")
     expect(card.launches > 0, "the kernel was never launched", "call card.launch()")
     for suspicion, wrong in suspects.items():
         if abs(got / wrong - 1) < 0.05:
@@ -96,7 +91,7 @@ def _expect_time(solution, card, true_ms, suspects, cause):
             break
     expect(
         abs(got / true_ms - 1) <= ALLOWED,
-        f"got {float(got):.4g} ms, the kernel takes {true_ms:.4g} (10 % are allowed)",
+        f"got {got:.4g} ms, the kernel takes {true_ms:.4g} (10 % are allowed)",
         cause,
     )
 

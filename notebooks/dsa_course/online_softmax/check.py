@@ -1,14 +1,14 @@
 """Notebook 05: log-sum-exp, the running (m, l, acc), the whole loop, the merge of two parts. All on NumPy arrays."""
 
 import itertools
-import tracemalloc
 
 import numpy as np
 import torch
 
 from dsa_ref.sparse_attention import masked_softmax, sparse_attention
 
-from ..checking import Check, expect, expect_close, expect_shape, normal
+from ..checking import FORGOTTEN, Check, expect, expect_close, expect_shape, normal, strided, tensor
+from ..watching import Python
 
 log_sum_exp = Check("log_sum_exp")  # log_sum_exp(x [..., n]) -> [...]
 online_update = Check("online_update")  # online_update(m, l, acc, logits, values) -> m, l, acc
@@ -23,13 +23,14 @@ def _array(*shape, seed):
     return normal(*shape, seed=seed, dtype=torch.float64).numpy()
 
 
-def _pair(got, names, count):
-    expect(
-        isinstance(got, (tuple, list)) and len(got) == count,
-        f"got {type(got).__name__}, expected {names}",
-        f"return all {count} of them, in this order",
-    )
-    return got
+def _results(got, names):
+    """The results by these names, as arrays."""
+    names = names.split(", ")
+    cause = FORGOTTEN if got is None else f"return {', '.join(names)}, in this order"
+    right = isinstance(got, (tuple, list)) and len(got) == len(names)
+    count = f" of {len(got)}" if isinstance(got, (tuple, list)) else ""
+    expect(right, f"got {type(got).__name__}{count}, expected {', '.join(names)}", cause)
+    return [tensor(x, name).numpy() for x, name in zip(got, names, strict=True)]
 
 
 # --- log_sum_exp ---------------------------------------------------------------------------------------------------
@@ -48,8 +49,10 @@ def _expect_lse(solution, x, cause):
 
 @log_sum_exp.property("value")
 def log_sum_exp_value(solution):
-    for seed, shape in enumerate(((37,), (3, 5), (2, 3, 1))):
-        _expect_lse(solution, _array(*shape, seed=seed), "not log of the sum of exp over the last axis")
+    for seed, shape in enumerate(((37,), (3, 5), (2, 3, 1), (1, 1), (4, 4), (3, 3, 3))):
+        x = _array(*shape, seed=seed)
+        for given in (x, strided(x)):
+            _expect_lse(solution, given, "not log of the sum of exp over the last axis")
 
 
 @log_sum_exp.property("large logits")
@@ -102,24 +105,29 @@ def _start(H, V):
 
 def _run(solution, blocks):
     """The state after each block, handed on as the learner's own function left it."""
-    state = _start(blocks[0][0].shape[0], blocks[0][1].shape[1])
+    names = ("m", "l", "acc")
+    got = state = _start(blocks[0][0].shape[0], blocks[0][1].shape[1])
     for logits, values in blocks:
-        state = _pair(solution(*state, logits, values), "m, l, acc", 3)
-        for name, got, shape in zip(
-            ("m", "l", "acc"), state, (logits.shape[:1], logits.shape[:1], (len(logits), values.shape[1])), strict=True
-        ):
-            expect_shape(got, shape, name=name)
+        old, before = got, state
+        got = solution(*state, logits, values)
+        state = _results(got, "m, l, acc")
+        shapes = (logits.shape[:1], logits.shape[:1], (len(logits), values.shape[1]))
+        for name, new, shape in zip(names, state, shapes, strict=True):
+            expect_shape(new, shape, torch.float64, name)
+        cause = "return new arrays: a buffer that is used again changes the state that the caller still holds"
+        for name, now, then in zip(names, old, before, strict=True):
+            expect(np.array_equal(now, then), f"the {name} of the call before was changed by this one", cause)
         yield state
 
 
 NO_RESCALE = "the old {} must be multiplied by exp(m - new_m) before the new block is added"
-CASES = ((1, 3, (4, 4, 4), 2), (2, 1, (5, 1, 7), 3))  # seed, H, sizes of the blocks, V
+CASES = ((1, 3, (4, 4, 4), 2), (2, 1, (5, 1, 7), 3), (3, 4, (4, 4, 1), 4), (4, 2, (1, 3, 2), 1))  # seed, H, blocks, V
 
 
 @online_update.property("one block")
 def online_update_one_block(solution):
     for seed, H, sizes, V in CASES:
-        blocks = _blocks(seed, H, sizes[:1], V)
+        blocks = [tuple(strided(x) for x in block) for block in _blocks(seed, H, sizes[:1], V)]
         m, l, acc = _state(blocks)  # noqa: E741 (l is the field's name for it)
         ((got_m, got_l, got_acc),) = _run(solution, blocks)
         expect_close(got_m, m, EXACT, "h", "m is the largest logit so far, each head its own")
@@ -212,11 +220,11 @@ def _row(seed, H=2, S=29, D=6, n=13, k=13):
 
 
 def _expect_attention(solution, q, kv, indices, block, cause, scale=0.4, v_dim=4):
-    out, lse = _pair(solution(q, kv, indices, scale, v_dim, block), "out, lse", 2)
+    out, lse = _results(solution(q, kv, indices, scale, v_dim, block), "out, lse")
     row = (torch.from_numpy(q)[None], torch.from_numpy(kv), torch.from_numpy(indices)[None])
     expected_out, expected_lse = (x[0] for x in sparse_attention(*row, scale, v_dim))
-    expect_shape(out, expected_out.shape, name="out")
-    expect_shape(lse, expected_lse.shape, name="lse")
+    expect_shape(out, expected_out.shape, torch.float64, "out")
+    expect_shape(lse, expected_lse.shape, torch.float64, "lse")
     padded = indices.clip(min=0) if (indices < 0).any() else None
     suspects = {}
     if padded is not None:
@@ -233,8 +241,12 @@ def _expect_attention(solution, q, kv, indices, block, cause, scale=0.4, v_dim=4
 
 @block_attention.property("one block")
 def block_attention_one_block(solution):
-    for seed in range(2):
-        _expect_attention(solution, *_row(seed), 16, "not the softmax of scale · q · kv over the selected rows' values")
+    cause = "not the softmax of scale · q · kv over the selected rows' values"
+    for seed, H, v_dim in ((0, 2, 4), (1, 4, 4), (2, 2, 1), (3, 2, 6)):
+        _expect_attention(solution, *_row(seed, H=H), 16, cause, scale=0.4 if seed < 3 else 1.3, v_dim=v_dim)
+    cause = "wrong for arrays that are not contiguous, as after a transpose"
+    _expect_attention(solution, *map(strided, _row(4)), 16, cause)
+    _expect_attention(solution, *_row(5, n=1, k=1), 16, "one selected row: the softmax of a single logit is 1")
 
 
 @block_attention.property("any block size")
@@ -277,32 +289,37 @@ def block_attention_empty_blocks(solution):
 def block_attention_gather(solution):
     q, kv, indices = _row(6)
     kv[~np.isin(np.arange(len(kv)), indices)] = np.nan
-    for got in _pair(solution(q, kv, indices, 0.4, 4, 5), "out, lse", 2):
+    for got in _results(solution(q, kv, indices, 0.4, 4, 5), "out, lse"):
         cause = "rows that are not selected were read: gather the selected ones, do not mask the others"
         expect(np.isfinite(got).all(), "rows of kv that are not selected hold NaN here: got NaN, expected none", cause)
+    made = [_work(solution, S=S, k=16, block=4) for S in (64, 64, 16_384)]  # the first call may import something
+    cause = "the work grows with kv, of which 16 rows are selected in both cases: score those, do not mask the others"
+    for unit, few, many, slack in zip(("bytes were made", "lines ran"), made[1], made[2], (64 * 1024, 20), strict=True):
+        what = f"{few:,} {unit} for 64 rows of kv and {many:,} for 16,384, expected the same"
+        expect(many <= few + slack, what, cause)
+
+
+def _work(solution, S, k, block, D=32, H=2):
+    """(bytes made, lines run) for k of S rows."""
+    q, kv, _ = _row(4, H=H, S=S, D=D)
+    indices = (np.arange(k) * (S // k) if S >= k else np.arange(k) % S).astype(np.int32)
+    with Python() as seen:
+        solution(q, kv, indices, 0.4, D // 2, block)
+    return seen.bytes, seen.lines
 
 
 @block_attention.property("memory")
 def block_attention_memory(solution):
-    H, D, S, k = 8, 32, 64, 4096
+    H, D, S, k, block = 2, 256, 64, 1024, 4
     q, kv, _ = _row(4, H=H, S=S, D=D)
     indices = np.arange(k, dtype=np.int32) % S
-    running = tracemalloc.is_tracing()
-    if not running:
-        tracemalloc.start()
-    try:
-        tracemalloc.reset_peak()
-        before = tracemalloc.get_traced_memory()[0]
-        solution(q, kv, indices, 0.4, 16, 16)
-        peak = tracemalloc.get_traced_memory()[1] - before
-    finally:
-        if not running:
-            tracemalloc.stop()
-    limit = 160 * 1024  # half of what the logits of all keys alone would take, and 10 blocks of 16 keys
+    with Python() as seen:
+        solution(q, kv, indices, 0.4, 128, block)
+    limit = 10 * block * D * 8  # ten blocks of rows; all rows would take 2 MiB
     expect(
-        peak <= limit,
-        f"k={k}, block=16: got {peak // 1024} KiB at once, expected at most {limit // 1024} KiB",
-        "the memory grows with k: gather one block's rows inside the loop, and keep no logits of earlier blocks",
+        seen.peak <= limit,
+        f"k={k}, D={D}, block={block}: got {seen.peak // 1024} KiB at once, expected at most {limit // 1024} KiB",
+        "more than a block is held: gather one block's rows inside the loop, and keep no logits of earlier blocks",
     )
 
 
@@ -326,9 +343,9 @@ def _parts(seed, H, V, sizes, shift=0.0, empty=()):
 
 def _expect_merged(solution, parts, whole, cause, only=None):
     (out_a, lse_a), (out_b, lse_b) = parts
-    out, lse = _pair(solution(out_a, lse_a, out_b, lse_b), "out, lse", 2)
-    expect_shape(out, whole[0].shape, name="out")
-    expect_shape(lse, whole[1].shape, name="lse")
+    out, lse = _results(solution(out_a, lse_a, out_b, lse_b), "out, lse")
+    expect_shape(out, whole[0].shape, torch.float64, "out")
+    expect_shape(lse, whole[1].shape, torch.float64, "lse")
     with np.errstate(all="ignore"):
         base_2 = np.log2(np.exp2(lse_a) + np.exp2(lse_b))
         wrong_lse = {
@@ -350,7 +367,7 @@ def _expect_merged(solution, parts, whole, cause, only=None):
         expect_close(out, whole[0], EXACT, "h v", cause, wrong_out)
 
 
-MERGES = ((1, 3, 4, (5, 9)), (2, 1, 3, (1, 30)))  # seed, H, V, keys in each part
+MERGES = ((1, 3, 4, (5, 9)), (2, 1, 3, (1, 30)), (3, 4, 4, (6, 2)), (4, 2, 1, (3, 3)))  # seed, H, V, keys in each part
 
 
 @merge_parts.property("lse")
@@ -365,6 +382,12 @@ def merge_parts_weights(solution):
         _expect_merged(
             solution, *_parts(*case), "a part's weight is exp(lse_part - lse), each head its own", only="out"
         )
+    parts, whole = _parts(*MERGES[0])
+    parts, whole = [[strided(x) for x in part] for part in parts], [strided(x) for x in whole]
+    _expect_merged(solution, parts, whole, "wrong for arrays that are not contiguous, as after a transpose")
+    (out_a, lse), (out_b, _) = parts
+    whole = (out_a + out_b) / 2, lse + np.log(2)
+    _expect_merged(solution, [(out_a, lse), (out_b, lse)], whole, "equal lse: each part counts one half")
 
 
 @merge_parts.property("large lse")

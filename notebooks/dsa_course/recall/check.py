@@ -4,7 +4,7 @@ import torch
 
 from dsa_ref.testing import attention_recall, compare_selection
 
-from ..checking import Check, expect, expect_shape, normal
+from ..checking import Check, expect, expect_number, expect_shape, normal, strided, unequal
 from ..select_topk.check import judging
 
 recall = Check("recall")  # (weights [T, S], indices int32 [T, k]) -> float
@@ -29,18 +29,14 @@ def _recall(solution, weights, indices, cause, suspects=None):
     """suspects: {cause: the number that this mistake gives}."""
     expected = attention_recall(weights, indices)
     for dtype in (torch.float64, torch.float32):
-        got = solution(weights.to(dtype), indices)
-        try:
-            got = float(got)
-        except (TypeError, ValueError):
-            expect(False, f"got {type(got).__name__}, expected one number", "return the mean over rows, as a float")
+        got = expect_number(solution(weights.to(dtype), indices))
         if abs(got - expected) <= 1e-5:
             continue
         for suspicion, answer in (suspects or {}).items():
             if abs(got - answer) <= 1e-5:
                 cause = suspicion
         shape = f"T={weights.shape[0]}, S={weights.shape[1]}, k={indices.shape[1]}"
-        expect(False, f"{shape}, first row {indices[0].tolist()}: got {got:.4f}, expected {expected:.4f}", cause)
+        expect(False, f"{shape}, first row {indices[0].tolist()}: {unequal(got, expected)}", cause)
 
 
 @recall.property("one row")
@@ -65,9 +61,10 @@ def recall_mean_over_rows(solution):
 
 @recall.property("padding")
 def recall_padding(solution):
-    for seed in (1, 2):
-        weights = _weights(3, 6, seed)
-        indices = _rows([[2, -1, -1, -1], [1, 2, -1, -1], [1, 2, 3, 4]])
+    at_end = [[2, -1, -1, -1], [1, 2, -1, -1], [1, 2, 3, 4]]
+    anywhere = [[-1, 2, -1, 5], [1, -1, -1, 3], [1, 2, 3, 4]]
+    for seed, rows in ((1, at_end), (2, at_end), (3, anywhere)):
+        weights, indices = _weights(3, 6, seed), _rows(rows)
         last, first = indices.long() % 6, indices.clamp(min=0)
         suspects = {
             "-1 was taken for the last column: Python counts from the end": attention_recall(weights, last.int()),
@@ -87,8 +84,18 @@ def _gathered(weights, indices):
 @recall.property("duplicates")
 def recall_duplicates(solution):
     for seed in (1, 2):
-        weights, indices = _weights(3, 6, seed), _rows([[2, 2, -1], [1, 1, 1], [0, 4, 5]])
-        _recall(solution, weights, indices, "a key named twice catches its weight once")
+        weights = _weights(3, 6, seed)
+        for rows in (  # next to each other, apart, around a -1
+            [[2, 2, -1, -1], [1, 1, 1, 1], [0, 4, 5, -1]],
+            [[2, 5, 2, 0], [1, 3, 1, 3], [0, 4, 5, 0]],
+            [[2, -1, 2, -1], [5, 0, -1, 5], [0, 3, 4, 5]],
+        ):
+            indices = _rows(rows)
+            suspects = {"a key named twice was counted twice": _gathered(weights, indices.clamp(min=0))}
+            if (indices >= 0).all():
+                _recall(solution, weights, indices, "a key named twice catches its weight once", suspects)
+            else:
+                _recall(solution, weights, indices, "a key named twice catches its weight once, wherever it stands")
 
 
 @recall.property("empty row")
@@ -97,6 +104,19 @@ def recall_empty_row(solution):
         weights, indices = _weights(3, 6, seed), _rows([[-1, -1], [-1, -1], [0, 4]])
         cause = "a row that selects nothing catches 0, and counts in the mean"
         _recall(solution, weights, indices, cause)
+
+
+@recall.property("any shape")
+def recall_any_shape(solution):
+    for T, S, k, seed in ((1, 1, 1, 1), (5, 5, 5, 2), (37, 9, 1, 3), (2, 50, 50, 4)):
+        weights = _weights(T, S, seed)
+        indices = torch.arange(k, dtype=torch.int32).expand(T, k).clone()  # with k = S all of the mass
+        _recall(
+            solution, weights, indices, "wrong for this shape: is a size, or a largest value, written into the code?"
+        )
+    weights, indices = _weights(5, 9, 5), _rows([[8, 0, -1], [7, 7, 1], [2, -1, -1], [3, 4, 5], [-1, -1, -1]])
+    cause = "wrong for tensors that are not contiguous, as after a transpose: reshape, do not view"
+    _recall(solution, strided(weights), strided(indices), cause)
 
 
 # -------------------------------------------------------------------------------------------------- window_selection

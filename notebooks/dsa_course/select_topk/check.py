@@ -1,13 +1,14 @@
 """Notebook 03: the selection contract, and a check of it that the learner writes."""
 
 import contextlib
+import math
 
 import torch
 
 from dsa_ref.select_topk import select_topk as reference
 from dsa_ref.testing import Failed, compare_selection
 
-from ..checking import GENERAL, Check, expect, normal, whole
+from ..checking import FORGOTTEN, GENERAL, Check, expect, normal, strided, tensor, whole
 
 select_topk = Check("select_topk")  # (scores [T, S], k) -> indices int32 [T, k]
 check_selection = Check("check_selection")  # (indices, scores, k) -> True, or False or an AssertionError
@@ -35,13 +36,20 @@ def _distinct(T, S, seed):
     return normal(T, S, seed=seed)
 
 
+def _neighbours(ranks):
+    """fp32 scores that differ by ranks, in the last bit only: no rounding, no small change, leaves their order."""
+    steps = 1 + ranks * 2.0**-23
+    return steps, -steps, steps * 2.0**-60, -steps * 2.0**60, ranks * 2.0**-149
+
+
 @select_topk.property("type")
 def select_topk_type(solution):
     scores = _distinct(6, 6, seed=1)
     got = solution(scores, 1)
-    cause = "did you forget the return?" if got is None else "return one torch tensor for all rows"
-    expect(isinstance(got, torch.Tensor), f"got {type(got).__name__}, expected a tensor", cause)
+    cause = FORGOTTEN if got is None else "return one tensor, or NumPy array, for all rows"
+    expect(hasattr(got, "dtype"), f"got {type(got).__name__}, expected an int32 tensor", cause)
     compare_selection(got, scores, 1)
+    compare_selection(solution(strided(scores), 2), scores, 2)  # not contiguous, as after a transpose
 
 
 @select_topk.property("future")
@@ -74,19 +82,20 @@ def select_topk_count(solution):
 @select_topk.property("scores")
 def select_topk_scores(solution):
     for T, S, k, seed in ((37, 37, 5, 1), (9, 64, 16, 2), (1, 100, 1, 3)):
-        for shift in (0.0, -10.0):  # and all of them below 0
-            scores = _distinct(T, S, seed) + shift
+        for shift, size in ((0.0, 1.0), (-10.0, 1.0), (0.0, 1e30), (0.0, 1e-30)):  # all below 0, huge, tiny
+            scores = (_distinct(T, S, seed) + shift) * size
             compare_selection(solution(scores, k), scores, k)
-        scores = 1 + scores.argsort(dim=1) * 2.0**-23  # distinct, but next to each other: no rounding, no small change
-        with judging("scores", "nearly equal is not equal: scores must be compared as they are, unrounded, unchanged"):
-            compare_selection(solution(scores, k), scores, k)
+        for close in _neighbours(scores.argsort(dim=1)):
+            with judging("scores", "nearly equal is not equal: compare scores as they are, unrounded, unchanged"):
+                compare_selection(solution(close, k), close, k)
 
 
 @select_topk.property("ties")
 def select_topk_ties(solution):
     for T, S, k, seed in ((12, 12, 4, 1), (5, 300, 100, 2), (3, 9, 16, 3)):
         scores = whole(T, S, seed=seed, largest=1) + 1.0  # 0, 1 and 2, but never -0.0
-        compare_selection(solution(scores, k), scores, k)
+        for shift, size in ((0.0, 1.0), (-3.0, 1.0), (-0.5, 1e-30), (-0.5, 1e30)):  # ties below 0, and of both signs
+            compare_selection(solution((scores + shift) * size, k), (scores + shift) * size, k)
 
 
 @select_topk.property("signed zeros")
@@ -99,34 +108,42 @@ def select_topk_signed_zeros(solution):
 
 @select_topk.property("infinite scores")
 def select_topk_infinite_scores(solution):
-    for T, S, k, seed in ((6, 6, 3, 1), (3, 9, 5, 2)):
+    for T, S, k, seed in ((6, 6, 3, 1), (3, 9, 5, 2), (3, 9, 2, 3)):
         scores = _distinct(T, S, seed)
         scores[:, ::2] = -torch.inf
         scores[:, 1] = torch.inf
         with judging("infinite scores", "a visible score may be -inf: it still counts, and ranks before hidden keys"):
             compare_selection(solution(scores, k), scores, k)
+        with judging("infinite scores", "+inf equals +inf: of equal scores the smallest index wins"):
+            compare_selection(solution(-scores, k), -scores, k)
 
 
 @select_topk.property("NaN refused")
 def select_topk_nan_refused(solution):
     scores = _distinct(5, 7, seed=1)
-    hidden = scores.clone()
-    hidden[0, 6] = torch.nan  # row 0 sees keys 0 to 2
-    try:
-        compare_selection(solution(hidden, 2), scores, 2)
-    except Failed as failure:
-        failure.property, failure.cause = "NaN refused", "here the NaN is in the future, where nothing may matter"
-        raise
-    scores[3, 1] = torch.nan
-    try:
-        got = solution(scores, 2)
-    except Failed as failure:
-        error = failure.__cause__
-        cause = "raise ValueError where a visible score is NaN"
-        expect(isinstance(error, ValueError), f"got {type(error).__name__}: {error}, expected a ValueError", cause)
-        return
-    row = torch.as_tensor(got)[3].tolist()
-    expect(False, f"row t=3 holds a NaN in s=1: got {row}, expected a ValueError", "NaN is no number: it has no rank")
+    hidden = torch.where(
+        torch.arange(7) > 2 + torch.arange(5)[:, None], torch.nan, scores
+    )  # row t sees keys 0 to 2 + t
+    with judging("NaN refused", "here every NaN is in the future, where nothing may matter"):
+        try:
+            compare_selection(solution(hidden, 2), scores, 2)
+        except Failed as failure:
+            if isinstance(failure.__cause__, ValueError):  # it was refused
+                failure.property = "NaN"
+            raise
+    for t, s in ((3, 1), (0, 2), (4, 6), (2, 0)):  # anywhere, the row's own key and a row's worst one included
+        broken = scores.clone()
+        broken[t, s] = torch.nan
+        try:
+            got = solution(broken, 2)
+        except Failed as failure:
+            error = failure.__cause__
+            cause = "raise ValueError where a visible score is NaN"
+            what = f"a NaN in t={t}, s={s}: got {type(error).__name__}: {error}, expected a ValueError"
+            expect(isinstance(error, ValueError), what, cause)
+            continue
+        row = tensor(got)[t].tolist()
+        expect(False, f"row t={t} holds a NaN in s={s}: got {row}, expected a ValueError", "NaN has no rank")
 
 
 # --------------------------------------------------------------------------------------------------- check_selection
@@ -141,19 +158,35 @@ def _verdict(solution, indices, scores, k):
             raise
         return failure
     cause = "did you forget to return True at the end?"
-    expect(got is not None and hasattr(got, "__bool__"), f"got {type(got).__name__}, expected True or False", cause)
+    single = hasattr(got, "__bool__") and getattr(got, "shape", ()) == ()  # Python's, NumPy's or torch's
+    expect(got is not None and single, f"got {type(got).__name__}, expected True or False", cause)
     return bool(got)
 
 
 def _tied_scores():
     """(scores, k): whole numbers, ties everywhere; square, T < S, k above S, one row."""
     for seed in (1, 2):
-        for T, S, k in ((8, 8, 3), (4, 9, 6), (3, 5, 7), (1, 12, 4), (37, 37, 5)):
+        for T, S, k in ((8, 8, 3), (4, 9, 6), (5, 12, 3), (3, 5, 7), (1, 12, 4), (37, 37, 5)):
             yield whole(T, S, seed=seed + 10 * T, largest=2), k
 
 
-def _accepts(solution, name, arrange):
-    for scores, k in _tied_scores():
+def _other_scores():
+    """(scores, k): no whole numbers, but neighbours among the floats of either sign, fp64's too; infinities; zeros."""
+    for T, S, k in ((8, 8, 3), (4, 9, 6), (5, 12, 3)):
+        ranks = normal(T, S, seed=T).argsort(dim=1)
+        for scores in _neighbours(ranks):
+            yield scores, k
+        yield 1 + ranks.double() * 2.0**-52, k
+        tied = whole(T, S, seed=T, largest=1)
+        yield tied.masked_fill(tied == 0, -0.0), k
+        yield torch.where(tied == 0, tied, tied * torch.inf), k  # -inf, 0 and +inf
+        future = torch.arange(S) > S - T + torch.arange(T)[:, None]
+        yield normal(T, S, seed=T).masked_fill(future, -torch.inf), k  # as an indexer leaves them
+        yield tied * -torch.where(normal(T, S, seed=T + 1) > 0, 1e-3, 0.0), k  # many -0.0 beside 0.0
+
+
+def _accepts(solution, name, arrange, given=_tied_scores, cause="it asks for more than the contract does"):
+    for scores, k in given():
         indices = arrange(reference(scores, k))
         verdict = _verdict(solution, indices, scores, k)
         if isinstance(verdict, Failed):
@@ -161,12 +194,14 @@ def _accepts(solution, name, arrange):
                 raise verdict  # a crash on a right selection
             verdict = False
         T, S = scores.shape
-        expect(verdict, f"T={T}, S={S}, k={k}: your check rejects {name}", "it asks for more than the contract does")
+        what = f"T={T}, S={S}, k={k}: your check rejects {name}; row {T - 1} of the scores begins {_few(scores[-1])}"
+        expect(verdict, what, cause)
 
 
 @check_selection.property("accepts the right one")
 def check_selection_accepts_the_right_one(solution):
-    _accepts(solution, "the reference's own selection", lambda indices: indices)
+    for arrange in (torch.clone, strided):
+        _accepts(solution, "the reference's own selection", arrange)
 
 
 @check_selection.property("accepts any order")
@@ -180,38 +215,42 @@ def check_selection_accepts_any_order(solution):
     _accepts(solution, "a right selection in descending order", turned_round)
 
 
-def _refuses(solution, mutate, cause):
+def _few(numbers):
+    """The first numbers of a row, as they are."""
+    return [int(x) if math.isfinite(x) and x == int(x) else x for x in numbers[:12].tolist()]
+
+
+def _refuses(solution, mutate, cause, given=_tied_scores):
     """Every wrong row that mutate(row, scores of its visible keys, scores of all its keys) yields is refused."""
     tried = 0
-    for scores, k in _tied_scores():
+    for scores, k in given():
         T, S = scores.shape
         indices = reference(scores, k)
-        for t in reversed(range(T)):  # one row is wrong, a late one
-            rows = list(mutate(indices[t].tolist(), scores[t, : S - T + t + 1].tolist(), scores[t].tolist()))
-            for row in rows:
+        rows = [
+            list(mutate(indices[t].tolist(), scores[t, : S - T + t + 1].tolist(), scores[t].tolist())) for t in range(T)
+        ]
+        fitting = [t for t in range(T) if rows[t]]
+        for t in {*fitting[:1], *fitting[-1:]}:  # one row is wrong, an early one or a late one
+            for row in rows[t]:
                 wrong = indices.clone()
                 wrong[t] = torch.tensor(row, dtype=torch.int32)
                 tried += 1
                 verdict = _verdict(solution, wrong, scores, k)
                 what = (
                     f"T={T}, S={S}, k={k}: your check accepts row t={t} as {row}, expected it to say no (it "
-                    f"should hold {indices[t].tolist()}, the scores are {[int(x) for x in scores[t].tolist()]})"
+                    f"should hold {indices[t].tolist()}, the scores are {_few(scores[t])})"
                 )
                 expect(verdict is not True, what, cause)
-            if rows:
-                break
     assert tried >= 3, mutate.__name__
 
 
 @check_selection.property("type")
 def check_selection_type(solution):
     scores = whole(8, 8, seed=1)
-    verdict = _verdict(solution, reference(scores, 3).long(), scores, 3)
-    expect(
-        verdict is not True,
-        "your check accepts an int64 tensor",
-        "the contract says int32: nothing looked at the dtype",
-    )
+    for dtype in (torch.int64, torch.int16, torch.float32):
+        verdict = _verdict(solution, reference(scores, 3).to(dtype), scores, 3)
+        what = f"your check accepts a tensor of dtype {dtype}"
+        expect(verdict is not True, what, "the contract says int32, and no other: nothing looked at the dtype")
 
 
 @check_selection.property("count")
@@ -307,7 +346,7 @@ def check_selection_duplicates(solution):
 def smaller_scores(row, visible, everything):
     worst, best = (
         min(range(len(visible)), key=visible.__getitem__),
-        max(row, key=lambda s: visible[s] if s >= 0 else -9),
+        max((s for s in row if s >= 0), key=visible.__getitem__),
     )
     if worst not in row and visible[best] > visible[worst]:
         yield _swapped(row, best, worst)
@@ -333,3 +372,13 @@ def later_ties(row, visible, everything):
 def check_selection_ties(solution):
     cause = "of equal scores at the threshold the smallest index must win: comparing scores alone cannot see it"
     _refuses(solution, later_ties, cause)
+
+
+@check_selection.property("any scores")
+def check_selection_any_scores(solution):
+    cause = "right for small whole numbers: scores may differ in the last bit only, be infinite, or be -0.0"
+    _accepts(solution, "the reference's own selection", lambda indices: indices, _other_scores, cause)
+    cause = "the kept scores must be the largest ones, as they are: nearly equal is not equal, and nothing is rounded"
+    _refuses(solution, smaller_scores, cause, _other_scores)
+    cause = "of equal scores the smallest index must win, below 0 and at infinity too, and -0.0 equals 0.0"
+    _refuses(solution, later_ties, cause, _other_scores)

@@ -1,22 +1,19 @@
 """Notebook 12: a step's bytes, and the merge of all parts. `check_pages` has the exercises on pages."""
 
-import numpy as np
 import torch
 
 from dsa_ref.sparse_attention import masked_softmax
 
-from ..checking import Check, expect, expect_close, expect_shape, normal
+from ..checking import FORGOTTEN, Check, expect, expect_close, expect_int, expect_shape, normal, spread
 
 step_bytes = Check("step_bytes")  # (lengths [B] ints, k, index_bytes, kv_bytes) -> (dsa, dense)
 merge_splits = Check("merge_splits")  # (outs [n, H, V], lses [n, H]) -> (out [H, V], lse [H])
 
 
 def _pair(got, names):
-    expect(
-        isinstance(got, (tuple, list)) and len(got) == 2,
-        f"got {type(got).__name__}, expected the pair ({names})",
-        f"return {names}",
-    )
+    forgotten = FORGOTTEN if got is None else f"return {names}"
+    pair = isinstance(got, (tuple, list)) and len(got) == 2
+    expect(pair, f"got {type(got).__name__}, expected the pair ({names})", forgotten)
     return got
 
 
@@ -30,20 +27,14 @@ def _dsa(lengths, k, index_bytes, kv_bytes):
 def _expect_bytes(solution, place, lengths, k, index_bytes, kv_bytes, expected, suspects, cause):
     """Compare one of the two numbers, the first (dsa) or the second (dense)."""
     got = _pair(solution(list(lengths), k, index_bytes, kv_bytes), "dsa, dense")[place]
-    expect(
-        isinstance(got, (int, float, np.number)) or getattr(got, "ndim", None) == 0,
-        f"{('dsa', 'dense')[place]}: got {type(got).__name__}, expected one number",
-        "one number for the whole batch: sum over its sequences",
-    )
+    name = ("dsa", "dense")[place]
+    got = expect_int(got, name)
     for suspicion, answer in suspects.items():
-        if float(got) == answer != expected:
+        if got == answer != expected:
             cause = suspicion
-    expect(
-        float(got) == expected,
-        f"{('dsa', 'dense')[place]}, lengths {list(lengths)}, k={k}, {index_bytes} and {kv_bytes} bytes: got "
-        f"{float(got):,.0f}, expected {expected:,}",
-        cause,
-    )
+    given = f"lengths {list(lengths)}" if len(lengths) < 9 else f"{len(lengths)} sequences"
+    what = f"{name}, {given}, k={k}, {index_bytes} and {kv_bytes} bytes: got {got:,}, expected {expected:,}"
+    expect(got == expected, what, cause)
 
 
 @step_bytes.property("dense")
@@ -98,6 +89,10 @@ def step_bytes_batch(solution):
         expected = _dsa(lengths, k, index_bytes, kv_bytes)
         cause = "sum over the sequences, each with its own length and its own min(k, length)"
         _expect_bytes(solution, 0, lengths, k, index_bytes, kv_bytes, expected, suspects, cause)
+    many = [131_071, 77_777] * 64  # 8.8 GB
+    cause = "the bytes of a large batch fit neither 32 bits nor a float of 32 bits: Python's ints, or int64"
+    _expect_bytes(solution, 1, many, 2048, 133, 657, 657 * sum(many), {}, cause)
+    _expect_bytes(solution, 0, many, 2048, 133, 657, _dsa(many, 2048, 133, 657), {}, cause)
 
 
 # ------------------------------------------------------------------------------------------------------ merge_splits
@@ -105,7 +100,7 @@ def step_bytes_batch(solution):
 EXACT = 1e-9
 BASE_2 = "this is right but for the base: exp2 and log2 where exp and log are asked for"
 # seed, H, V, keys in each part
-MERGES = ((1, 3, 4, (5, 9, 2)), (2, 1, 3, (1, 30)), (3, 2, 5, (4, 4, 4, 4, 4)), (4, 2, 3, (7,)))
+MERGES = ((1, 3, 4, (5, 9, 2)), (2, 1, 3, (1, 30)), (3, 2, 5, (4, 4, 4, 4, 4)), (4, 2, 3, (7,)), (5, 2, 3, (3,) * 40))
 
 
 def _parts(seed, H, V, sizes, shift=0.0, empty=()):
@@ -173,6 +168,10 @@ def merge_splits_weights(solution):
     for case in MERGES:
         cause = "a part's weight is exp(lse_part - lse), each head its own"
         _expect_merged(solution, _parts(*case), cause, only="out")
+    cause = "a part of little weight still counts: float64 holds the difference"
+    _expect_merged(solution, _parts(5, 3, 4, (5, 9, 2), (0.0, -13.0, -19.0)), cause, only="out")
+    outs, lses, *right = _parts(6, 3, 4, (5, 9, 2))
+    _expect_merged(solution, (spread(outs), spread(lses), *right), "strides: the parts may be views of larger tensors")
 
 
 @merge_splits.property("large lse")

@@ -9,7 +9,7 @@ import torch
 
 from dsa_ref.index_scores import index_scores
 
-from ..checking import Check, expect, expect_close, expect_shape, whole
+from ..checking import Check, expect, expect_close, expect_shape, spread, tensor, whole
 
 pack_page = Check("pack_page")  # (k_idx e4m3 [n, Di], k_scale fp32 [n], page_size) -> uint8 [page_size · (Di + 4)]
 slots_of = Check("slots_of")  # (positions int32 [B, k], page_table int32 [B, P], page_size) -> int [B, k]
@@ -51,9 +51,10 @@ def _packed(solution, case):
     """(the learner's page as a tensor, the right one, the keys, the scales)."""
     seed, n, Di, page_size = case
     k_idx, k_scale = _keys(seed, n, Di)
+    wide = torch.nn.functional.pad(k_idx.view(torch.uint8), (0, 3), value=0x7F)
+    k_idx = wide[:, :Di].view(torch.float8_e4m3fn)  # rows that lie further apart than they are long
     got = solution(k_idx, k_scale, page_size)
-    if isinstance(got, np.ndarray):
-        got = torch.from_numpy(np.ascontiguousarray(got))
+    got = tensor(got, "the page")
     expect_shape(got, [page_size * (Di + 4)], torch.uint8, "the page")
     return got, page_of(k_idx, k_scale, page_size), k_idx, k_scale
 
@@ -146,7 +147,7 @@ def _slots(positions, table, page_size):
 
 
 def _expect_slots(solution, positions, table, page_size, cause, suspects=None):
-    got = solution(positions, table, page_size)
+    got = solution(spread(positions), spread(table), page_size)
     expect_shape(got, positions.shape, name="slots")
     whole_numbers = isinstance(got, np.ndarray) and got.dtype.kind in "iu"
     whole_numbers = whole_numbers or (isinstance(got, torch.Tensor) and not got.dtype.is_floating_point)
@@ -221,6 +222,12 @@ def slots_of_minus_1_stays_minus_1(solution):
 # ------------------------------------------------------------------------------------------------------ paged_scores
 
 
+def _scores(solution, q_idx, w, index_pages, table, length, page_size):
+    got = solution(q_idx, w, index_pages, table, length, page_size)
+    expect_shape(got, [len(table) * page_size], torch.float32, "scores")
+    return got
+
+
 class _Sequence:
     """One sequence in a pool of pages that holds others' keys too: query, keys, pool, table, and the right scores."""
 
@@ -231,7 +238,7 @@ class _Sequence:
         self.w = whole(Hi, seed=seed + 1) + 0.5
         pages = 2 * P + 1
         self.k_idx = whole(pages * page_size, Di, seed=seed + 2).to(torch.float8_e4m3fn)  # by slot
-        scales = rng.choice([1.0, 0.75], pages * page_size) * 2.0 ** rng.integers(-3, 4, pages * page_size)
+        scales = rng.uniform(0.5, 1.0, pages * page_size) * 2.0 ** rng.integers(-3, 4, pages * page_size)
         self.k_scale = torch.from_numpy(scales).float()  # not all powers of two: any fp32 number is one
         self.used = -(-length // page_size)
         self.table = torch.full((P,), -1, dtype=torch.int32)
@@ -259,11 +266,10 @@ class _Sequence:
         scores[: self.length] = self.of(self.at(torch.arange(self.length)))
         return scores
 
-    def ask(self, solution, index_pages=None):
-        pool = self.pool() if index_pages is None else index_pages
-        got = solution(self.q_idx, self.w, pool, self.table, self.length, self.page_size)
-        expect_shape(got, [self.P * self.page_size], name="scores")
-        return got
+    def ask(self, solution):
+        wide = torch.nn.functional.pad(self.pool(), (0, 12), value=0x7F)  # pages further apart than they are long
+        pool = wide[:, : self.page_size * (self.Di + 4)]
+        return _scores(solution, self.q_idx, self.w, pool, self.table, self.length, self.page_size)
 
 
 @paged_scores.property("one page")
@@ -360,8 +366,7 @@ def paged_scores_decode_equals_prefill(solution):
         for page, place in enumerate(order):
             pool[int(place)] = page_of(k_idx[page].view(torch.float8_e4m3fn), k_scale[page], page_size)
         table = torch.from_numpy(order.astype(np.int32))
-        got = solution(step["q_idx"][t], step["w"][t], pool, table, t + 1, page_size)
-        expect_shape(got, [P * page_size], name="scores")
+        got = _scores(solution, step["q_idx"][t], step["w"][t], pool, table, t + 1, page_size)
         expected = torch.full((P * page_size,), -torch.inf)
         expected[: t + 1] = prefill[t, : t + 1]
         cause = (

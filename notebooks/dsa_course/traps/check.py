@@ -6,7 +6,7 @@ from dsa_ref.index_scores import index_scores, index_scores_loops
 from dsa_ref.rope import rope
 from dsa_ref.testing import Failed
 
-from ..checking import Check, expect, expect_shape
+from ..checking import FORGOTTEN, Check, expect, expect_shape, tensor
 from .table import planted, trap
 from .variants import key_scale_left_out, no_relu, weight_inside_the_relu
 
@@ -35,13 +35,19 @@ def _last_dims_first(x, positions, freqs):
     return rope(x.roll(R, dims=-1), positions, freqs, "half").roll(-R, dims=-1)
 
 
+def _probe(solution):
+    """What the learner returned, arrays as tensors."""
+    got = solution()
+    forgotten = FORGOTTEN if got is None else "return x, positions, freqs"
+    expect(isinstance(got, (tuple, list)) and len(got) == 3, f"got {type(got).__name__}, expected three", forgotten)
+    return [tensor(x, name) for x, name in zip(got, ("x", "positions", "freqs"), strict=True)]
+
+
 @rope_probe.property("sizes")
 def rope_probe_sizes(solution):
-    got = solution()
-    expect(isinstance(got, tuple) and len(got) == 3, f"got {type(got).__name__}", "return x, positions, freqs")
-    x, positions, freqs = got
-    for name, tensor, dtype in (("x", x, torch.float32), ("freqs", freqs, torch.float32)):
-        expect_shape(tensor, tensor.shape if isinstance(tensor, torch.Tensor) else (), dtype, name)
+    x, positions, freqs = _probe(solution)
+    for name, given in (("x", x), ("freqs", freqs)):
+        expect_shape(given, getattr(given, "shape", ()), torch.float32, name)
     expect(x.dim() == 3 and x.shape[1] == 1, f"x: got shape {list(x.shape)}, expected [T, 1, D]", "one head")
     T, D = x.shape[0], x.shape[2]
     expect(x.numel() > 0, f"x: got shape {list(x.shape)}, which holds no number", "at least one position, T >= 1")
@@ -56,7 +62,7 @@ def rope_probe_sizes(solution):
 
 
 def _told_apart(solution, name):
-    x, positions, freqs = solution()
+    x, positions, freqs = _probe(solution)
     right, wrong = rope(x, positions, freqs, "half"), ROPES[name](x, positions, freqs)
     largest = float((right - wrong).abs().max())
     expect(

@@ -1,17 +1,15 @@
 """Notebook 09: the gather and sparse attention as Triton kernels. `triton_online_softmax` has the other two."""
 
 import ast
-import contextlib
 import math
-from unittest import mock
 
 import numpy as np
 import torch
 
 from dsa_ref.sparse_attention import sparse_attention
 
-from .. import launching
-from ..checking import Check, expect, expect_close, normal, whole
+from .. import interpreting, launching
+from ..checking import Check, expect, normal, whole
 from ..toy import toy
 
 gather_kernel = Check("gather_kernel")  # (kv_ptr, indices_ptr, out_ptr, k, D, kv_row, BK, DP), grid (cdiv(k, BK),)
@@ -26,51 +24,17 @@ def padded(n):
     return max(16, 1 << (n - 1).bit_length())
 
 
-def number(got):
-    """NaN as a huge number, so that the property's own cause is reported and not that a place was never written."""
-    return torch.where(got.isnan(), 1e30, got).cpu()
-
-
-@contextlib.contextmanager
-def recorded(real=True):
-    """The addresses of every float that the interpreter loads or stores, a list; compiled, it stays empty.
-
-    real: False records only. Nothing is stored and each float loaded is 0, so offsets may lead anywhere.
-    """
-    seen, builder = [], launching.interpreter()
-    if builder is None:
-        yield seen
-        return
-
-    def watched(access):
-        def record(ptrs, *rest):
-            (place,) = [i for i, x in enumerate(rest) if getattr(x, "data", None) is not None and x.data.dtype == bool]
-            mask, floats = rest[place], ptrs.get_element_ty().is_floating()
-            if floats:
-                seen.extend(np.asarray(ptrs.data)[np.asarray(mask.data)].ravel().tolist())
-            if floats and not real:
-                rest = list(rest)
-                rest[place] = type(mask)(np.zeros_like(mask.data), mask.dtype)
-            return access(ptrs, *rest)
-
-        return record
-
-    with contextlib.ExitStack() as stack:
-        for name in ("create_masked_load", "create_masked_store"):
-            stack.enter_context(mock.patch.object(builder, name, watched(getattr(builder, name))))
-        yield seen
-
-
 def _expect_wide(kernel, grid, *args, reached, cause, **constants):
     """Offsets that end at 2^31 elements are seen by the addresses that they give; compiled, by the source alone.
 
     reached: {tensor's name: (tensor, offsets in elements)}, what the kernel must load or store.
     """
-    with recorded(real=False) as seen:
-        if launching.interpreter() is not None and launching.device() == "cpu":
+    with interpreting.accesses(real=False) as found:
+        if interpreting.interpreter() is not None and launching.device() == "cpu":
             launching.launch(kernel, grid, *args, **constants)
+    seen = {int(address) for access in found if access.floats for address in access.addresses}
     for name, (x, offsets) in reached.items():
-        missed = set((x.data_ptr() + x.element_size() * offsets).ravel().tolist()) - set(seen)
+        missed = set((x.data_ptr() + x.element_size() * offsets).ravel().tolist()) - seen
         narrow = missed if seen else "int64" not in ast.unparse(ast.parse(launching.source(kernel)))
         expect(not narrow, f"offsets into {name} in int32, which ends at 2^31 elements", cause)
 
@@ -105,7 +69,7 @@ def _gather(kernel, kv, indices, gap=0, launch=launching.launch, BK=16, programs
         kernel, (programs or math.ceil(k / BK),), kv, _guarded_indices(indices), out, k, D, kv.stride(0),
         BK=BK, DP=padded(D),
     )  # fmt: skip
-    return number(out)
+    return out
 
 
 def _rows(kv, indices):
@@ -119,7 +83,7 @@ def _expect_rows(kernel, kv, indices, cause, gap=0):
         "-1 was taken for row 0: a clamped index is inside the tensor, but it is a key": kv[indices.clamp(min=0)],
         "-1 was taken for the last row of kv": kv[indices],
     }
-    expect_close(got, _rows(kv, indices), 0.0, "j d", cause, suspects)
+    launching.expect_result(got, _rows(kv, indices), 0.0, "j d", cause, suspects)
 
 
 @gather_kernel.property("rows")
@@ -127,6 +91,8 @@ def gather_kernel_rows(kernel):
     for seed in SEEDS:
         kv = whole(29, 16, seed=seed, largest=99)
         _expect_rows(kernel, kv, _pick(29, 16, seed=seed), "row j of the output is kv[indices[j]]")
+        cause = "a row is copied as it is: its numbers are fp32, not rounded and not cut"
+        _expect_rows(kernel, 3e4 * normal(29, 16, seed=seed), _pick(29, 16, seed=seed), cause)
 
 
 @gather_kernel.property("every tile")
@@ -136,7 +102,16 @@ def gather_kernel_every_tile(kernel):
         _expect_rows(kernel, kv, _pick(50, 48, seed=seed), "program p owns the places j from p · BK on")
         others = _gather(kernel, kv, _pick(50, 48, seed=seed), programs=1)[16:]
         cause = "a program copies its own BK places: if each copies all, many programs are no faster than one"
-        expect((others == 1e30).all(), "program 0 wrote places from j=16 on, which are not its own", cause)
+        expect(launching.unwritten(others).all(), "program 0 wrote places from j=16 on, which are not its own", cause)
+
+    def launch(kernel, grid, kv, indices, out, *args, **constants):
+        def own(p, *_):
+            return out[16 * p : 16 * p + 16]
+
+        cause = "program p copies the places j from p · BK to p · BK + BK - 1"
+        launching.expect_own_places(kernel, grid, kv, indices, out, *args, own=own, cause=cause, **constants)
+
+    _gather(kernel, kv, _pick(50, 37, seed=3), launch=launch)
 
 
 @gather_kernel.property("padding")
@@ -158,7 +133,7 @@ def gather_kernel_row_stride(kernel):
 
 @gather_kernel.property("narrow rows")
 def gather_kernel_narrow_rows(kernel):
-    for seed, D in zip(SEEDS, (12, 3), strict=True):
+    for seed, D in zip((*SEEDS, 3), (12, 3, 21), strict=True):
         kv = whole(29, D, seed=seed, largest=99)
         cause = "D is smaller than the tile's DP lanes: mask them, and let the output's rows be D apart"
         _expect_rows(kernel, kv, _pick(29, 16, seed=seed), cause)
@@ -199,16 +174,19 @@ def _attend(kernel, q, kv, indices, v_dim, scale=0.4, gap=0, BK=16, launch=launc
         kernel, (T,), launching.guarded(q), kv, _guarded_indices(indices), out, lse, scale, H, D, v_dim, k,
         kv.stride(0), BH=padded(H), BK=BK, DP=padded(D),
     )  # fmt: skip
-    return number(out), number(lse)
+    return out, lse
 
 
-def _expect_attention(kernel, q, kv, indices, v_dim, cause, suspects=None, which="out lse", **options):
-    expected = sparse_attention(q, kv, indices, 0.4, v_dim)
-    got = _attend(kernel, q, kv, indices, v_dim, **options)
+def _expect_attention(
+    kernel, q, kv, indices, v_dim, cause, suspects=None, which="out lse", scale=0.4, tolerance=CLOSE, **options
+):
+    out, lse = sparse_attention(q, kv, indices, scale, v_dim)
+    got = _attend(kernel, q, kv, indices, v_dim, scale, **options)
     if "out" in which:
-        expect_close(got[0], expected[0], CLOSE, "t h v", cause, suspects)
+        launching.expect_result(got[0], out, tolerance, "t h v", cause, suspects)
     if "lse" in which:
-        expect_close(got[1], expected[1], CLOSE, "t h", cause, {"that is the lse in base 2": expected[1] / math.log(2)})
+        base_2 = {"that is the lse in base 2": lse / math.log(2)}
+        launching.expect_result(got[1], lse, tolerance, "t h", cause, base_2)
 
 
 def _inputs(seed, T, H, S, D, k):
@@ -247,11 +225,11 @@ def sparse_attention_kernel_value_columns(kernel):
 @sparse_attention_kernel.property("several tiles")
 def sparse_attention_kernel_several_tiles(kernel):
     for seed in SEEDS:
-        q, kv, indices = _inputs(seed, 2, 16, 80, 16, 64)
+        q, kv, indices = _inputs(seed, 2, 16, 120, 16, 96)
         order = (q[:, :1] @ kv.T)[:, 0].gather(1, indices.long()).argsort(1)  # head 0's logits rise, others are mixed
         indices = indices.gather(1, order)
         for BK in (16, 32, 64):
-            cause = f"64 keys in tiles of {BK}: m, l and acc go on, and l and acc are rescaled when m rises"
+            cause = f"96 keys in tiles of {BK}: m, l and acc go on, and l and acc are rescaled when m rises"
             suspects = {
                 "only the last tile counts": sparse_attention(q, kv, indices[:, -BK:].contiguous(), 0.4, 16)[0],
                 "only the first tile counts": sparse_attention(q, kv, indices[:, :BK].contiguous(), 0.4, 16)[0],
@@ -305,12 +283,24 @@ def sparse_attention_kernel_empty_row(kernel):
         _expect_attention(kernel, q, kv, indices, 16, cause)
 
 
+@sparse_attention_kernel.property("empty tile")
+def sparse_attention_kernel_empty_tile(kernel):
+    for seed in SEEDS:
+        q, kv, indices = _inputs(seed, 3, 16, 80, 16, 48)
+        indices[0, 16:] = indices[1, 16:32] = indices[2, :16] = indices[2, 32:] = -1
+        cause = (
+            "a tile that is all -1, as a short row's last ones are, changes nothing: m, l and acc stay, and keys may "
+            "still follow it"
+        )
+        _expect_attention(kernel, q, kv, indices, 16, cause)
+
+
 @sparse_attention_kernel.property("few heads, odd sizes")
 def sparse_attention_kernel_few_heads_odd_sizes(kernel):
     for seed, H, D, V in zip(SEEDS, (3, 1), (12, 21), (7, 21), strict=True):
         q, kv, indices = _inputs(seed, 2, H, 80, D, 21)
         cause = "H and D are smaller than the tile: lanes past them load 0 and are not stored"
-        _expect_attention(kernel, q, kv, indices, V, cause)
+        _expect_attention(kernel, q, kv, indices, V, cause, scale=0.7)
         cause = "rows of kv are kv_row apart, which need not be D: here NaN lies between two rows"
         _expect_attention(kernel, q, kv, indices, V, cause, gap=5)
     x = toy()
@@ -321,22 +311,27 @@ def sparse_attention_kernel_few_heads_odd_sizes(kernel):
 @sparse_attention_kernel.property("large logits")
 def sparse_attention_kernel_large_logits(kernel):
     for seed in SEEDS:
-        q, kv, indices = _inputs(seed, 2, 16, 29, 16, 16)
-        cause = "fp32's exp overflows at 88 and vanishes below -104: before exp subtract m, to every head its own"
-        _expect_attention(kernel, 100 * q, kv, indices, 16, cause)
+        q, kv, indices = _inputs(seed, 2, 16, 80, 16, 48)
+        cause = (
+            "fp32's exp overflows at 88 and vanishes below -104: before exp subtract m, to every head its own, the "
+            "largest logit of all tiles so far, not of this one"
+        )
+        _expect_large(kernel, 100 * q, kv, indices, cause)
         cause = "every logit lies far below 0 here: m starts at -inf, so that the first tile sets it"
-        _expect_attention(kernel, -8192 * q.abs().clamp(min=1), kv.abs().clamp(min=1), indices, 16, cause)
+        _expect_large(kernel, -8192 * q.abs().clamp(min=1), kv.abs().clamp(min=1), indices, cause)
+
+
+def _expect_large(kernel, q, kv, indices, cause):
+    """A logit of size x is known to x · 2^-24 and a few roundings more, and so is exp of it."""
+    tolerance = CLOSE + 0.4 * float((q.abs() @ kv.abs().T).max()) * 2.0**-21
+    _expect_attention(kernel, q, kv, indices, 16, cause, tolerance=tolerance)
 
 
 @sparse_attention_kernel.property("full precision")
 def sparse_attention_kernel_full_precision(kernel):
-    expect(
-        launching.dots_are_exact(kernel),
-        'a tl.dot without input_precision="ieee"',
-        "on a GPU, tl.dot cuts fp32 numbers to TF32's 10 bits unless told otherwise; the interpreter does not show it",
-    )
     q, kv, indices = normal(2, 3, 12, seed=3), normal(80, 12, seed=4), _pick(80, 2, 21, seed=5)
-    _expect_attention(kernel, q, kv, indices, 7, "sums in less than fp32")
+    _attend(kernel, q, kv, indices, 7, launch=launching.expect_full_precision)
+    _expect_attention(kernel, q, kv, indices, 7, "q, rows, p, a product or a sum in less than fp32")
     indices[:, ::4] = -1
     _attend(kernel, q, kv, indices, 7, gap=5, launch=launching.expect_reads_inside)
 

@@ -1,0 +1,115 @@
+"""How a learner's function works, where an exercise asks for more than the right numbers: lines, calls, new memory."""
+
+import collections
+import contextlib
+import math
+import pathlib
+import sys
+import tracemalloc
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dsa_ref import testing
+from dsa_ref.testing import Failed
+
+# The checks themselves, and what they poison memory with: no work of a learner's.
+OURS = (str(pathlib.Path(__file__).parent), testing.__file__, contextlib.__file__, mock.__file__)
+
+
+class Python:
+    """`with Python() as seen: solution(...)`; then
+
+    seen.lines: how many lines of Python ran. A loop repeats its own, in torch, in NumPy and in a comprehension.
+    seen.bytes: all that was allocated outside torch (NumPy, lists) in pieces of SMALL bytes or more, freed or not.
+    seen.peak: the most that was held at one time, beyond what there was before the call.
+    """
+
+    SMALL = 512  # a line's frame and numbers take less, those of this class too
+
+    def __enter__(self):
+        self.lines, self.bytes, self.peak, self.own = 0, 0, 0, False
+        self.running, self.outer = tracemalloc.is_tracing(), sys.gettrace()
+        if not self.running:
+            tracemalloc.start()
+        self.before = self.held = tracemalloc.get_traced_memory()[0]
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *error):
+        sys.settrace(self.outer)
+        if not self.running:
+            tracemalloc.stop()
+
+    def _trace(self, frame, event, argument):
+        now, peak = tracemalloc.get_traced_memory()
+        if self.own:  # what ran up to here was none of our own code
+            self.bytes += peak - self.held if peak - self.held >= self.SMALL else 0
+            self.peak = max(self.peak, peak - self.before)
+        tracemalloc.reset_peak()
+        runs_next = frame.f_back if event == "return" else frame
+        own = runs_next is not None and not runs_next.f_code.co_filename.startswith(OURS)
+        if own and event == "call" and frame.f_back.f_code.co_filename.startswith(OURS):
+            self.before = now  # here the learner's function begins
+        self.own, self.held = own, now
+        self.lines += event == "line" and own
+        return self._trace
+
+
+class TorchMemory(TorchDispatchMode):
+    """What torch's operations inside it make: `elements`, all new memory together, and `largest`, one shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.largest = 0, torch.Size()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        given, new = ([x for x in tree_leaves(y) if isinstance(x, torch.Tensor)] for y in ((args, kwargs), made))
+        known = {x.untyped_storage().data_ptr() for x in given}  # a view is no work
+        for x in new:
+            if x.untyped_storage().data_ptr() not in known:
+                self.elements += x.numel()
+                self.largest = max(self.largest, x.shape, key=math.prod)
+        return made
+
+
+class TorchCalls(TorchFunctionMode):
+    """`by_name`: how often each of torch's functions was called inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.by_name = collections.Counter()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.by_name[getattr(function, "__name__", "")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def expect_no_loop(solution, small, larger, cause):
+    """Fail if more lines run, or more of torch is called, for larger inputs. larger: {what is larger: the arguments}.
+
+    Returns the names of torch's functions that were called.
+    """
+    lines, calls = _count(solution, small)  # the first call may load or compile something: it is not compared
+    lines, calls = _count(solution, small)
+    for what, inputs in larger.items():
+        more_lines, more_calls = _count(solution, inputs)
+        for counted, before, after in (
+            ("lines of Python ran", lines, more_lines),
+            ("calls of torch were made", calls.total(), more_calls.total()),
+        ):
+            if after >= before + 20:
+                raise Failed(f"{before} {counted}, and {after} with {what}, expected the same number", cause)
+    return set(calls)
+
+
+def _count(solution, inputs):
+    with Python() as seen:
+        solution(*inputs)
+    with TorchCalls() as called:
+        solution(*inputs)
+    return seen.lines, called.by_name
