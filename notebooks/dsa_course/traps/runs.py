@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import dsa_ref
 from dsa_ref.indexer_loss import indexer_loss
+from dsa_ref.nn.decode import SMALL_STEPS
 from dsa_ref.nn.model import load_small_model
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -47,9 +48,14 @@ WAYS = {  # name -> (steps that replace the reference's own, fields of DSAConfig
 
 
 class Ops(types.SimpleNamespace):
-    """Some steps of its own, all others those of the reference, looked up when they are called."""
+    """Some steps of its own, all others those of the reference, looked up when they are called.
+
+    It has none of the steps that do several at once, so that a layer calls those that traps replace.
+    """
 
     def __getattr__(self, name):
+        if name in SMALL_STEPS:
+            raise AttributeError(name)
         return getattr(dsa_ref, name)
 
 
