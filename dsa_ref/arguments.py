@@ -32,28 +32,40 @@ def check_shapes(**arguments) -> None:
     A symbol has one size wherever it occurs, and only T may be 0. A leading ``*`` stands for any dims; what ends in
     ``| None`` may be None. All tensors must be on one device.
     """
-    sizes, origin, first = {}, {}, None
+    sizes, first, device = {}, None, None
     for name, (tensor, spec) in arguments.items():
-        if tensor is None and spec.endswith(" | None"):
+        optional, symbols, wanted, open_ended = _PARSED.get(spec) or _parse(spec)
+        if tensor is None and optional:
             continue
-        symbols = spec.removesuffix(" | None").split()
-        wanted = f"shape [{', '.join(symbols)}]"
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor of {wanted}, got {kind_of(tensor)}")
         shape = list(tensor.shape)
-        if symbols[0].startswith("*"):
-            symbols, shape = symbols[1:], shape[1 - len(symbols) :]
+        if open_ended:
+            shape = shape[-len(symbols) :]
         if len(shape) != len(symbols):
             raise ValueError(f"{name} must have {wanted}, got {list(tensor.shape)}")
         for symbol, size in zip(symbols, shape, strict=True):
-            same, source = sizes.setdefault(symbol, size), origin.setdefault(symbol, name)
+            same, source = sizes.setdefault(symbol, (size, name))
             if size != same:
                 raise ValueError(f"{name} must have {wanted} with {symbol} = {same} (as in {source}), got {shape}")
             if size == 0 and symbol != "T":
                 raise ValueError(f"{name} must have {wanted} with {symbol} > 0, got {shape}")
-        first = first or (name, tensor)
-        if tensor.device != first[1].device:
-            raise ValueError(f"{name} must be on {first[1].device} like {first[0]}, got {tensor.device}")
+        if first is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{name} must be on {device} like {first}, got {tensor.device}")
+
+
+_PARSED = {}  # {spec: what `_parse` made of it}: a call of a layer has some fifty
+
+
+def _parse(spec: str) -> tuple[bool, list[str], str, bool]:
+    """(may be None, symbols, what a message wants, whether any dims may come first) of what `check_shapes` is told."""
+    symbols = spec.removesuffix(" | None").split()
+    open_ended = symbols[0].startswith("*")
+    wanted = f"shape [{', '.join(symbols)}]"
+    _PARSED[spec] = spec.endswith(" | None"), symbols[1:] if open_ended else symbols, wanted, open_ended
+    return _PARSED[spec]
 
 
 def check_dtype(name: str, tensor: Tensor, allowed) -> None:

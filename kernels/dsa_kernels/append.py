@@ -30,7 +30,7 @@ from dsa_ref.contracts import (
 
 from .rotate_quantize import NO_FUSION, rotated
 from .rounding import quantized, round_to
-from .runtime import FLOATS, INTERPRETED, check_runnable
+from .runtime import FLOATS, INTERPRETED, cdiv, check_runnable, next_power_of_2
 
 TILE = 128  # values that share a scale in an FP8 row
 TOKENS = 64 if INTERPRETED else 1  # of a program
@@ -240,8 +240,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     x, weight = x.contiguous(), weight.detach().contiguous()
     (T, D), out = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if T:
-        DP = triton.next_power_of_2(D)
-        _rms_norm[(triton.cdiv(T, TOKENS),)](out, x, weight, eps, T, D, DP=DP, TOKENS=TOKENS, **NO_FUSION)
+        DP = next_power_of_2(D)
+        _rms_norm[(cdiv(T, TOKENS),)](out, x, weight, eps, T, D, DP=DP, TOKENS=TOKENS, **NO_FUSION)
     return out
 
 
@@ -274,7 +274,7 @@ def append_index(
     slots, positions, freqs = slots.contiguous(), positions.contiguous(), freqs.contiguous()
 
     def launch(pages, slots, page):
-        _append_index[(triton.cdiv(T, TOKENS),)](
+        _append_index[(cdiv(T, TOKENS),)](
             pages, slots, k, weight, bias, positions, freqs, eps, T, page, page * (D + 4), page * D,
             D=D, STEPS=D.bit_length() - 1, R=2 * len(freqs), INTERLEAVED=layout == "interleaved", TOKENS=TOKENS,
             **NO_FUSION,
@@ -312,13 +312,13 @@ def append_latents(
         return
     rows, weight = rows.detach().contiguous(), weight.detach().contiguous()
     slots, positions, freqs = slots.contiguous(), positions.contiguous(), freqs.contiguous()
-    row, tile = kv_pages.shape[2], min(TILE, triton.next_power_of_2(v_dim))
-    tiles = triton.cdiv(v_dim, tile)
+    row, tile = kv_pages.shape[2], min(TILE, next_power_of_2(v_dim))
+    tiles = cdiv(v_dim, tile)
 
     def launch(pages, slots):
-        _append_latents[(triton.cdiv(T, TOKENS),)](
+        _append_latents[(cdiv(T, TOKENS),)](
             pages, slots, rows, weight, positions, freqs, eps, T, D, v_dim, row,
-            TILE=tile, TILES=triton.next_power_of_2(tiles), R=D - v_dim, RP=triton.next_power_of_2(D - v_dim),
+            TILE=tile, TILES=next_power_of_2(tiles), R=D - v_dim, RP=next_power_of_2(D - v_dim),
             FP8=fp8, TOKENS=TOKENS, **NO_FUSION,
         )  # fmt: skip
 
@@ -349,11 +349,11 @@ def index_queries(
         rows = T * heads
         block = 2 if rows <= 1024 else max(2, 2048 // D)
         block = max(2, 65536 // D) if INTERPRETED else block
-        _index_queries[(triton.cdiv(rows, block),)](
+        _index_queries[(cdiv(rows, block),)](
             q_idx, out, q, w, positions.contiguous(), freqs.contiguous(), rows, heads**-0.5, D**-0.5,
-            HEADS=heads, D=D, STEPS=D.bit_length() - 1, R=2 * len(freqs), RP=triton.next_power_of_2(2 * len(freqs)),
+            HEADS=heads, D=D, STEPS=D.bit_length() - 1, R=2 * len(freqs), RP=next_power_of_2(2 * len(freqs)),
             INTERLEAVED=layout == "interleaved",
-            BLOCK=min(triton.next_power_of_2(block), triton.next_power_of_2(rows)), **NO_FUSION,
+            BLOCK=min(next_power_of_2(block), next_power_of_2(rows)), **NO_FUSION,
         )  # fmt: skip
     if values_readable(q) and (w.isfinite() & ~out.isfinite()).any():  # a scale was no number
         raise ValueError("q must be finite, got NaN or infinity")
@@ -375,10 +375,10 @@ def turn_into(out: torch.Tensor, x: torch.Tensor, positions: torch.Tensor, freqs
         raise ValueError(f"out must hold a head's numbers side by side, got strides {out.stride()}")
     x = x.detach() if x.stride(2) == 1 else x.detach().contiguous()
     T, heads, R = x.shape
-    RP = triton.next_power_of_2(R)
-    block = min(triton.next_power_of_2(heads), max(1, (256 if T * heads <= 1024 and not INTERPRETED else 2048) // RP))
+    RP = next_power_of_2(R)
+    block = min(next_power_of_2(heads), max(1, (256 if T * heads <= 1024 and not INTERPRETED else 2048) // RP))
     if T:
-        _turn_into[(triton.cdiv(heads, block), triton.cdiv(T, TOKENS))](
+        _turn_into[(cdiv(heads, block), cdiv(T, TOKENS))](
             out, x, positions.contiguous(), freqs.contiguous(), T, heads, *out.stride()[:2], *x.stride()[:2],
             R=R, RP=RP, INTERLEAVED=layout == "interleaved", BLOCK=block, TOKENS=TOKENS, **NO_FUSION,
         )  # fmt: skip
@@ -400,9 +400,9 @@ def place_tokens(
     totals = torch.empty(B, dtype=torch.int32, device=table.device)
     positions = torch.empty(B, N, dtype=torch.int64, device=table.device)
     slots = torch.empty(B * N, dtype=torch.int64, device=table.device)
-    _place_tokens[(triton.cdiv(P, 1024), B)](
+    _place_tokens[(cdiv(P, 1024), B)](
         page_table, totals, positions, slots, table, lengths.contiguous(), sequences.contiguous(), P, page_size,
-        N=N, NP=triton.next_power_of_2(N), BLOCK=1024,
+        N=N, NP=next_power_of_2(N), BLOCK=1024,
     )  # fmt: skip
     return page_table, totals, positions, slots
 

@@ -26,7 +26,7 @@ from dsa_ref.contracts import values_readable
 from . import cards, runtime
 from .index_scores import TRITON_NAMES, tiles
 from .rounding import operand
-from .runtime import INTERPRETED, dot_dtype, multiprocessors
+from .runtime import INTERPRETED, cdiv, dot_dtype, multiprocessors, next_power_of_2
 from .topk import sampled
 from .topk.sampled import select_row
 from .topk.tournament import play
@@ -146,18 +146,18 @@ def select_again(q_idx, k_idx, w, k, k_scale, start, end, redo, out, nan):
     values can be read the host waits, and launches no more than it must.
     """
     (T, Hi, Di), S, device = q_idx.shape, len(k_idx), q_idx.device
-    stride = triton.cdiv(S, CHUNK) * CHUNK
+    stride = cdiv(S, CHUNK) * CHUNK
     at_once = min(T, max(1, runtime.REDONE_AT_ONCE // stride))
-    turns = triton.cdiv(int((redo != 0).sum()) if values_readable(redo) else T, at_once)
+    turns = cdiv(int((redo != 0).sum()) if values_readable(redo) else T, at_once)
     if turns == 0:
         return
     rows, count = torch.empty(T, dtype=torch.int32, device=device), torch.empty(1, dtype=torch.int32, device=device)
     _list_flagged[(1,)](redo, rows, count, T, BLOCK=4096, num_warps=8)
     scores = torch.empty(at_once, stride, device=device)
     arrived = torch.zeros(at_once * (2 * (stride // CHUNK) + 2), dtype=torch.int32, device=device)
-    HP, DP, multiplied = triton.next_power_of_2(Hi), max(32, triton.next_power_of_2(Di)), dot_dtype(q_idx).itemsize
+    HP, DP, multiplied = next_power_of_2(Hi), max(32, next_power_of_2(Di)), dot_dtype(q_idx).itemsize
     if INTERPRETED:
-        columns, BK, warps = 4 * HP, max(16, min(512, triton.next_power_of_2(S))), 4
+        columns, BK, warps = 4 * HP, max(16, min(512, next_power_of_2(S))), 4
     else:
         columns, BK, warps = tiles(cards.card_of(q_idx), HP, DP, q_idx.itemsize, multiplied)
     many = multiprocessors(q_idx)
@@ -169,7 +169,7 @@ def select_again(q_idx, k_idx, w, k, k_scale, start, end, redo, out, nan):
         _score_listed[(PROGRAMS * many,)](
             q_idx.contiguous(), k_idx.contiguous(), w.contiguous(), w if k_scale is None else k_scale.contiguous(),
             start, end, rows, count, scores, nan, first, at_once, S, Hi, Di, stride,
-            HP=HP, DP=DP, BQ=max(columns // HP, triton.cdiv(16, HP)), BK=BK, SHORTEST=SHORTEST,
+            HP=HP, DP=DP, BQ=max(columns // HP, cdiv(16, HP)), BK=BK, SHORTEST=SHORTEST,
             DOT=getattr(tl, TRITON_NAMES[dot_dtype(q_idx)]), SCALED=k_scale is not None, STAGES=3, num_warps=warps,
         )  # fmt: skip
         _guess_listed[(guessing,)](
@@ -179,5 +179,5 @@ def select_again(q_idx, k_idx, w, k, k_scale, start, end, redo, out, nan):
         _choose_listed[(many,)](
             scores, scores.view(torch.int64), start, end, rows, count, arrived, out, again,
             first, at_once, many // 2 + 1, k, stride,
-            ROWS=CHUNK // 4, EACH=4, KP=max(16, triton.next_power_of_2(k)), num_warps=16, maxnreg=128,
+            ROWS=CHUNK // 4, EACH=4, KP=max(16, next_power_of_2(k)), num_warps=16, maxnreg=128,
         )  # fmt: skip

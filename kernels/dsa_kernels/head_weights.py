@@ -17,7 +17,7 @@ import triton.language as tl
 from dsa_ref.contracts import check_head_weights
 
 from .index_scores import TRITON_NAMES
-from .runtime import FLOATS, INTERPRETED, check_runnable, dot_dtype
+from .runtime import FLOATS, INTERPRETED, cdiv, check_runnable, dot_dtype, next_power_of_2
 
 MANY = 17 if INTERPRETED else 1024  # tokens; the interpreter takes as long for a program whatever its size
 
@@ -63,12 +63,12 @@ def head_weights(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         dtype = dot_dtype(x) if x.dtype == weight.dtype else torch.float32
         BT, BK = (16, 32) if dtype == torch.float32 else (64, 128)
         if INTERPRETED:
-            BT, BK = 32, min(1024, triton.next_power_of_2(dim))
-        _head_weights_of_many[(triton.cdiv(T, BT),)](
-            out, x, weight, T, heads, dim, HP=max(16, triton.next_power_of_2(heads)), BT=BT, BK=BK,
+            BT, BK = 32, min(1024, next_power_of_2(dim))
+        _head_weights_of_many[(cdiv(T, BT),)](
+            out, x, weight, T, heads, dim, HP=max(16, next_power_of_2(heads)), BT=BT, BK=BK,
             DOT=getattr(tl, TRITON_NAMES[dtype]), num_stages=4,
         )  # fmt: skip
     elif T:
-        DP = triton.next_power_of_2(dim)
+        DP = next_power_of_2(dim)
         _head_weights[(heads, T)](out, x, weight, heads, dim, DP=DP, num_warps=8 if DP > 2048 else 4)
     return out

@@ -17,7 +17,16 @@ from dsa_ref.contracts import check_index_scores, row_ranges
 
 from . import cards, runtime
 from .rounding import operand
-from .runtime import FLOATS, INTERPRETED, check_runnable, dot_dtype, hopper_variant, multiprocessors
+from .runtime import (
+    FLOATS,
+    INTERPRETED,
+    cdiv,
+    check_runnable,
+    dot_dtype,
+    hopper_variant,
+    multiprocessors,
+    next_power_of_2,
+)
 
 TRITON_NAMES = {
     torch.float32: "float32",
@@ -166,19 +175,19 @@ def launch_portable(q_idx, k_idx, w, k_scale, start, end, widened=False):
     out = torch.empty(T, S, dtype=torch.float32, device=q_idx.device)
     if T == 0:
         return out
-    HP, DP = triton.next_power_of_2(Hi), max(32, triton.next_power_of_2(Di))
+    HP, DP = next_power_of_2(Hi), max(32, next_power_of_2(Di))
     card = cards.card_of(q_idx)
     if widened or (q_idx.dtype == torch.float8_e4m3fn and card and card.capability < cards.NATIVE_FP8):
         q_idx, k_idx = q_idx.view(torch.uint8), k_idx.view(torch.uint8)
     if INTERPRETED:
-        columns, BK, warps = 1024, max(16, min(512, triton.next_power_of_2(S))), 4
+        columns, BK, warps = 1024, max(16, min(512, next_power_of_2(S))), 4
     else:
         columns, BK, warps = tiles(card, HP, DP, q_idx.itemsize, dot_dtype(q_idx).itemsize)
-    BQ = max(min(columns // HP, triton.next_power_of_2(T)), triton.cdiv(16, HP))  # tensor cores want 16 columns
+    BQ = max(min(columns // HP, next_power_of_2(T)), cdiv(16, HP))  # tensor cores want 16 columns
     # Enough programs for a few waves, but chunks long enough to pay for loading the queries.
-    chunks = max(1, min(triton.cdiv(S, 8 * BK), 8 * multiprocessors(q_idx) // triton.cdiv(T, BQ)))
-    chunk = triton.cdiv(triton.cdiv(S, chunks), BK) * BK
-    _index_scores[(triton.cdiv(T, BQ), triton.cdiv(S, chunk))](
+    chunks = max(1, min(cdiv(S, 8 * BK), 8 * multiprocessors(q_idx) // cdiv(T, BQ)))
+    chunk = cdiv(cdiv(S, chunks), BK) * BK
+    _index_scores[(cdiv(T, BQ), cdiv(S, chunk))](
         q_idx.contiguous(), k_idx.contiguous(), w.contiguous(), w if k_scale is None else k_scale.contiguous(),
         start.contiguous(), end.contiguous(), out, T, S, Hi, Di, chunk,
         HP=HP, DP=DP, BQ=BQ, BK=BK, DOT=getattr(tl, TRITON_NAMES[dot_dtype(q_idx)]),

@@ -16,7 +16,7 @@ import triton.language as tl
 from dsa_ref.contracts import check_rope, check_vectors, values_readable
 
 from .rounding import quantized, round_to
-from .runtime import FLOATS, INTERPRETED, check_runnable
+from .runtime import FLOATS, INTERPRETED, cdiv, check_runnable, next_power_of_2
 
 NO_FUSION = {"enable_fp_fusion": False, "num_warps": 4}
 
@@ -83,11 +83,11 @@ def _launch(x, positions=None, freqs=None, layout="half", rotate=False, fp8=Fals
     if freqs is not None:
         angles = positions.to(torch.float32)[:, None] * freqs
         cos, sin = angles.cos(), angles.sin()
-    DP = triton.next_power_of_2(D)
-    block = triton.next_power_of_2(max(1, (65536 if INTERPRETED else 2048) // DP))
-    block = min(block, triton.next_power_of_2(rows)) if INTERPRETED else block
+    DP = next_power_of_2(D)
+    block = next_power_of_2(max(1, (65536 if INTERPRETED else 2048) // DP))
+    block = min(block, next_power_of_2(rows)) if INTERPRETED else block
     if rows:
-        _fused[(triton.cdiv(rows, block),)](
+        _fused[(cdiv(rows, block),)](
             x, cos, sin, out, scale, rows, rows // x.shape[0], D,
             R=0 if freqs is None else 2 * freqs.shape[0], INTERLEAVED=layout == "interleaved",
             STEPS=D.bit_length() - 1 if rotate else 0, QUANTIZE=fp8, DP=DP, BLOCK=block, **NO_FUSION,

@@ -73,7 +73,8 @@ def check_runnable(**tensors: torch.Tensor | None) -> None:
             raise ValueError(
                 f"{name} must not be wrapped by torch.func, whose derivatives only dsa_ref computes: call outside of it"
             )
-        if forward_ad.unpack_dual(tensor).tangent is not None:  # no_grad does not take it away
+        # no_grad does not take a tangent away; outside of forward mode there is none, and looking takes the host long
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
             raise ValueError(f"{name} must not carry a tangent, which only dsa_ref computes: use {name}.detach()")
         if INTERPRETED:
             continue
@@ -145,6 +146,16 @@ def gluon_compiles() -> bool:
     except ImportError:
         return False
     return all(hasattr(modules[module], name) for module, names in GLUON.items() for name in names)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up: `triton.cdiv`, which takes the host some microseconds."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n, 0 for 0: `triton.next_power_of_2`, likewise."""
+    return 1 << (n - 1).bit_length() if n else 0
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:

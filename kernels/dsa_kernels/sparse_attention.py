@@ -19,7 +19,7 @@ from dsa_ref.contracts import check_sparse_attention
 from . import cards
 from .index_scores import TRITON_NAMES
 from .rounding import round_to
-from .runtime import FLOATS, INTERPRETED, check_runnable, dot_dtype, hopper_variant
+from .runtime import FLOATS, INTERPRETED, cdiv, check_runnable, dot_dtype, hopper_variant, next_power_of_2
 
 LARGEST_SCALE = 2.358e38  # times log2(e), as kernels take it, just below fp32's largest number
 
@@ -44,7 +44,7 @@ def _pack(indices_ptr, out_ptr, k, width, BLOCK: tl.constexpr):
 def packed(indices, width):
     """indices [T, k], of which no row has more than `width` that are not -1, as [T, width]."""
     out = torch.empty(len(indices), width, dtype=torch.int32, device=indices.device)
-    block = min(triton.next_power_of_2(indices.shape[1]), 65536 if INTERPRETED else 1024)
+    block = min(next_power_of_2(indices.shape[1]), 65536 if INTERPRETED else 1024)
     _pack[(len(indices),)](indices.contiguous(), out, indices.shape[1], width, BLOCK=block)
     return out
 
@@ -104,7 +104,7 @@ def tiles(card, H, VP, RP, size):
     VP, RP: the value's and the other columns, as the kernel pads them; size: bytes of a number. Raises ValueError if
     not even the smallest tile fits.
     """
-    BH = max(16, min(triton.next_power_of_2(H), 16 if size == 4 else 64))
+    BH = max(16, min(next_power_of_2(H), 16 if size == 4 else 64))
     BK = 64 if size == 2 else 32 if VP <= 128 else 16
 
     def shared_memory():
@@ -173,15 +173,15 @@ def sparse_attention(
     if hopper:
         hopper.sparse_attention(q, kv, indices, scale, out, lse)
         return out, lse
-    VP = max(16, triton.next_power_of_2(v_dim))
-    RP = max(16, triton.next_power_of_2(D - v_dim)) if D > v_dim else 0
+    VP = max(16, next_power_of_2(v_dim))
+    RP = max(16, next_power_of_2(D - v_dim)) if D > v_dim else 0
     if INTERPRETED:  # each operation costs the same whatever its size: few large tiles
-        BH, BK, warps = max(16, triton.next_power_of_2(H)), max(16, min(512, triton.next_power_of_2(k))), 4
+        BH, BK, warps = max(16, next_power_of_2(H)), max(16, min(512, next_power_of_2(k))), 4
     else:
         BH, BK, warps = tiles(cards.card_of(q), H, VP, RP, q.itemsize)
-    _sparse_attention[(T, triton.cdiv(H, BH))](
+    _sparse_attention[(T, cdiv(H, BH))](
         q.contiguous(), kv.contiguous(), indices.contiguous(), out, lse, scale, T, H, D, v_dim, k,
-        LIST=min(triton.next_power_of_2(k), 65536 if INTERPRETED else 2048), VP=VP, RP=RP, BH=BH, BK=BK,
+        LIST=min(next_power_of_2(k), 65536 if INTERPRETED else 2048), VP=VP, RP=RP, BH=BH, BK=BK,
         DOT=getattr(tl, TRITON_NAMES[dot_dtype(q)]), STAGES=2, num_warps=warps,
     )  # fmt: skip
     return out, lse

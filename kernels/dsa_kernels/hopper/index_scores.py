@@ -14,14 +14,13 @@ The chapter kernels/book/index_scores.md draws the schedule, the memory and the 
 """
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..cards import on_hopper
-from ..runtime import aligned, multiprocessors
+from ..runtime import aligned, cdiv, multiprocessors
 from .aggregate import aggregate
 
 Buffer = Barriers = gl.shared_memory_descriptor  # one type in Triton; the name says which is meant
@@ -349,11 +348,11 @@ def cannot_serve(q_idx, k_scale, S):
 def index_scores(q_idx, k_idx, w, k_scale, start, end, out):
     """Write the scores to out, fp32 [T, S]. `dsa_kernels.index_scores` has checked the arguments; T > 0."""
     T, S = out.shape
-    blocks = triton.cdiv(T, QUERIES.value)
+    blocks = cdiv(T, QUERIES.value)
     # About four blocks a multiprocessor, but chunks of at least 32 tiles to pay for fetching the queries.
-    chunks = max(1, min(triton.cdiv(S, 32 * BK.value), 4 * multiprocessors(out) // blocks))
-    chunk = triton.cdiv(triton.cdiv(S, chunks), BK.value) * BK.value
-    _index_scores[(blocks, triton.cdiv(S, chunk))](
+    chunks = max(1, min(cdiv(S, 32 * BK.value), 4 * multiprocessors(out) // blocks))
+    chunk = cdiv(cdiv(S, chunks), BK.value) * BK.value
+    _index_scores[(blocks, cdiv(S, chunk))](
         *descriptors(q_idx, k_idx, k_scale), w.float().contiguous(), start.contiguous(), end.contiguous(),
         out, T, S, chunk, num_warps=4, maxnreg=168,  # three times 168 registers are what the warps share out
     )  # fmt: skip

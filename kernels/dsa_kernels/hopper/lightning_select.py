@@ -21,6 +21,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from ..runtime import cdiv
 from ..topk.bound import LOWEST, bound_of_sample, safe_rank
 from ..topk.listed import LARGEST_LISTED_K, ROWS_AT_ONCE
 from ..topk.sample import sampled_keys
@@ -162,10 +163,10 @@ def lightning_select(q_idx, k_idx, w, k, k_scale, start, end, out):
             scores, first[part], last[part], start[part], end[part], bound, k, M=M, ALL=BK.value * CAP.value // 2,
             num_warps=8,
         )  # fmt: skip
-        whole = triton.cdiv(rows, QUERIES.value) * QUERIES.value  # a block may write into lists of rows past the last
+        whole = cdiv(rows, QUERIES.value) * QUERIES.value  # a block may write into lists of rows past the last
         entries = torch.empty(whole, SLOTS.value * BK.value, dtype=torch.int64, device=out.device)
         counts = torch.empty(rows, BK.value, dtype=torch.int32, device=out.device)
-        _collect[(triton.cdiv(rows, QUERIES.value),)](
+        _collect[(cdiv(rows, QUERIES.value),)](
             *index_scores.descriptors(q_idx[part], k_idx, k_scale), w[part], start[part], end[part], bound,
             entries, counts, rows, S, num_warps=4, maxnreg=168,
         )  # fmt: skip

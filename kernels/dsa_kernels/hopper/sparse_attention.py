@@ -28,13 +28,12 @@ clocks, the memory and the barriers.
 """
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..cards import on_hopper
-from ..runtime import aligned, multiprocessors
+from ..runtime import aligned, cdiv, multiprocessors
 from .sparse_products import left_steps, right_steps, store_lse, sum_of_both
 from .sparse_shared import BK, SWIZZLED, allocate, copy_columns, next_turn
 from .sparse_tiles import (
@@ -207,8 +206,8 @@ def sparse_attention(q, kv, indices, scale, out, lse, share=None):
 
 def _launch(q, kv, lists, lengths, scale, out, lse, G):
     T, H, _ = q.shape
-    all_rows, tiles_of_group = T * H, triton.cdiv(H, 64)
-    tiles = triton.cdiv(T, G) * tiles_of_group
+    all_rows, tiles_of_group = T * H, cdiv(H, 64)
+    tiles = cdiv(T, G) * tiles_of_group
     q256, q64 = (TensorDescriptor(q, [all_rows, D], [D, 1], [64, columns], SWIZZLED.value) for columns in (256, 64))
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     _sparse_attention[(min(tiles, multiprocessors(q)),)](

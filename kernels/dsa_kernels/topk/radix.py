@@ -13,7 +13,7 @@ redoes the rows that the algorithms with a sampled bound have flagged.
 import triton
 import triton.language as tl
 
-from ..runtime import INTERPRETED, multiprocessors
+from ..runtime import INTERPRETED, cdiv, multiprocessors, next_power_of_2
 from .ordering import ordered
 
 PROGRAMS = 8  # of a redo, on a multiprocessor
@@ -95,13 +95,13 @@ def launch(scores, k, start, end, out, nan, redo=None):
     nan, int32 [T], becomes 1 or 0 for each row written: whether it sees NaN. All tensors are contiguous; T > 0.
     """
     T, S = scores.shape
-    block = min(triton.next_power_of_2(S), 65536) if INTERPRETED else 1024 if S <= 1024 else 4096
+    block = min(next_power_of_2(S), 65536) if INTERPRETED else 1024 if S <= 1024 else 4096
     rows, programs = 1, T
     if redo is not None:
         programs = min(T, PROGRAMS * multiprocessors(scores))
     elif INTERPRETED:  # each operation costs the same whatever its size: few large blocks
-        rows = min(triton.next_power_of_2(T), max(1, 262144 // block))
-        programs = triton.cdiv(T, rows)
+        rows = min(next_power_of_2(T), max(1, 262144 // block))
+        programs = cdiv(T, rows)
     _select_topk[(programs,)](
         scores, start, end, out, nan, nan if redo is None else redo, T, S, k,
         ROWS=rows, BLOCK=block, REDO=redo is not None, num_warps=8,

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..runtime import cdiv, next_power_of_2
+
 BLOCK = 64
 
 
@@ -50,7 +52,7 @@ def _sample(
 
 def size_of(S):
     """How many of S keys are sampled."""
-    return max(2048, min(32768, triton.next_power_of_2(S // 64)))
+    return max(2048, min(32768, next_power_of_2(S // 64)))
 
 
 def sampled_keys(k_idx, k_scale, start, end):
@@ -64,7 +66,7 @@ def sampled_keys(k_idx, k_scale, start, end):
     keys = torch.empty(M, D, dtype=k_idx.dtype, device=device)
     scales = None if k_scale is None else torch.empty(M, dtype=torch.float32, device=device)
     first, last = torch.empty_like(start), torch.empty_like(end)
-    _sample[(M // BLOCK + triton.cdiv(T, BLOCK),)](
+    _sample[(M // BLOCK + cdiv(T, BLOCK),)](
         k_idx.view(torch.uint8), start if k_scale is None else k_scale, start, end,
         keys.view(torch.uint8), first if k_scale is None else scales, first, last, T, S,
         M=M, D=D, SCALED=k_scale is not None, BLOCK=BLOCK,

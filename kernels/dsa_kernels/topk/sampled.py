@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..runtime import next_power_of_2
 from .bound import LONG, bound_of_sample, sampled_place
 from .ordering import keep_largest
 
@@ -78,7 +79,7 @@ def _select_sampled(
 def sizes(S, k):
     """(SAMPLE, CAP, warps) for rows of S scores."""
     sample, least = (32768, 16384) if S > LONG else (8192, 4096)
-    cap = max(least, 2 * triton.next_power_of_2(k))
+    cap = max(least, 2 * next_power_of_2(k))
     return sample, cap, 4 if cap == 4096 else 16
 
 
