@@ -97,7 +97,8 @@ class DSAConfig:
         """How many keys a row may see to attend in MHA mode, where `DSALayer` has a choice: `mha_keys`, or index_topk.
 
         Up to index_topk keys nothing is left out, and no score is needed. Beyond, the selection becomes a mask, and by
-        FLOPs MHA mode stays cheaper up to k · 278,528 / 81,920, some 7 K keys in V3.2's sizes.
+        FLOPs MHA mode stays cheaper up to k · 278,528 / 81,920, some 7 K keys in V3.2's sizes. A mask costs more than
+        FLOPs say: on an H200 no threshold between index_topk and twice that was faster than index_topk itself.
         """
         return self.mha_keys or self.index_topk
 

@@ -6,6 +6,6 @@
 from .memory import bytes_needed, check_memory
 from .run import read_long_context
 from .show import Show
-from .spot_check import check_row, rows_to_check
+from .spot_check import errors_of_row, rows_to_check
 
-__all__ = ["Show", "bytes_needed", "check_memory", "check_row", "read_long_context", "rows_to_check"]
+__all__ = ["Show", "bytes_needed", "check_memory", "errors_of_row", "read_long_context", "rows_to_check"]

@@ -21,7 +21,7 @@ from ..page_table import PageTable
 from ..paged_cache import PagedCache
 from ..testing import Failed, relative_error
 from .memory import PAGE_SIZE, PIECE, bytes_free, bytes_needed, check_memory, in_fp8, take_peak
-from .spot_check import OUTPUT, Row, check_row, inputs_and_outputs, rows_to_check, written_out
+from .spot_check import OUTPUT, Row, errors_of_row, inputs_and_outputs, rows_to_check, written_out
 from .subject import DEFAULTS, make_subject, sizes_of
 
 Progress = Callable[[str, dict], object]
@@ -59,7 +59,7 @@ def read_long_context(
     (bytes; free may be None), "warm_seconds" (None without), "chunks": [{"first", "end": positions, "ms", "peak_bytes":
     of the chunk on a GPU, of the process so far on a CPU}], "prefill_seconds", "cache_bytes" and "page_bytes": of a
     token in a layer, "decode": {"tokens", "us_per_token": the median, "captured"} or None, "checked": {"positions",
-    "errors": the largest, see `check_row`} or None, "peak_bytes": {"warm", "chunks", "checks", "decode"}, as far as
+    "errors": the largest, see `errors_of_row`} or None, "peak_bytes": {"warm", "chunks", "checks", "decode"}, as far as
     there is one.
 
     Raises: before any work ValueError or TypeError for what it cannot do, and ValueError where memory will not do;
@@ -232,7 +232,7 @@ class Checker:
         to the bit, since the order of a list, and with it of a sum, may differ."""
         place = rows[0].position
         for i, (twin, row) in enumerate(zip(self.twins, rows, strict=True)):
-            for name, error in check_row(twin, row, f"position {place}, layer {i}").items():
+            for name, error in errors_of_row(twin, row, f"position {place}, layer {i}").items():
                 self.errors[name] = max(self.errors.get(name, 0.0), error)
         most, error = OUTPUT[rows[0].kv.dtype], relative_error(timed, again)
         if not error <= most:

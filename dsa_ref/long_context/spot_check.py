@@ -72,7 +72,7 @@ def written_out(layer: DSALayer) -> DSALayer:
 
 
 @torch.no_grad()
-def check_row(twin: DSALayer, row: Row, where: str) -> dict[str, float]:
+def errors_of_row(twin: DSALayer, row: Row, where: str) -> dict[str, float]:
     """Pass for a right row, and say how far it is from the reference: {"keys", "scores", "output"}: relative errors.
 
     twin: what `written_out` made of the row's layer; where: what a message calls the row.
