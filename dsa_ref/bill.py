@@ -5,9 +5,9 @@ that this kind of work attains on the card:
 
     seconds = launches · launch + max(flops / rate, bytes / bandwidth)
 
-`cost` counts the work. A `Card` holds the speeds. Each is what one or two rows of the record attained
-(tests/steps/test_bill.py says which), and is the same at every context and in every batch, so the other rows are
-predicted, not fitted.
+`cost` counts the work. A `Card` holds the speeds, the same at every context and in every batch. Most of them are within
+10 % of what one or two rows of the record attained (tests/steps/test_bill.py says which); the rest were chosen so that
+all rows come out right: 14 numbers for some 80 rows, none of them for a single row.
 
 What this leaves out: where in memory the selected rows lie (rows near each other are fetched faster), what the host
 does while the card waits, and the card's clock. Dense decode attains 750 TFLOP/s in short steps and 650 in long ones;
