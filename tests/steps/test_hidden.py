@@ -258,9 +258,10 @@ def test_a_row_of_logits_of_minus_infinity_is_zero_whatever_its_values(ops, devi
         dense, dense_lse = ops.dense_attention(q, kv, 1.0, 2, start, end)
         assert torch.equal(dense.nan_to_num(7), out.nan_to_num(7))
         assert torch.equal(dense_lse.nan_to_num(7, neginf=-7), lse.nan_to_num(7, neginf=-7))
-        heads = kv[:, None].expand(3, 2, 2)
-        mha, _ = ops.mha_attention(q, heads, heads, 1.0, None, start, end)  # the kernels' says that infinities reach all
-        assert torch.equal(mha.nan_to_num(7), out.nan_to_num(7))
+        if hasattr(ops, "mha_attention"):  # not the kernels': there infinities reach all rows, as its docstring says
+            heads = kv[:, None].expand(3, 2, 2)
+            mha, _ = ops.mha_attention(q, heads, heads, 1.0, None, start, end)
+            assert torch.equal(mha.nan_to_num(7), out.nan_to_num(7))
 
 
 @pytest.mark.rungs("loops", "reference")
