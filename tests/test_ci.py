@@ -25,7 +25,7 @@ def ci(tmp_path):
         (programs / name).symlink_to(shutil.which(name))
 
     def run(environment=(), **scripts):
-        scripts = {"make": "echo target $1", "uname": "echo Linux", "id": "echo 0"} | scripts
+        scripts = {"make": "echo target $1", "uname": "echo Linux", "id": "echo 0", "npm": "true"} | scripts
         for name, script in scripts.items():
             path = programs / name.replace("_", "-")
             path.write_text(f"#!{shutil.which('bash')}\n{script}\n")
@@ -56,6 +56,11 @@ def test_where_chromium_can_be_installed_it_is(ci, user):
 def test_where_installing_it_fails_ci_fails(ci, apt_get):
     code, targets, _ = ci(apt_get=apt_get)
     assert code != 0 and targets == TARGETS
+
+
+def test_without_npm_s_registry_the_site_is_left_out_and_ci_says_so(ci):
+    code, targets, said = ci(chromium="true", npm="exit 1")
+    assert (code, targets) == (0, [*TARGETS, "test-browser"]) and "The site's test was left out" in said
 
 
 NOT_ROOT = {"id": "echo 1000", "apt_get": "true"}
