@@ -57,9 +57,10 @@ def live_attention(text_bytes, steps, scale, first, layer, head) -> LiveFigure:
         t, s = np.unravel_index(data["weights"].argmax(), data["weights"].shape)
         return (
             f"A square of {SHOWN} by {SHOWN} bytes from byte {data['first']} on, one row for each query, one column "
-            f"for each key. Only the lower left triangle holds weights. In layer {data['layer']}, "
-            f"head {data['head']}, the largest weight is {data['weights'].max():.2f}, from byte {data['first'] + t} to byte {data['first'] + s}; on "
-            f"average {data['earlier'].mean():.0%} of a query's weight lies on bytes before those shown."
+            f"for each key. Only the lower left triangle holds weights. In layer {data['layer']}, head {data['head']}, "
+            f"the largest weight is {data['weights'].max():.2f}, from byte {data['first'] + t} to byte "
+            f"{data['first'] + s}; on average {data['earlier'].mean():.0%} of a query's weight lies on bytes before "
+            "those shown."
         )
 
     wide = ipywidgets.Layout(width="640px")
