@@ -164,8 +164,8 @@ def _sparse_attention(
 
 
 def _worth_sharing(queries, k, S, multiprocessors):
-    """Does it pay that the queries of a tile share the union of their lists? Decided by sizes alone: the host does not
-    wait to learn how much the lists have in common.
+    """Whether a tile's queries should share the union of their lists. Decided by sizes alone: the host does not wait to
+    learn how much the lists have in common.
 
     Building the unions takes time in proportion to S, at S = 128 · k a quarter of what attention over separate lists
     takes; lists with nothing in common lose that much. A few queries are better spread over the card.

@@ -21,7 +21,7 @@ INDEXER = {"color": COLOURS["selected"], "linestyle": ":", "linewidth": 1.6}
 
 
 def live_attention(text_bytes, steps, scale, first, layer, head) -> LiveFigure:
-    """One head's attention weights among 48 neighbouring bytes, a query a row, a key a column.
+    """One head's attention weights among 48 neighbouring bytes, one row for each query, one column for each key.
 
     text_bytes: bytes, more than 48. steps: what a dense forward pass over at least these bytes recorded, one dict a
     layer. scale: the softmax scale. first, layer, head: where the sliders start. `.data`: first, layer, head,
@@ -56,10 +56,11 @@ def live_attention(text_bytes, steps, scale, first, layer, head) -> LiveFigure:
     def describe(data):
         t, s = np.unravel_index(data["weights"].argmax(), data["weights"].shape)
         return (
-            f"A square of {SHOWN} by {SHOWN} bytes from byte {data['first']} on, a query a row, a key a column. Only "
-            f"the lower left triangle holds weights. In layer {data['layer']}, head {data['head']}, the largest "
-            f"weight is {data['weights'].max():.2f}, from byte {data['first'] + t} to byte {data['first'] + s}; on "
-            f"average {data['earlier'].mean():.0%} of a query's weight lies on bytes before those shown."
+            f"A square of {SHOWN} by {SHOWN} bytes from byte {data['first']} on, one row for each query, one column "
+            f"for each key. Only the lower left triangle holds weights. In layer {data['layer']}, head {data['head']}, "
+            f"the largest weight is {data['weights'].max():.2f}, from byte {data['first'] + t} to byte "
+            f"{data['first'] + s}; on average {data['earlier'].mean():.0%} of a query's weight lies on bytes before "
+            "those shown."
         )
 
     wide = ipywidgets.Layout(width="640px")

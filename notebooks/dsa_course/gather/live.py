@@ -14,7 +14,7 @@ from ..viz import COLOURS, LiveFigure
 
 
 def live_gather(steps, layer, k) -> LiveFigure:
-    """The small model's selection as a square, a query a row, a key a column: what is gathered, visible and future.
+    """The small model's selection, a row for each query, a column for each key: what is gathered, visible and future.
 
     steps: what a forward pass recorded, one dict a layer. layer, k: where the sliders start; the selection is made anew
     from the recorded indexer's scores. `.data`: layer, k, indices, and the pairs gathered, visible and square.

@@ -74,9 +74,9 @@ def _draw_by_hand(x, data):
     for s in range(S):
         axes.text(s + 0.5, -0.35, f"s={s}", ha="center", va="center", fontsize=8, color="#555555")
     cells(0, 0, x.k_idx.T.tolist())
-    note(-6.5, 0.6, "k_idx, a key a column,\n4 numbers d each")
+    note(-6.5, 0.6, "k_idx: a column is\na key of 4 numbers d")
     cells(-4.6, 4.8, x.q_idx[t].tolist())
-    note(-6.5, 4.3, f"q_idx[{t}], a head a row")
+    note(-6.5, 4.3, f"q_idx[{t}]: a row is a head")
     for h, weight in enumerate(data["w"].tolist()):
         top = 4.8 + h
         axes.text(-4.75, top + 0.53, f"h={h}", ha="right", va="center", fontsize=8, color="#555555")

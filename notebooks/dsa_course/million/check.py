@@ -257,7 +257,7 @@ def half_from_whole_prompt(solution):
         tokens, dsa, dense = case
         ratios = np.cumsum([a / b for a, b in zip(dsa, dense, strict=True)]) / np.arange(1, len(dsa) + 1)
         suspects = {
-            "the mean of ratios gives a cheap chunk as much weight as a dear one: add up the costs, then divide": next(
+            "the mean of ratios gives a cheap chunk the weight of a costly one: add up the costs, then divide": next(
                 (n for n, ratio in zip(tokens, ratios, strict=True) if ratio <= 0.5), None
             )
         }

@@ -133,12 +133,14 @@ def live_outlier(q, k, w, formats, format, ks=(8, 16, 32, 64, 128)) -> LiveFigur
         true, held = data["true"][:-1], data["held"][:-1]
         reach = 1.2 * float(np.abs(k[key, order[:-1]].numpy()).max())
         left.axline((0, 0), slope=1, color="#999999", linewidth=0.8)
-        left.plot(true, np.clip(held, -reach, reach), "o", color=LINES[0][0], markersize=5, markerfacecolor="none")
+        colour = LINES[0][0] if data["rotation"] else LINES[1][0]  # blue is what is rotated, here and on the right
+        left.plot(true, np.clip(held, -reach, reach), "o", color=colour, markersize=5, markerfacecolor="none")
         left.set(xlim=(-reach, reach), ylim=(-reach, reach), xlabel="true number", ylabel="number that the bits hold")
         left.set_title(f"key {key}, all channels but the outlier", fontsize=10)
-        for name, (colour, line, marker) in zip(data["flips"], LINES, strict=False):
+        for name in data["flips"]:
             percent = [100.0 * share for share in data["flips"][name]]
-            label = "rotated" if data["rotation"] == (name == "as set") else "not rotated"
+            rotated = data["rotation"] == (name == "as set")
+            (colour, line, marker), label = (LINES[0], "rotated") if rotated else (LINES[1], "not rotated")
             right.plot(ks, percent, color=colour, linestyle=line, marker=marker, markersize=5, label=label)
         right.set_xscale("log", base=2)
         right.set_xticks(ks, labels=[str(count) for count in ks])
