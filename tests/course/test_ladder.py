@@ -161,7 +161,7 @@ def test_what_the_text_says_of_the_recorded_step():
     shared = [shares(kernels, us, PARTS) for kernels, us in ((eager, eager_us), (replayed, replayed_us))]
     assert all(sum(found.values()) == pytest.approx(1) for found in shared)
     assert shared[0]["idle"] > 0.85 and shared[1]["idle"] < 0.1 and shared[1]["products"] > 0.5
-    assert 0.5 * eager[0][2] / eager_us == pytest.approx(0.01, abs=0.003)  # the slowest kernel, twice as fast
+    assert 0.004 < 0.5 * eager[0][2] / eager_us < 0.01  # the slowest kernel, twice as fast
     assert eager_us > 10 * replayed_us and shared[1]["other"] == 0
     assert short("void at::native::(anonymous namespace)::CatArrayBatchedCopy<float>(int)") == "CatArrayBatchedCopy"
     with pytest.raises(ValueError, match="how must be"):
