@@ -1,7 +1,8 @@
 """Make the pictures of the README and of the notebooks' first cells: `python -m notebooks.maintain.pictures`.
 
-`make course` does. `figures/selection.png` is copied out of the executed course, `figures/recall.png` and `figures/cost.png`
-are drawn from their records, and `figures/schematic*.svg` shows the whole of DSA, once with each choice of parts lit that the course makes.
+`make course` does. `figures/selection.png` is copied out of the executed course, `figures/recall.png` and
+`figures/cost.png` are drawn from their records, and `figures/schematic*.svg` shows the whole of DSA, once with each
+choice of parts lit that the course makes.
 """
 
 import base64
