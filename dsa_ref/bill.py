@@ -40,7 +40,8 @@ DECODE = ("DSA", "dense")
 class Card:
     """What each kind of work attains on a card: FLOPs a second, bytes a second, seconds.
 
-    Raises: TypeError for speeds that are no numbers, ValueError for one that is not positive.
+    Raises: TypeError for speeds that are no numbers, ValueError for a rate that is not positive or negative
+    seconds.
     """
 
     name: str
@@ -65,8 +66,9 @@ class Card:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{field.name} must be a number, got {value!r}")
-            if not value > 0:
-                raise ValueError(f"{field.name} must be positive, got {value}")
+            seconds = field.name in ("choose", "launch", "passes", "gather", "spread")  # of which none may be needed
+            if not (value > 0 or seconds and value == 0):
+                raise ValueError(f"{field.name} must be {'at least 0' if seconds else 'positive'}, got {value}")
 
 
 H200 = Card(
