@@ -38,7 +38,11 @@ DECODE = ("DSA", "dense")
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What each kind of work attains on a card: FLOPs a second, bytes a second, seconds."""
+    """What each kind of work attains on a card: FLOPs a second, bytes a second, seconds.
+
+    Raises: TypeError for speeds that are no numbers, ValueError for a rate that is not positive or negative
+    seconds.
+    """
 
     name: str
     products: float  # FLOPs/s: a prefill's matrix products
@@ -57,6 +61,15 @@ class Card:
     spread: float  # s: decode's attention to all rows besides: fill the card, merge the parts
     dense_decode: float  # FLOPs/s: decode's attention to all rows
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{field.name} must be a number, got {value!r}")
+            seconds = field.name in ("choose", "launch", "passes", "gather", "spread")  # of which none may be needed
+            if not (value > 0 or seconds and value == 0):
+                raise ValueError(f"{field.name} must be {'at least 0' if seconds else 'positive'}, got {value}")
+
 
 H200 = Card(
     name="NVIDIA H200",
@@ -74,7 +87,8 @@ def prefill_seconds(config: DSAConfig, T: int, S: int, attention: str = "DSA", c
 
     attention: "DSA", whose rows that see at most k keys attend to all of them in MHA mode without scores; "dense, heads
     made", MHA mode on keys and values of all heads that are made of the S cached latents in each chunk; "dense, heads
-    kept", the same where they stay in memory, `cost.head_bytes_per_token` each.
+    kept", the same where they stay in memory, `cost.head_bytes_per_token` each. Neither launches nor the reading of
+    weights are counted, which a long chunk hides: for one of fewer than some hundreds of tokens this says too little.
 
     Raises: TypeError for counts that are no ints, ValueError for a count below 1, T > S, or another attention.
     """

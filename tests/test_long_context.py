@@ -36,6 +36,9 @@ def test_the_rows_that_are_checked():
     assert len({row // 4096 for row in rows}) == 9  # the chunks that are run again: those that end at powers of two
     assert rows == sorted(rows) == rows_to_check(1 << 20, 4096, 3, seed=0) != rows_to_check(1 << 20, 4096, 3, seed=1)
     assert rows_to_check(100, 16, 1, 0) == [0, 1, 3, 7, 15, 31, 63, 99] and rows_to_check(100, 16, 0, 0) == []
+    for i, name in enumerate(("tokens", "chunk", "rows", "seed")):
+        with pytest.raises(ValueError, match=f"{name} must be at least"):
+            rows_to_check(*(-1 if j == i else 4 for j in range(4)))
 
 
 def test_a_layer_reads_decodes_and_is_right():

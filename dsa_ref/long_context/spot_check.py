@@ -16,6 +16,7 @@ from torch import Tensor
 
 import dsa_ref
 
+from ..contracts import check_int
 from ..index_scores import index_scores
 from ..nn import DSALayer, LayerCache
 from ..testing import Failed, compare_selection, relative_error
@@ -48,7 +49,12 @@ class Row:
 def rows_to_check(tokens: int, chunk: int, rows: int, seed: int) -> list[int]:
     """Positions to be checked, ascending: at each power of two up to `tokens`, and at the end, the last row before it
     and rows - 1 random ones, between half of it and it, out of the chunk that it ends in, so that few chunks are run
-    again. None for rows = 0."""
+    again. None for rows = 0.
+
+    Raises: TypeError for what is no int, ValueError for tokens or a chunk below 1, rows or a seed below 0.
+    """
+    for name, value, least in (("tokens", tokens, 1), ("chunk", chunk, 1), ("rows", rows, 0), ("seed", seed, 0)):
+        check_int(name, value, least)
     generator, chosen = torch.Generator().manual_seed(seed), set()
     ends = {1 << n for n in range(tokens.bit_length())} | {tokens}
     for end in sorted(ends) if rows else ():

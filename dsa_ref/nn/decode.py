@@ -112,12 +112,12 @@ def index_step(
     """The tokens' index keys into the pages; of the tokens from `first` on, q_idx [T - first, Hi, Di] and w fp32
     [T - first, Hi], as they are scored."""
     indexer, c = layer.indexer, layer.config
-    norm, heads = indexer.k_norm, indexer.weights_proj
-    if not (is_plain(indexer, Indexer) and is_affine(norm) and is_plain(heads) and heads.bias is None):
+    if not (is_plain(indexer, Indexer) and has_plain_parts(indexer)):
         q_idx, k_idx, w, q_scale, k_scale = layer._index(x, q_latent, positions)
         write_index(cache.index_pages, slots, k_idx, k_scale)
         return q_idx[first:], (w * q_scale)[first:]
     k, turning = indexer.wk(x), (positions, layer.freqs, c.index_rope)
+    norm, heads = indexer.k_norm, indexer.weights_proj
     small_step(layer, "append_index")(cache.index_pages, slots, k, norm.weight, norm.bias, norm.eps, *turning)
     q = indexer.wq_b(q_latent[first:]).unflatten(-1, (c.index_n_heads, c.index_head_dim))
     w = small_step(layer, "head_weights")(x[first:], heads.weight)
@@ -156,9 +156,11 @@ def small_step(layer, name: str) -> Callable:
     return getattr(layer.ops, name, None) or getattr(dsa_ref, name)
 
 
-def is_affine(norm: nn.Module) -> bool:
-    """Whether a plain LayerNorm has a weight and a bias."""
-    return is_plain(norm) and type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None
+def has_plain_parts(indexer: Indexer) -> bool:
+    """Whether its norm is a plain LayerNorm with weight and bias, and its head weights a plain matrix."""
+    norm, heads = indexer.k_norm, indexer.weights_proj
+    affine = is_plain(norm) and type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None
+    return affine and is_plain(heads) and heads.bias is None
 
 
 def check_pools(layer, cache, x) -> None:

@@ -59,8 +59,8 @@ def prefill_step(
             q_idx, w = index_rows(layer, x, q_latent, rows, slots, positions, scored)
     rows.length += T
     kv, k_idx, k_scale = rows.rows()
-    if w is not None and values_readable(w) and c.index_fp8:
-        check_finite(" in the rows of new tokens", k_idx=k_scale, q_idx=w)
+    if layer.indexer is not None:  # here, since rows that see few keys are not scored, and scores would show it
+        check_finite(" in the rows of new tokens", k_idx=k_idx, k_scale=k_scale, q_idx=w, q_latent=q_latent)
     if cache is not None and rows is not cache:
         kv, k_idx, k_scale = cache.append(kv, k_idx, k_scale)
     step = {"kv": kv, "start": start, "indices": indices}

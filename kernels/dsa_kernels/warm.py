@@ -63,8 +63,13 @@ def warm(
     dtype: of weights and inputs; fp8: whether pages hold FP8 rows. Memory: index keys and latent rows of the context,
     some chunks' tensors, and twice at most 512 MB of scores. Positions are int64.
 
-    Raises: ValueError for sizes below 1 and as the steps do, TypeError for a dtype that kernels do not take.
+    Raises: ValueError for sizes below 1 and as the steps do, TypeError for a dtype that kernels do not take, for
+    a config that is no DSAConfig and an fp8 that is no bool.
     """
+    if not isinstance(config, DSAConfig):
+        raise TypeError(f"config must be a DSAConfig, got {type(config).__name__}")
+    if not isinstance(fp8, bool):
+        raise TypeError(f"fp8 must be a bool, got {fp8!r}")
     context = config.max_seq_len if context is None else context
     for name, value in (("context", context), ("chunk", chunk), ("page_size", page_size)):
         check_count(name, value)

@@ -116,11 +116,13 @@ def test_less_warming_is_not_enough(device):
         ({"chunk": 0}, ValueError, "chunk must"),
         ({"page_size": 1.5}, TypeError, "page_size must"),
         ({"dtype": torch.float64}, TypeError, "dtype must be one of"),
+        ({"config": "v32"}, TypeError, "config must be a DSAConfig, got str"),
+        ({"fp8": "no"}, TypeError, "fp8 must be a bool, got 'no'"),
     ],
 )
 def test_bad_sizes(device, options, error, message):
     with pytest.raises(error, match=message):
-        dsa_kernels.warm(TINY, **options, device=device)
+        dsa_kernels.warm(**{"config": TINY} | options, device=device)
 
 
 def test_calls_that_stand_for_all(device):

@@ -45,6 +45,23 @@ def contents(cache):
 
 @RUNGS
 @FP8
+@pytest.mark.parametrize("cached", (True, False))
+@pytest.mark.parametrize("name", ("q_a_proj", "indexer.wk"))
+def test_nan_of_a_row_that_is_not_scored(ops, device, name, cached, fp8):
+    """The indexer refuses it as it refuses a scored one's."""
+    layer, (x, positions) = make_layer(ops, device, fp8, index_topk=64), tokens(device)
+    bad = torch.zeros(T, 1, device=device).index_fill_(0, torch.tensor([5], device=device), torch.nan)
+    cache = LayerCache(layer.config, T, device=device) if cached else None
+    handle = layer.get_submodule(name).register_forward_hook(lambda _, __, out: out + bad)
+    with pytest.raises(ValueError, match="NaN"):
+        layer(x, positions, cache)
+    handle.remove()
+    assert cache is None or cache.length == 0
+    assert layer(x, positions, cache).isfinite().all()
+
+
+@RUNGS
+@FP8
 def test_a_token_of_nan(ops, device, fp8):
     """The step raises where the indexer meets it; the cache goes on as if it had never come."""
     layer, (x, positions) = make_layer(ops, device, fp8), tokens(device)

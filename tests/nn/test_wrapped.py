@@ -106,6 +106,30 @@ def test_an_adapter_counts_on_every_rung(ops, device, name):
     assert_close(run(layer)[0].cpu(), run(reference)[0], 1e-4)
 
 
+class Turned(nn.Module):
+    """The other way round: what was scored highest is scored lowest. It shows no part of what it wraps."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, q_latent):
+        q, k, w = self.inner(x, q_latent)
+        return q, k, -w
+
+
+@pytest.mark.parametrize("fp8", (True, False))
+def test_a_wrapper_around_the_whole_indexer_counts(fp8):
+    layer = make_layer(fp8=fp8)
+    wanted, wanted_step = run(layer)
+    layer.indexer = Turned(layer.indexer)
+    assert not torch.equal(run(layer)[1]["indices"], wanted_step["indices"])
+    layer.indexer = Turned(layer.indexer)
+    got, step = run(layer)
+    assert torch.equal(step["indices"], wanted_step["indices"])
+    assert_close(got, wanted, 1e-5)
+
+
 def test_a_wrapped_key_norm_counts():
     plain, wrapped = make_layer(), make_layer()
     wrapped.indexer.k_norm = Norm(wrapped.indexer.k_norm.float())

@@ -80,10 +80,10 @@ def _expect_needed(solution, weights, share, cause):
     smallest = weights.sort().values.cumsum(0)
     expected = needed(weights, share)
     suspects = {
-        "the keys were taken in their order: take the largest weights first": int((ordered < share).sum()) + 1,
-        "the smallest weights were taken first: sort descending": int((smallest < share).sum()) + 1,
         "one key too few: the sum has to reach the share": expected - 1,
         "one key too many: at least the share is enough": expected + 1,
+        "the keys were taken in their order: take the largest weights first": int((ordered < share).sum()) + 1,
+        "the smallest weights were taken first: sort descending": int((smallest < share).sum()) + 1,
     }
     shown = weights.tolist() if len(weights) <= 6 else f"{len(weights)} weights"
     got = solution(weights, share)
