@@ -8,6 +8,7 @@ Tensors and arrays are both taken. Source: SPEC section 4.
 
 import contextlib
 import math
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from unittest import mock
@@ -322,17 +323,30 @@ def _ranges(k, start, end):
     return start, end
 
 
+_POISONING = threading.Lock()  # threads may leave in another order than they came; the last one puts back
+_ACTIVE: list[None] = []
+_REPLACED = contextlib.ExitStack()
+
+
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Memory asked for without a value holds NaN, or the largest integer, instead of lucky zeros."""
     with torch.device("cpu"):
         torch.empty(0)  # now torch, not later with these names replaced, notes what a device as a context is for
-    with contextlib.ExitStack() as stack:
-        for owner, name in (
-            (torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"), (np, "empty"), (np, "empty_like"),
-        ):  # fmt: skip
-            stack.enter_context(mock.patch.object(owner, name, _poison(getattr(owner, name))))
+    with _POISONING:
+        _ACTIVE.append(None)
+        if len(_ACTIVE) == 1:
+            for owner, name in (
+                (torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"), (np, "empty"), (np, "empty_like"),
+            ):  # fmt: skip
+                _REPLACED.enter_context(mock.patch.object(owner, name, _poison(getattr(owner, name))))
+    try:
         yield
+    finally:
+        with _POISONING:
+            _ACTIVE.pop()
+            if not _ACTIVE:
+                _REPLACED.close()
 
 
 def _poison(make):

@@ -7,8 +7,8 @@ import pytest
 from dsa_course import checks
 from dsa_course.million.check_limits import needed
 from dsa_course.million.keys import attention_of, needed_at
-from dsa_course.million.live_keys import live_needed
 from dsa_course.million.live import curves, live_decode, live_parts, live_prefill, per_1000, size
+from dsa_course.million.live_keys import live_needed
 from dsa_course.million.record import parts, points, step
 from dsa_ref import V32, bill, cost
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dsa_ref import testing
 from dsa_ref.select_topk import select_topk, select_topk_loops
 from dsa_ref.testing import (
     attention_recall,
@@ -307,3 +308,15 @@ with testing.poisoned(), torch.device("meta"):
 with torch.device("meta"):
     print(torch.empty(1).device)
 """
+
+
+def test_poisoned_memory_ends_with_the_last_of_those_that_asked_for_it():
+    """Two threads that leave in the order in which they came, not the other way round."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+    first, second = testing.poisoned(), testing.poisoned()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.empty(3).isnan().all()
+    second.__exit__(None, None, None)
+    assert torch.empty is empty and torch.Tensor.new_empty is new_empty
