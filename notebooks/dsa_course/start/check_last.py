@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from ..checking import Check, expect
+from ..checking import Check, expect, tensor
 
 keep_last = Check("keep_last")  # keep(t, k) -> the positions that byte t may look at
 
@@ -16,7 +16,7 @@ def _positions(solution, t, k):
     got = solution(t, k)
     where = f"keep_last(t={t}, k={k})"
     if isinstance(got, (torch.Tensor, np.ndarray)):
-        got = got.tolist()
+        got = tensor(got, where).tolist()
     good = isinstance(got, (list, tuple, range, set, frozenset))
     expect(good, f"{where}: got {type(got).__name__}, expected a list of positions", "the last line must return it")
     for position in got:

@@ -225,11 +225,11 @@ def sparse_attention_kernel_value_columns(kernel):
 @sparse_attention_kernel.property("several tiles")
 def sparse_attention_kernel_several_tiles(kernel):
     for seed in SEEDS:
-        q, kv, indices = _inputs(seed, 2, 16, 120, 16, 96)
+        q, kv, indices = _inputs(seed, 2, 16, 160, 16, 128)
         order = (q[:, :1] @ kv.T)[:, 0].gather(1, indices.long()).argsort(1)  # head 0's logits rise, others are mixed
         indices = indices.gather(1, order)
         for BK in (16, 32, 64):
-            cause = f"96 keys in tiles of {BK}: m, l and acc go on, and l and acc are rescaled when m rises"
+            cause = f"128 keys in tiles of {BK}: m, l and acc go on, and l and acc are rescaled when m rises"
             suspects = {
                 "only the last tile counts": sparse_attention(q, kv, indices[:, -BK:].contiguous(), 0.4, 16)[0],
                 "only the first tile counts": sparse_attention(q, kv, indices[:, :BK].contiguous(), 0.4, 16)[0],
