@@ -34,7 +34,7 @@ SPILLED_BY = {
     "dsa_kernels.hopper.paged_sparse_part._paged_sparse_part": 0,
     "dsa_kernels.hopper.paged_index_scores._paged_index_scores": 0,
     "dsa_kernels.topk.listed.choose": 1200,  # few rows: 1024 threads share a row, and have 64 registers each
-    "dsa_kernels.topk.sampled._select_sampled": 768,  # lists of 16,384 scores, 32 a thread twice over
+    "dsa_kernels.topk.sampled._select_sampled": 800,  # lists of 16,384 scores, 32 a thread twice over
     "dsa_kernels.hopper.select_topk._select_topk": 3000,  # above 256K keys: lists of 128 a thread in 128 registers
     "dsa_kernels.hopper.lightning_select._choose": 256,
     "dsa_kernels.topk.decode._tournament": 640,  # 32 entries of 64 bits a thread, and 128 registers
