@@ -306,15 +306,6 @@ def test_a_recorded_bill_is_that_of_its_measurements(bench, path):
         assert all(result["verdict"] == "right" for result in row["results"].values())
 
 
-def test_money(bench):
-    dollars = bench("bill.account").dollars_per_million
-    assert dollars(3.6, 1, 1000.0) == pytest.approx(1.0)  # 3.6 s a million tokens: a thousandth of an hour
-    assert dollars(1.0, 61, 2.0) == pytest.approx(61 * 2 / 3600)
-    for arguments in ((0.0, 61, 2.0), (1.0, 0, 2.0), (1.0, 61, -2.0), (float("nan"), 1, 1.0)):
-        with pytest.raises(ValueError, match="must be positive, got"):
-            dollars(*arguments)
-
-
 def test_the_bill_as_text(bench):
     account, lines = bench("bill.account"), bench("bill.lines")
     rows = made_rows({4096: (4.0, 2.0), 1 << 20: (80.0, 600.0)}, extrapolated=True)
@@ -345,7 +336,8 @@ def test_arguments(bench, capsys, tmp_path):
     ) and quick.rounds < main.ROUNDS
     for arguments, reason in (
         (["chain"], "section must be one of prefill, prompt, decode, got chain"),
-        (["--price", "0"], "--price must be positive, got 0.0"),
+        (["--price", "-1"], "--price must be at least 0 and finite, got -1.0"),
+        (["--price", "inf"], "--price must be at least 0 and finite, got inf"),
         (["--most", "100"], "--most must be at least 4096, got 100"),
     ):
         with pytest.raises(SystemExit) as stopped:

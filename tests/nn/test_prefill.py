@@ -126,7 +126,8 @@ def test_a_chunk_takes_few_launches_and_never_waits(ops, device):
     layer(x[:12], positions[:12], cache)
     with unchecked_values(), noted() as (kernels, operations):
         layer(x[12:], positions[12:], cache)
-    operations = [name for name in operations if name != "fill_"]  # of memory that a test before left poisoned
+    if not isinstance(torch.empty, types.BuiltinFunctionType):  # poisoned memory is filled, which no step launches
+        operations = [name for name in operations if name != "fill_"]
     assert operations.count("WAIT") == 0
     assert not {"cat", "copy_", "clone", "_to_copy", "index_put_"} & set(operations)
     assert operations.count("mm") + operations.count("bmm") == 8

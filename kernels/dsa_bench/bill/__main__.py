@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import sys
 
 import torch
@@ -45,8 +46,8 @@ def parse(arguments):
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.sections if name not in SECTIONS]:
         parser.error(f"section must be one of {', '.join(SECTIONS)}, got {', '.join(unknown)}")
-    if not options.price > 0:
-        parser.error(f"--price must be positive, got {options.price}")
+    if not 0 <= options.price < math.inf:
+        parser.error(f"--price must be at least 0 and finite, got {options.price}")
     options.sections = options.sections or list(SECTIONS)
     if options.quick:
         options.rounds, options.most = min(options.rounds, QUICK_ROUNDS), min(options.most, QUICK_MOST)

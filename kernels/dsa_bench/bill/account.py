@@ -177,14 +177,3 @@ def halved(lines, times):
     share = (2 - below[times]) / (above[times] - below[times])
     log = math.log(below["position"]) + share * math.log(above["position"] / below["position"])
     return {"position": round(math.exp(log)), "between": [below["position"], above["position"]]}
-
-
-def dollars_per_million(ms_per_1000, layers, price):
-    """Dollars per million tokens of so many layers on one GPU, at `price` dollars per GPU-hour.
-
-    A ms per 1000 tokens is a second per million. Raises: ValueError unless all three are positive.
-    """
-    for name, value in (("ms_per_1000", ms_per_1000), ("layers", layers), ("price", price)):
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
-    return ms_per_1000 * layers * price / 3600

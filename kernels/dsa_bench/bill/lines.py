@@ -1,6 +1,8 @@
 """The bill as text, in lines of at most 120 columns."""
 
-from .account import LAYERS, PARTS, dollars_per_million
+from dsa_ref.cost import dollars_per_million
+
+from .account import LAYERS, PARTS
 
 SHORT = {"scores and selection": "select"}
 
