@@ -116,6 +116,18 @@ def write(path: str | os.PathLike, record: dict) -> None:
         new.write_text(text, encoding="utf-8")
 
 
+def write_log(program: str, path: str | os.PathLike, record: dict) -> None:
+    """`write`, for the end of a command: where it fails, as on a full disk, the command ends with a line that says so.
+
+    program: as in `python -m {program}`.
+    Raises: SystemExit in place of OSError.
+    """
+    try:
+        write(path, record)
+    except OSError as error:
+        sys.exit(f"python -m {program}: error: --log could not be written, got {error}")
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A file to be written, which takes the place of `path` when it is whole; what fails before leaves `path` alone.

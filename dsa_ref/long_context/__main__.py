@@ -14,7 +14,7 @@ import sys
 import torch
 
 from ..config import DSAConfig
-from ..records import output_file, positive, provenance, write
+from ..records import output_file, positive, provenance, write_log
 from ..testing import Failed
 from .run import read_long_context
 from .show import Show
@@ -62,24 +62,24 @@ def main(arguments: list[str] | None = None) -> None:
             sizes, options.tokens, options.chunk, ops, options.device,
             decode=options.decode, check=options.check, seed=options.seed, progress=show,
         )  # fmt: skip
+        show.end(result)
     except (ValueError, TypeError) as error:
         show.clear()
         parser.error(str(error))
     except KeyboardInterrupt:
         show.clear()
         sys.exit(130)
-    except BrokenPipeError:  # whoever read the table has enough
+    except OSError as error:  # a full disk; or whoever read the table has enough, which needs no words
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at the exit
-        sys.exit(1)
+        sys.exit(1 if isinstance(error, BrokenPipeError) else f"{parser.prog}: error: {error}")
     except Failed as failure:
         show.clear()
         sys.exit(f"{parser.prog}: wrong: {failure}")
     except (torch.OutOfMemoryError, MemoryError) as error:
         show.clear()
         sys.exit(f"{parser.prog}: error: memory ran out though enough was free at the start: {error}")
-    show.end(result)
     if options.log:
-        write(options.log, result | {"provenance": origin})
+        write_log(PROGRAM, options.log, result | {"provenance": origin})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..index_scores import index_scores
 from ..nn.model import SMALL_MODEL, SmallModel, load_small_model
 from ..precision import exact
-from ..records import output_file, positive, provenance, write
+from ..records import output_file, positive, provenance, write_log
 from ..select_topk import select_topk
 from ..testing import attention_recall, random_selection, window_selection
 from .corpus import load_corpus
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
         "length": options.length,
         "provenance": origin,
     }
-    write(options.log, result)
+    write_log("dsa_ref.training.evaluate", options.log, result)
     print(json.dumps(result["recall"], indent=1))
 
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from ..indexer_loss import indexer_loss
 from ..nn.model import ModelConfig, SmallModel, load_small_model, save_small_model
-from ..records import output_file, positive, provenance, regular_file, replacing, write
+from ..records import output_file, positive, provenance, regular_file, replacing, write_log
 from .corpus import load_corpus
 from .evaluate import check_length, held_out_loss, held_out_windows
 
@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
         "held_out_bytes": len(held_out),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    write(options.log, result)
+    write_log("dsa_ref.training.train", options.log, result)
     print(json.dumps(result["held_out_loss"], indent=1))
 
 

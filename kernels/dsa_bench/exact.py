@@ -15,7 +15,7 @@ import torch
 import dsa_kernels
 import dsa_ref
 from dsa_kernels.topk.sample import sampled_keys
-from dsa_ref.records import output_file, write
+from dsa_ref.records import output_file, write_log
 
 from . import inputs, measure
 from .cases import K
@@ -156,7 +156,7 @@ def main(arguments=None) -> int:
         note(step, f"the same bits in {REPEATS} more runs", REPEATS, wrong)
     if options.log:
         record = {"provenance": measure.environment(arguments, "dsa_bench.exact"), "cases": found}
-        write(options.log, record)
+        write_log("dsa_bench.exact", options.log, record)
     return int(any(case["differing"] for case in found))
 
 

@@ -18,7 +18,7 @@ import time
 import torch
 
 from dsa_ref import DSAConfig, DSALayer
-from dsa_ref.records import output_file, positive, provenance, write
+from dsa_ref.records import output_file, positive, provenance, write_log
 
 CONFIG = DSAConfig(
     dim=512,
@@ -130,7 +130,7 @@ def main(arguments=None):
     result = {"rows": rows, "threads": torch.get_num_threads()}
     result["provenance"] = provenance("dsa_bench.layer_cpu", arguments)
     if options.log:
-        write(options.log, result)
+        write_log("dsa_bench.layer_cpu", options.log, result)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def check_env(triton=False):
     elif triton:
         raise RuntimeError(
             "This notebook writes Triton kernels, and Triton exists for Linux only: use WSL on Windows, or a hosted "
-            "notebook such as Colab. Notebooks 00 to 07, 11, 12 and 15 run here."
+            "notebook such as Colab. Only notebooks 08 to 10 need it; all others run here."
         )
     else:
         print("No Triton here (it exists for Linux only): cells that compare with the kernels say so and go on.")

@@ -1,8 +1,12 @@
 """What nbgrader hands out of a notebook: no solution, folded or not, and checks that do not stop "Run All".
 
+Learners put it one folder below their copy of the course, in work/dsa/ say. So a link to a neighbour that is not handed
+out with it leads up, to that copy; all other links are right there, since solutions/ is one folder deeper, too.
+
 Named in notebooks/nbgrader_config.py, which a teacher copies into the class's folder. Needs nbgrader (extra `grading`).
 """
 
+import pathlib
 import re
 
 from nbgrader.converters import GenerateAssignment
@@ -14,9 +18,11 @@ FOLD = re.compile(
     r"<details><summary>(?:(?!</?details>).)*?<!-- solution: \w+ -->(?:(?!</?details>).)*?</details>\n?", re.S
 )
 
+NEIGHBOUR = re.compile(r"\]\((?=([\w-]+\.ipynb)(?:#[\w-]+)?\))")
+
 
 class HandOut(NbGraderPreprocessor):
-    """Takes the folded solutions out whole, and lets the cells below a failing check run."""
+    """Takes the folded solutions out whole, turns links to neighbours, and lets the cells below a failing check run."""
 
     def preprocess_cell(self, cell, resources, index):
         if is_grade(cell):
@@ -25,6 +31,8 @@ class HandOut(NbGraderPreprocessor):
             cell.source = FOLD.sub("", cell.source).rstrip("\n")
             if "<!-- solution: " in cell.source:
                 raise ValueError(f"every solution must stand in a fold of its own, got {cell.source!r}")
+            folder = pathlib.Path(resources.get("metadata", {}).get("path", ""))  # of the assignment's sources
+            cell.source = NEIGHBOUR.sub(lambda m: m[0] if (folder / m[1]).exists() else "](../", cell.source)
         return cell, resources
 
 

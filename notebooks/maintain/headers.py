@@ -13,6 +13,19 @@ from dsa_course.schematic import schematic_alt, schematic_file
 from .course import SOURCE, written
 
 MARK = "<!-- course -->"
+# Colab's button opens one file of the project, and that file does not know the project's address.
+ALONE = """<details><summary>Opened alone, as on Colab?</summary>
+
+Then the project is missing. Get it first, in a cell of its own above the next one, with the address of the project's page
+in place of ADDRESS:
+
+```
+!git clone ADDRESS dsa
+%pip install -e './dsa[course]'
+```
+
+Restart the session, then go on below.
+</details>"""
 
 
 def with_course(nb, notebook, before, after):
@@ -25,7 +38,7 @@ def with_course(nb, notebook, before, after):
     links = [f"Before: {_link(before)}" if before else "", f"After: {_link(after)}" if after else ""]
     links += ["[The map of the course](../README.md)", "[Glossary](../GLOSSARY.md)"]
     picture = f"![{schematic_alt(notebook.lit)}](../../figures/{schematic_file(notebook.lit)})"
-    below = {0: f"{picture}\n\n{' · '.join(filter(None, links))}"}
+    below = {0: f"{picture}\n\n{' · '.join(filter(None, links))}\n\n{ALONE}"}
     end = f"{_link(after)} ({after.minutes} minutes)." if after else "[the map of the course](../README.md)."
     below[len(nb.cells) - 1] = f"**Next.** {end}"
     for place, text in below.items():

@@ -84,7 +84,7 @@ def test_every_check_has_one_exercise_and_its_card_and_folds():
             card, below, folds = cells[place - 1], cells[place + 1], cells[place + 2]
             assert below.id == check.id, f"{name}: the check of {exercise} must stand directly below it"
             assert f"checks.{exercise}(my_" in check.source and check.metadata.nbgrader.points >= 1
-            assert re.search(r"### Exercise \d+\.\d+ · ", card.source), (name, exercise)
+            assert re.search(r"### Exercise \d+b?\.\d+ · ", card.source), (name, exercise)
             for word in ("**Difficulty** ", "**Matters** ", " minutes**"):
                 assert word in card.source, (name, exercise, word)
             assert folds.source.count("<details>") >= 2 and f"<!-- solution: {exercise} -->" in folds.source
@@ -112,7 +112,7 @@ def test_first_and_last_cell(name):
     for word in ("**The claim.** ", "**Time** ", "**Needs** "):
         assert word in cells[0].source, word
     last = cells[-1].source
-    assert last.startswith("## What to remember") and last.count("<details>") == 5
+    assert last.startswith("## What to remember") and last.count("<details>") == 6  # five to recall, and what Try shows
     assert "**Try.**" in last and "**Not shown here.**" in last
 
 

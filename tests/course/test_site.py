@@ -125,7 +125,7 @@ def test_one_setting_makes_the_buttons(built, tmp_path):
     assert f"https://mybinder.org/v2/gh/owner/name/main?urlpath=lab/tree/{file}" in page.links
     assert (LEARNER.parent / file).is_file()
     front = (tmp_path / "html" / "index.html").read_text(encoding="utf-8")
-    assert "git+https://github.com/owner/name" in front and "without the project’s address" not in front
+    assert "git clone https://github.com/owner/name dsa" in front and "without the project’s address" not in front
     assert list(leads_nowhere(tmp_path / "html")) == []
 
 

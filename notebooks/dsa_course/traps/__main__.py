@@ -11,7 +11,7 @@ import math
 import statistics
 
 from dsa_ref.nn import ModelConfig
-from dsa_ref.records import output_file, positive, provenance, write
+from dsa_ref.records import output_file, positive, provenance, write_log
 from dsa_ref.testing import overlap
 from dsa_ref.training.corpus import load_corpus
 from dsa_ref.training.evaluate import held_out_windows
@@ -90,7 +90,7 @@ def main(arguments=None):
             "traps": traps,
             "provenance": origin,
         }
-        write(options.log, result)
+        write_log("dsa_course.traps", options.log, result)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import functools
 import ipywidgets
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from dsa_ref.nn.model import load_small_model
@@ -56,14 +57,14 @@ def live_traps(text_bytes, tokens, layer, trap, byte) -> viz.LiveFigure:
             axes.hlines(y + viz.UNDERLINE, x + 0.1, x + width - 0.1, color="black", linewidth=1.4)
         for key in data["lost"]:
             x, y, width = places[key]
-            axes.add_patch(Rectangle((x + 0.05, y + 0.05), width - 0.1, 0.86, **LOST))
+            axes.hlines(y + viz.UNDERLINE, x + 0.1, x + width - 0.1, **LOST)
         figure.legends.clear()
         counts = {key: len(data[key]) for key in ("kept", "added", "lost")}
         marks = [
             Patch(facecolor="none", edgecolor=viz.COLOURS["query"], linewidth=2.0, label="query"),
             Patch(facecolor=viz.COLOURS["selected"], edgecolor="black", label=f"right, kept: {counts['kept']}"),
             Patch(facecolor=ADDED, edgecolor="black", label=f"wrong, added: {counts['added']}"),
-            Patch(label=f"right, lost: {counts['lost']}", **LOST),
+            Line2D([], [], label=f"right, lost: {counts['lost']}", **LOST),
             Patch(facecolor=viz.COLOURS["future"], label="future (grey)"),
         ]
         figure.legend(handles=marks, loc="lower right", ncols=5, fontsize=8, frameon=False)
@@ -85,7 +86,7 @@ def live_traps(text_bytes, tokens, layer, trap, byte) -> viz.LiveFigure:
     return viz.LiveFigure("traps", compute, draw, describe, **controls)
 
 
-LOST = {"fill": False, "edgecolor": viz.COLOURS["selected"], "linestyle": (0, (2, 1)), "linewidth": 1.2}
+LOST = {"color": viz.COLOURS["selected"], "linestyle": (0, (0.7, 0.7)), "linewidth": 2.4}  # a line, since frames hide letters
 
 
 # ------------------------------------------------------------------------------------------- the recorded effects
