@@ -250,3 +250,36 @@ with records.replacing({str(path)!r}) as new:
 """
     assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 9
     assert records.read(path) == {"a": 1}
+
+
+FULL = pathlib.Path("/dev/full")  # a device on which every write says that no space is left
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+def test_a_full_disk_ends_a_long_context_in_one_line(capfd):
+    """The record's disk, after all of the work; and that of the table, at its first line."""
+    given = ["--tokens", "8", "--chunk", "8", "--decode", "0", "--check", "0", "--device", "cpu"]
+    with pytest.raises(SystemExit) as end:
+        long_context.main([*given, "--log", str(FULL)])
+    assert end.value.code == (
+        "python -m dsa_ref.long_context: error: --log could not be written, got [Errno 28] No space left on device"
+    )
+    assert "checked: nothing" in capfd.readouterr().out
+    command = [sys.executable, "-m", "dsa_ref.long_context", *given]
+    with FULL.open("w") as out:
+        ran = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True)
+    assert (ran.returncode, ran.stderr) == (
+        1,
+        "python -m dsa_ref.long_context: error: [Errno 28] No space left on device\n",
+    )
+
+
+def test_commands_write_their_records_by_write_log(tmp_path):
+    """Every command with a --log of its own; those of dsa_bench that add to a file of several runs do not."""
+    record = tmp_path / "log.json"
+    records.write_log("p", record, {"a": 1})
+    assert records.read(record) == {"a": 1}
+    with pytest.raises(SystemExit, match="^python -m p: error: --log could not be written, got .*missing"):
+        records.write_log("p", tmp_path / "missing" / "log.json", {})
+    for module in (train, evaluate, traps, long_context):
+        assert module.write_log is records.write_log and not hasattr(module, "write")

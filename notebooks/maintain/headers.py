@@ -16,8 +16,8 @@ MARK = "<!-- course -->"
 # Colab's button opens one file of the project, and that file does not know the project's address.
 ALONE = """<details><summary>Opened alone, as on Colab?</summary>
 
-Then the project is missing. Get it first, in a cell of its own above the next one, with the address of the project's page
-in place of ADDRESS:
+Then the project is missing. Get it first, in a cell of its own above the next one, with the address of the project's
+page in place of ADDRESS:
 
 ```
 !git clone ADDRESS dsa

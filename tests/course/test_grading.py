@@ -14,8 +14,10 @@ import sys
 
 import nbformat
 import pytest
+from test_pointers import LINK, link_leads
 
 from notebooks.maintain.learner import LEARNER, SOURCE, learner_edition
+from notebooks.maintain.work import copy_course
 
 pytestmark = pytest.mark.grading
 
@@ -118,6 +120,29 @@ def test_the_release_runs_from_top_to_bottom(course):
         errors = [output for output in cell.outputs if output.output_type == "error"]
         assert bool(errors) == bool(cell.metadata.get("nbgrader", {}).get("grade")), cell.source
         assert all(error.traceback == ["✗ not written yet"] for error in errors)
+
+
+def test_the_releases_links_lead_somewhere(course, tmp_path):
+    """In work/dsa/, below the copies that `make lab` makes: pictures, glossary, map and neighbours."""
+    (tmp_path / "figures").symlink_to(LEARNER.parent / "figures")
+    copy_course(LEARNER, tmp_path / "work")
+    folder = tmp_path / "work" / "dsa"
+    shutil.copytree(course / "release" / "dsa", folder)
+    text = "\n".join(cell.source for cell in read(folder / f"{NAME}.ipynb").cells if cell.cell_type == "markdown")
+    assert "](../03_select_topk.ipynb)" in text and len(LINK.findall(text)) >= 20
+    assert [link for link in LINK.findall(text) if not link_leads(link, folder, text)] == []
+    source = read(SOURCE / f"{NAME}.ipynb")
+    unchanged = "\n".join(cell.source for cell in source.cells if cell.cell_type == "markdown")
+    assert [link for link in LINK.findall(unchanged) if not link_leads(link, folder, unchanged)]  # so they need it
+
+
+def test_a_link_to_what_is_handed_out_too_stays(tmp_path):
+    from dsa_course.grading import HandOut
+
+    (tmp_path / "03_x.ipynb").touch()
+    cell = nbformat.v4.new_markdown_cell("[a](03_x.ipynb) [b](04_y.ipynb#c-d) [e](../GLOSSARY.md#f) [g](h.md)")
+    HandOut().preprocess_cell(cell, {"metadata": {"path": str(tmp_path)}}, 0)
+    assert cell.source == "[a](03_x.ipynb) [b](../04_y.ipynb#c-d) [e](../GLOSSARY.md#f) [g](h.md)"
 
 
 def test_without_the_settings_it_would_stop_and_show_solutions(course, tmp_path):

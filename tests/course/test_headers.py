@@ -53,6 +53,7 @@ def test_what_is_made():
     first, last = first_and_last(once)
     assert first.startswith("# 01 · One\n\n<!-- course -->\n\n![DSA: ") and "(../../figures/schematic.svg)" in first
     assert "Before: [01 · Title 1](01_x.ipynb) · After: [03 · Title 3](03_x.ipynb) · " in first
+    assert "!git clone ADDRESS dsa\n%pip install -e './dsa[course]'" in first  # a page that Colab opens is all it has
     assert last.endswith("**Next.** [03 · Title 3](03_x.ipynb) (30 minutes).")
     again = with_course(once, dataclasses.replace(TWO, lit=("kv",)), None, None)  # made anew, not made twice
     first, last = first_and_last(again)

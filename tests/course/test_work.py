@@ -1,5 +1,9 @@
-"""Learners write in copies that git does not see, and no update of the course overwrites what they wrote."""
+"""Learners write in copies that git does not see, and no update of the course overwrites what they wrote.
 
+And where they work without a set-up of their own, Binder and a container get what `requirements.txt` names.
+"""
+
+import re
 import subprocess
 
 import pytest
@@ -49,3 +53,15 @@ def test_git_ignores_the_copies_and_make_lab_opens_them():
     if (root / ".git").exists():
         ran = subprocess.run(["git", "check-ignore", "-q", "work/00_start_here.ipynb"], cwd=root)
         assert ran.returncode == 0
+
+
+def test_binder_gets_the_requirements_and_a_python_that_the_project_takes():
+    """Binder reads .binder/ and no file beside it, unless one there names it."""
+    folder = LEARNER.parent / ".binder"
+    lines = (folder / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    named = [line.removeprefix("-r ") for line in lines if line.startswith("-r ")]
+    assert [(folder / name).resolve() for name in named] == [LEARNER.parent / "requirements.txt"]
+    index = [line.partition(" ")[2] for line in lines if line.startswith("--extra-index-url ")]
+    assert re.findall(r"^CPU_TORCH := (\S+)$", (LEARNER.parent / "Makefile").read_text(encoding="utf-8"), re.M) == index
+    version = re.fullmatch(r"python-3\.(\d+)\n", (folder / "runtime.txt").read_text(encoding="utf-8"))
+    assert version and 10 <= int(version[1]) < 15

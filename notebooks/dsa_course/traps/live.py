@@ -86,7 +86,11 @@ def live_traps(text_bytes, tokens, layer, trap, byte) -> viz.LiveFigure:
     return viz.LiveFigure("traps", compute, draw, describe, **controls)
 
 
-LOST = {"color": viz.COLOURS["selected"], "linestyle": (0, (0.7, 0.7)), "linewidth": 2.4}  # a line, since frames hide letters
+LOST = {
+    "color": viz.COLOURS["selected"],
+    "linestyle": (0, (0.7, 0.7)),
+    "linewidth": 2.4,
+}  # a line, since frames hide letters
 
 
 # ------------------------------------------------------------------------------------------- the recorded effects

@@ -88,8 +88,9 @@ class Pages:
         text = self.adapt((LEARNER / "README.md").read_text(encoding="utf-8"))
         if self.repository:
             how = (
-                "```{note}\nThe rocket above a notebook opens it on Binder or Colab. On Colab, run these two lines first, "
-                f"and restart the session:\n\n    !git clone {self.repository} dsa\n    %pip install -e './dsa[course]'\n```"
+                "```{note}\nThe rocket above a notebook opens it on Binder or Colab. On Colab, run these two lines "
+                f"first, and restart the session:\n\n    !git clone {self.repository} dsa\n"
+                "    %pip install -e './dsa[course]'\n```"
             )
         else:
             how = (
