@@ -139,10 +139,10 @@ def test_the_releases_links_lead_somewhere(course, tmp_path):
 def test_a_link_to_what_is_handed_out_too_stays(tmp_path):
     from dsa_course.grading import HandOut
 
-    (tmp_path / "03_x.ipynb").touch()
-    cell = nbformat.v4.new_markdown_cell("[a](03_x.ipynb) [b](04_y.ipynb#c-d) [e](../GLOSSARY.md#f) [g](h.md)")
+    (tmp_path / "03_select_topk.ipynb").touch()
+    cell = nbformat.v4.new_markdown_cell("[a](03_select_topk.ipynb) [b](06_mla.ipynb#c) ![e](../../figures/f.svg)")
     HandOut().preprocess_cell(cell, {"metadata": {"path": str(tmp_path)}}, 0)
-    assert cell.source == "[a](03_x.ipynb) [b](../04_y.ipynb#c-d) [e](../GLOSSARY.md#f) [g](h.md)"
+    assert cell.source == "[a](03_select_topk.ipynb) [b](../06_mla.ipynb#c) ![e](../../figures/f.svg)"
 
 
 def test_without_the_settings_it_would_stop_and_show_solutions(course, tmp_path):
