@@ -44,7 +44,12 @@ def _judge(solution, given, cause, suspects=None):
     dots, w = torch.einsum("thd,sd->ths", *given[:2]), given[2][:, :, None]
     hidden = expected == -torch.inf
     answers = {why: wrong(dots, w).masked_fill(hidden, -torch.inf) for why, wrong in (suspects or {}).items()}
-    expect_close(solution(*given), expected, 1e-6, "t s", cause, answers)
+    got = solution(*given)
+    expect_shape(got, expected.shape)
+    where = (tensor(got).isneginf() != hidden).nonzero()
+    what = "t={}, s={}: got a score where -inf is expected, or the reverse".format(*where[0]) if len(where) else ""
+    expect(not len(where), what, "row t sees keys 0 to S - T + t: not of these shapes, or of an earlier call?")
+    expect_close(got, expected, 1e-6, "t s", cause, answers)
 
 
 def _hidden(solution, T, S, seed, cause):
@@ -56,6 +61,8 @@ def _hidden(solution, T, S, seed, cause):
         for s, score in enumerate(row):
             if not (score == -math.inf if s > last else math.isfinite(score)):
                 expected = "-inf, the future" if s > last else f"a score (row t sees keys 0 to {last})"
+                if score == -math.inf:
+                    cause = "a key that row t sees was hidden: only later ones are, and a score of 0 is a score"
                 if math.isnan(score):
                     cause = "0 · -inf and inf - inf are NaN: fill the hidden places, do not multiply them away"
                 expect(False, f"t={t}, s={s}: got {score:.6g}, expected {expected}", cause)
@@ -142,11 +149,15 @@ def index_scores_fp32_throughout(solution):
             )
             expected = reference(q.double(), k.double(), w.double())
             expect_close(solution(q, k, w), expected, 1e-5, "t s", cause)
+            q, k = q * 1000, k * 1000
+            cause = "right for small numbers: fp16 ends at 65504, float32 does not"
+            expect_close(solution(q, k, w), reference(q.double(), k.double(), w.double()), 1e-5, "t s", cause)
 
 
 @index_scores.property("any size")
 def index_scores_any_size(solution):
-    for T, S, Hi, Di in ((1, 1, 1, 1), (37, 37, 1, 5), (2, 37, 5, 1), (1, 6, 6, 6), (6, 6, 6, 6)):
+    sizes = ((1, 1, 1, 1), (37, 37, 1, 5), (2, 37, 5, 1), (1, 6, 6, 6), (6, 6, 6, 6))
+    for T, S, Hi, Di in (*sizes, (3, 7, 130, 2), (3, 7, 2, 130), (300, 300, 1, 2), (1, 5000, 2, 3)):
         given = _numbers(T, S, Hi, Di, seed=T, weights="any")
         _judge(solution, given, f"wrong for T={T}, S={S}, Hi={Hi}, Di={Di}: is a size written into the code?")
     given = tuple(strided(x) for x in _numbers(5, 9, 3, 4, seed=8, weights="any"))
