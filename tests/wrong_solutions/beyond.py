@@ -138,6 +138,24 @@ wrong("index_scores", "any size")(lambda q, k, w: scores_from(q[:, :64], k, w[:,
 wrong("index_scores", "any size")(lambda q, k, w: all_scores(q.float()[..., :64], k.float()[..., :64], w))
 
 
+wrong("index_scores", "any size")(lambda q, k, w: scores_from(q[..., :256], k[:, :256], w))
+
+
+def weights_of(x, W_w, q_scale, Hi, Di, change=lambda product: product):
+    return change(x.float() @ W_w.float() * q_scale * (Hi * Di) ** -0.5)
+
+
+wrong("head_weights", "fp32 throughout")(lambda x, W, q, Hi, Di: weights_of(x[:, :512], W[:512], q, Hi, Di))
+wrong("head_weights", "fp32 throughout")(lambda *given: weights_of(*given, lambda w: w.clamp(-65504, 65504)))
+wrong("head_weights", "fp32 throughout")(
+    lambda *given: weights_of(*given, lambda w: w.masked_fill(w.abs() < 1e-4, 0.0))
+)
+wrong("counterexample", "another winner")(
+    lambda: (1e30 * torch.eye(2)[None], torch.eye(2), torch.tensor([[2e30, 1e30]]), torch.tensor([[1e30, 2e30]]))
+)
+wrong("zero_probability", "exact")(lambda Hi: 0.5**Hi if Hi <= 100 else 0.0)
+
+
 @script
 def a_loop_over_heads(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     scores = torch.zeros(q.shape[0], k.shape[0])
@@ -207,6 +225,11 @@ def the_judge_by_another_name(indices, scores, k):
 def equal_weights_counted_once(weights, indices):
     rows = ({weights[t, s].item() for s in row if s >= 0} for t, row in enumerate(indices.tolist()))
     return sum(map(sum, rows)) / len(weights)
+
+
+wrong("recall", "any shape")(
+    lambda weights, indices: testing.attention_recall(weights, torch.where(indices < 0, indices, indices % 256))
+)
 
 
 def window_through(dtype):
@@ -285,3 +308,32 @@ def crossing(index_flops, attention_flops, k, product):
 
 wrong("pays_from", "other sizes")(lambda a, b, k: crossing(a, b, k, (b * k + 2**31) % 2**32 - 2**31))
 wrong("pays_from", "runs")(lambda a, b, k: math.inf if a >= b else k * (b / a) / (b / a - 1))
+
+
+# ----------------------------------------------------------------------------------------------------- 04b, three lines
+
+
+def three_lines(heads=None, view=lambda x: x, seen=lambda scores: scores, scaled=lambda scale: scale, width=None):
+    def answer(q_idx, k_idx, w, q, kv, k, scale, v_dim):
+        scores = dsa_ref.index_scores(view(q_idx)[:, :heads], view(k_idx), w[:, :heads])
+        indices = dsa_ref.select_topk(seen(scores), k)
+        return indices, dsa_ref.sparse_attention(view(q), view(kv), indices, scaled(scale), width or v_dim)[0]
+
+    return answer
+
+
+def changed_after(change):
+    def answer(*given, **named):
+        indices, out = three_lines()(*given, **named)
+        return indices, change(out)
+
+    return answer
+
+
+wrong("three_lines", "selection")(three_lines(heads=16))
+wrong("three_lines", "selection")(three_lines(seen=lambda scores: scores.clamp(-65504, 65504)))
+wrong("three_lines", "runs")(three_lines(view=lambda x: x.view(-1).view(x.shape)))
+wrong("three_lines", "value")(three_lines(scaled=lambda scale: 0.4))
+wrong("three_lines", "value")(three_lines(width=4))
+wrong("three_lines", "value")(changed_after(torch.squeeze))
+wrong("three_lines", "value")(changed_after(torch.Tensor.double))

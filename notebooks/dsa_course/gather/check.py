@@ -290,7 +290,7 @@ def gathered_attention_low_scores(solution):
 
 @gathered_attention.property("sparse work")
 def gathered_attention_sparse_work(solution):
-    T, S, H, k = 96, 16_384, 4, 2  # so that one number for each of T · S is more than all that is needed
+    T, S, H, k = 96, 12_288, 4, 2  # so that one number for each of T · S is more than all that is needed
     given = _inputs(7, T, S, H, k)
     end = torch.arange(S - T + 1, S + 1, dtype=torch.int32)
     given["indices"] = random_selection(k, torch.zeros_like(end), end, seed=7)

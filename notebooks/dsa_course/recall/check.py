@@ -116,6 +116,8 @@ def recall_any_shape(solution):
         _recall(
             solution, weights, indices, "wrong for this shape: is a size, or a largest value, written into the code?"
         )
+    far = _rows([[299, 3, 256], [0, 298, -1]])
+    _recall(solution, _weights(2, 300, 6), far, "wrong for 300 keys: did indices go through 8 bits, which end at 255?")
     weights, indices = _weights(5, 9, 5), _rows([[8, 0, -1], [7, 7, 1], [2, -1, -1], [3, 4, 5], [-1, -1, -1]])
     cause = "wrong for tensors that are not contiguous, as after a transpose: reshape, do not view"
     _recall(solution, strided(weights), strided(indices), cause)
