@@ -5,6 +5,7 @@ import contextlib
 import math
 import pathlib
 import sys
+import threading
 import tracemalloc
 from unittest import mock
 
@@ -24,7 +25,8 @@ class Python:
     """`with Python() as seen: solution(...)`; then
 
     seen.lines: how many lines of Python ran. A loop repeats its own, in torch, in NumPy and in a comprehension.
-    seen.bytes: all that was allocated outside torch (NumPy, lists) in pieces of SMALL bytes or more, freed or not.
+    seen.bytes: all that was allocated outside torch (NumPy, lists) in pieces of SMALL bytes or more, freed or not;
+    np.empty's memory, which our own code hands over, too.
     seen.peak: the most that was held at one time, beyond what there was before the call.
     """
 
@@ -32,17 +34,24 @@ class Python:
 
     def __enter__(self):
         self.lines, self.bytes, self.peak, self.own = 0, 0, 0, False
-        self.running, self.outer = tracemalloc.is_tracing(), sys.gettrace()
+        self.running, self.outer, self.elsewhere = tracemalloc.is_tracing(), sys.gettrace(), False
         if not self.running:
             tracemalloc.start()
-        self.before = self.held = tracemalloc.get_traced_memory()[0]
+        self.before = self.held = self.left = tracemalloc.get_traced_memory()[0]
+        threading.settrace(self._trace_thread)
         sys.settrace(self._trace)
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, error, *trace):
         sys.settrace(self.outer)
+        threading.settrace(None)
         if not self.running:
             tracemalloc.stop()
+        if self.elsewhere and error is None:
+            raise Failed("a thread was started, in which nothing is counted", "do all of the work in this one")
+
+    def _trace_thread(self, frame, event, argument):
+        self.elsewhere = True
 
     def _trace(self, frame, event, argument):
         now, peak = tracemalloc.get_traced_memory()
@@ -54,6 +63,11 @@ class Python:
         own = runs_next is not None and not runs_next.f_code.co_filename.startswith(OURS)
         if own and event == "call" and frame.f_back.f_code.co_filename.startswith(OURS):
             self.before = now  # here the learner's function begins
+        elif own and not self.own and event == "return" and now - self.left >= self.SMALL:
+            self.bytes += now - self.left  # what our code, poisoning it, made for the learner's
+            self.peak = max(self.peak, now - self.before)
+        if self.own and not own:
+            self.left = now
         self.own, self.held = own, now
         self.lines += event == "line" and own
         return self._trace
@@ -78,38 +92,50 @@ class TorchMemory(TorchDispatchMode):
 
 
 class TorchCalls(TorchFunctionMode):
-    """`by_name`: how often each of torch's functions was called inside it."""
+    """`names`: those of torch's functions that were called inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.add(getattr(function, "__name__", ""))
+        return function(*args, **(kwargs or {}))
+
+
+class TorchOperations(TorchDispatchMode):
+    """`by_name`: how often each of torch's operations ran inside it, those inside a scripted function too."""
 
     def __init__(self):
         super().__init__()
         self.by_name = collections.Counter()
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.by_name[getattr(function, "__name__", "")] += 1
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.by_name[function.__name__] += 1
         return function(*args, **(kwargs or {}))
 
 
 def expect_no_loop(solution, small, larger, cause):
-    """Fail if more lines run, or more of torch is called, for larger inputs. larger: {what is larger: the arguments}.
+    """Fail if more lines run, or more of torch does, for larger inputs. larger: {what is larger: the arguments}.
 
-    Returns the names of torch's functions that were called.
+    Returns the names of torch's functions that were called, and of the operations that they ran.
     """
-    lines, calls = _count(solution, small)  # the first call may load or compile something: it is not compared
-    lines, calls = _count(solution, small)
+    _count(solution, small)  # the first call may load or compile something: it is not compared
+    lines, calls, names = _count(solution, small)
     for what, inputs in larger.items():
-        more_lines, more_calls = _count(solution, inputs)
+        more_lines, more_calls, _ = _count(solution, inputs)
         for counted, before, after in (
             ("lines of Python ran", lines, more_lines),
-            ("calls of torch were made", calls.total(), more_calls.total()),
+            ("operations of torch ran", calls.total(), more_calls.total()),
         ):
             if after >= before + 20:
                 raise Failed(f"{before} {counted}, and {after} with {what}, expected the same number", cause)
-    return set(calls)
+    return names | set(calls)
 
 
 def _count(solution, inputs):
     with Python() as seen:
         solution(*inputs)
-    with TorchCalls() as called:
+    with TorchOperations() as ran, TorchCalls() as called:
         solution(*inputs)
-    return seen.lines, called.by_name
+    return seen.lines, ran.by_name, called.names

@@ -6,6 +6,9 @@ import linecache
 import re
 import subprocess
 import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import numpy as np
@@ -231,10 +234,38 @@ def test_lines_bytes_and_peak_of_a_solution_are_counted():
     assert seen[loop].peak < 30_000 < 80_000 <= seen[at_once].peak
 
 
+def test_poisoned_memory_that_a_solution_asks_for_is_counted():
+    def in_a_buffer():
+        return np.ones(10_000).sum() + np.add(1.0, 1.0, out=np.empty((100, 1000))).sum()
+
+    with watching.Python() as seen:
+        checking._guarded(in_a_buffer)()
+    assert 880_000 <= seen.bytes < 1_000_000 and 800_000 <= seen.peak < 900_000
+
+
+def test_work_in_another_thread_is_refused():
+    with pytest.raises(Failed, match="a thread was started"), watching.Python(), ThreadPoolExecutor(1) as pool:
+        pool.submit(sum, (1, 2)).result()
+    with pytest.raises(ZeroDivisionError), watching.Python():  # an error of the solution's own stays
+        raise ZeroDivisionError
+    assert threading.gettrace() is None
+
+
 def test_torchs_memory_is_counted_without_its_views():
     with watching.TorchMemory() as made:
         (torch.ones(4, 5).T[1:] + 1).sum()
     assert (made.elements, made.largest) == (20 + 16 + 1, torch.Size([4, 5]))
+
+
+def rows_doubled(x: torch.Tensor) -> torch.Tensor:
+    rows: list[torch.Tensor] = []
+    for t in range(x.shape[0]):
+        rows.append(x[t] * 2)
+    return torch.stack(rows)
+
+
+with warnings.catch_warnings(action="ignore"):  # deprecated, and still used
+    scripted = torch.jit.script(rows_doubled)
 
 
 @pytest.mark.parametrize(
@@ -243,12 +274,13 @@ def test_torchs_memory_is_counted_without_its_views():
         lambda x: torch.stack([row * 2 for row in x]),
         lambda x: torch.stack(list(map(torch.neg, x))),
         lambda x: np.stack([row * 2 for row in x.numpy()]),
+        scripted,
     ],
 )
 def test_a_loop_is_seen_and_a_product_is_none(loop):
     small, larger = (torch.ones(5, 2),), {"45 rows": (torch.ones(45, 2),)}
     assert "mul" in " ".join(watching.expect_no_loop(lambda x: x * 2, small, larger, "a loop"))
-    with pytest.raises(Failed, match=r"\d+ (lines of Python|calls of torch).*with 45 rows.*a loop"):
+    with pytest.raises(Failed, match=r"\d+ (lines of Python|operations of torch).*with 45 rows.*a loop"):
         watching.expect_no_loop(loop, small, larger, "a loop")
 
 

@@ -55,3 +55,15 @@ def fractions(short, long):
 def fp32(short, long):
     f = np.float32(long) / np.float32(short)
     return dict.fromkeys(("next token", "cache"), f) | dict.fromkeys(("whole text", "score matrix"), f * f)
+
+
+@right("dense_attention")
+def heads_by_vmap(q, k, v):
+    def head(q, k, v):
+        scores = q @ k.T / q.shape[1] ** 0.5
+        return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf).softmax(1) @ v
+
+    return torch.vmap(head, in_dims=1, out_dims=1)(q, k, v)
+
+
+right("attention_bytes")(lambda T, H, D, n: (torch.tensor(2 * T) * H * D * n, torch.tensor(T) * T * H * n))

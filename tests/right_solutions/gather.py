@@ -51,6 +51,34 @@ def one_head_at_a_time_in_fp64(q, kv, indices, scale, v_dim):
 
 
 @right("gathered_attention")
+def one_query_at_a_time_without_padding(q, kv, indices, scale, v_dim):
+    out, lse = q.new_zeros(*q.shape[:2], v_dim), q.new_full(q.shape[:2], -torch.inf)
+    for t, row in enumerate(indices):
+        rows = kv[row[row >= 0].long()]
+        if len(rows):
+            scores = q[t] @ rows.T * scale
+            out[t], lse[t] = scores.softmax(1) @ rows[:, :v_dim], scores.logsumexp(1)
+    return out, lse
+
+
+@right("gathered_attention")
+def heads_into_buffers(q, kv, indices, scale, v_dim):
+    """np.empty for the results, which is counted, and filled whole."""
+    there = (indices >= 0).numpy()
+    rows = np.where(there[..., None], kv.numpy()[indices.clamp(min=0).numpy()], np.float32(0))
+    out, lse = np.empty((*q.shape[:2], v_dim), np.float32), np.empty(q.shape[:2], np.float32)
+    for h in range(q.shape[1]):
+        scores = np.where(there, np.einsum("td,tkd->tk", q[:, h].numpy(), rows) * scale, -np.inf)
+        largest = np.where(there.any(axis=1), scores.max(axis=1), 0.0)
+        p = np.exp(scores - largest[:, None])
+        total = p.sum(axis=1)
+        out[:, h] = np.einsum("tk,tkv->tv", p, rows[..., :v_dim]) / np.maximum(total, 1e-30)[:, None]
+        with np.errstate(divide="ignore"):
+            lse[:, h] = largest + np.log(total)
+    return out, lse
+
+
+@right("gathered_attention")
 def other_names_of_the_parameters(queries, cache, chosen, factor, width):
     rows = torch.cat((cache, torch.zeros(1, cache.shape[1])))[chosen.long()]
     scores = queries @ rows.transpose(1, 2) * factor

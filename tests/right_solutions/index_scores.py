@@ -57,3 +57,10 @@ def three_heads_in_a_list_of_ints():
 
 right("zero_probability")(lambda Hi: torch.tensor(0.5) ** Hi)
 right("zero_probability")(lambda Hi: Fraction(1, 2**Hi))
+
+
+@right("index_scores")
+def heads_by_vmap(q_idx, k_idx, w):
+    scores = torch.vmap(lambda q, w: (q @ k_idx.float().T).relu() * w[:, None], in_dims=1)(q_idx.float(), w).sum(0)
+    T, S = scores.shape
+    return scores.masked_fill(torch.ones(T, S, dtype=torch.bool).triu(S - T + 1), -torch.inf)

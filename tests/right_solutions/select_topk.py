@@ -51,6 +51,22 @@ def by_the_threshold(scores, k):
 
 
 @right("check_selection")
+def each_kept_key_has_fewer_than_n_before_it(indices, scores, k):
+    T, S = scores.shape
+    if indices.dtype != torch.int32 or indices.shape != (T, k):
+        return False
+    for t, row in enumerate(indices.tolist()):
+        numbers = scores[t, : S - T + t + 1].tolist()
+        n = min(k, len(numbers))
+        if len(set(row[:n])) < n or min(row[:n]) < 0 or max(row) >= len(numbers) or row[n:] != [-1] * (k - n):
+            raise AssertionError(f"row {t} is no selection")
+        for s in row[:n]:
+            if sum(x > numbers[s] or (x == numbers[s] and i < s) for i, x in enumerate(numbers)) >= n:
+                raise AssertionError(f"row {t} should not hold {s}")
+    return torch.tensor(True)
+
+
+@right("check_selection")
 def whole_rows_compared(indices, scores, k):
     T, S = scores.shape
     if indices.dtype != torch.int32 or indices.shape != (T, k):

@@ -1,5 +1,7 @@
 """Notebook 01: causal attention without loops, and what it costs in FLOPs and bytes."""
 
+import math
+
 import torch
 
 from dsa_ref.cost import causal_pairs
@@ -32,6 +34,7 @@ CASES = (  # seed, T, H, D: none a round size, one head, one token, one number
     (3, 1, 2, 4),
     (4, 5, 2, 1),
 )
+LONG = (6, 1100, 1, 2)  # longer than a mask or a block that someone may have fixed
 
 
 def _qkv(seed, T, H, D):
@@ -135,6 +138,14 @@ def dense_attention_values(solution):
         expect_close(solution(q, k, v), expected, 1e-5, "t h d", cause, suspects)
         cause = "wrong for tensors that are not contiguous, as after a transpose: reshape them, do not view them"
         expect_close(solution(*map(strided, (q, k, v))), expected, 1e-5, "t h d", cause)
+        q[::2] = 0.0
+        cause = "a visible score may be 0: hide keys by where they stand, not by what they score"
+        got = tensor(solution(q, k, v))
+        expect(not got.isnan().any(), "got NaN where all scores of a row are 0, expected the mean of its values", cause)
+        expect_close(got, _reference(q, k, v), 1e-5, "t h d", cause)
+    q, k, v = _qkv(*LONG)
+    cause = f"right for short texts, wrong for {LONG[1]} tokens: is a length written into the code?"
+    expect_close(solution(q, k, v), _reference(q, k, v), 1e-5, "t h d", cause)
 
 
 @dense_attention.property("large scores")
@@ -148,6 +159,11 @@ def dense_attention_large_scores(solution):
         bad = (~got.isfinite()).nonzero()
         where = f"t={int(bad[0, 0])}: " if len(bad) else ""
         expect(not len(bad), f"{where}got NaN or infinity for scores in the hundreds, expected a weighted mean", cause)
+        low = q * 300
+        low[0] = -995 * D**0.5 * k[0] / k[0].square().sum(dim=1, keepdim=True)  # token 0 scores itself at -995
+        first = tensor(solution(low, k, v))[0]
+        finite = "the future was hidden by a number that scores in the hundreds come near: hide it with -inf"
+        expect_close(first, v[0], 1e-5, "h d", f"{finite} (this is token 0, whose own score is -995)")
         expect_close(got, _reference(q * 300, k, v), 1e-3, "t h d", cause)
 
 
@@ -155,11 +171,15 @@ def dense_attention_large_scores(solution):
 def dense_attention_no_loop_over_tokens(solution):
     cause = "right, but there is still a loop over t or s: let one einsum make all scores at once"
     called = expect_no_loop(solution, _qkv(5, 5, 2, 4), {"45 tokens instead of 5": _qkv(5, 45, 2, 4)}, cause)
+    whole = [name for name in sorted(called) if "attention" in name.lower()]
     expect(
-        "scaled_dot_product_attention" not in called,
-        "torch's scaled_dot_product_attention was called, expected your own",
+        not whole,
+        f"torch's {whole[0] if whole else ''} was called, expected your own",
         "right, but then there is nothing to learn: scores, mask, softmax, mean of the values",
     )
+
+
+OVERFLOWED = "it overflowed: fp16 ends at 65504, a float of Python at 10^308"
 
 
 def _close(got, expected, what, cause, suspects=None, tolerance=0.01):
@@ -167,6 +187,7 @@ def _close(got, expected, what, cause, suspects=None, tolerance=0.01):
     got = expect_number(got, what)
     if abs(got - expected) <= tolerance * expected:
         return
+    cause = cause if math.isfinite(got) else OVERFLOWED
     for suspicion, answer in (suspects or {}).items():
         if abs(got - answer) <= 1e-3 * abs(answer):
             cause = suspicion
@@ -174,6 +195,12 @@ def _close(got, expected, what, cause, suspects=None, tolerance=0.01):
     raise Failed(f"{what}: {unequal(got, expected)}", cause)
 
 
+def _wrapped(count):
+    """What is left of a whole number in int32."""
+    return (count + 2**31) % 2**32 - 2**31
+
+
+WRAPPED = "a count went round in 32 bits: int32 ends at 2^31, Python's own int does not"
 FLOPS = ((4096, 8, 64), (1000, 1, 128), (3001, 5, 32))  # T, H, D
 
 
@@ -182,6 +209,10 @@ def attention_flops_growth_with_t(solution):
     for T, H, D in FLOPS:
         small, large = (expect_number(solution(n, H, D), f"T={n}") for n in (T, 2 * T))
         cause = "twice the tokens see twice as many keys each: the bill must grow fourfold (T·T pairs, not T)"
+        for n, count in ((T, small), (2 * T, large)):
+            right = 4 * H * D * causal_pairs(n, n)
+            cause = WRAPPED if count == _wrapped(right) != right else cause
+            expect(math.isfinite(count), f"T={n}, H={H}, D={D}: got {count:.6g}, expected a count", OVERFLOWED)
         _close(large / max(small, 1e-9), 4.0, f"H={H}, D={D}: from T={T} to {2 * T} it grows by the factor", cause)
 
 
@@ -222,7 +253,12 @@ def attention_flops_short_texts(solution):
         _close(solution(T, 6, 16), 4 * 6 * 16 * pairs, f"T={T}, H=6, D=16", cause, suspects)
 
 
-BYTES = ((1000, 8, 64, 4), (37, 3, 5, 4), (131_072, 128, 128, 2))  # T, H, D, bytes a number
+BYTES = (  # T, H, D, bytes a number; the last is no sum of few powers of two: no float holds its scores' bytes exactly
+    (1000, 8, 64, 4),
+    (37, 3, 5, 4),
+    (131_072, 128, 128, 2),
+    (10_000_019, 127, 127, 2),
+)
 
 
 def _two_numbers(solution, case):
@@ -239,6 +275,8 @@ def _two_numbers(solution, case):
 def _exact(got, expected, what, suspects):
     if got != expected:
         found = [suspicion for suspicion, answer in suspects.items() if got == answer]
+        if not found and abs(got - expected) < 1e-6 * expected:
+            found = ["rounded: fp32 holds 24 binary digits, fp64 holds 53; compute with ints"]
         cause = found[0] if found else "a tensor is stored: multiply its sizes, then by number_bytes"
         raise Failed(f"{what}: got {got}, expected {expected}", cause)
 
@@ -259,6 +297,7 @@ def attention_bytes_cache(solution):
             "numbers, not bytes: multiply by number_bytes": 2 * T * H * D,
             "queries are not kept: nobody asks for an old query again": 3 * T * H * D * n,
         }
+        suspects |= {WRAPPED: _wrapped(2 * T * H * D * n)}
         _exact(_two_numbers(solution, (T, H, D, n))[0], 2 * T * H * D * n, f"cache for T={T}, H={H}, D={D}", suspects)
 
 
@@ -274,10 +313,11 @@ def attention_bytes_score_matrix(solution):
             "a score is one number for a pair: D is summed away": H * T * T * D * n,
             "numbers, not bytes: multiply by number_bytes": H * T * T,
         }
+        suspects |= {WRAPPED: _wrapped(H * T * T * n)}
         _exact(_two_numbers(solution, (T, H, D, n))[1], H * T * T * n, f"score matrix for T={T}, H={H}", suspects)
 
 
-SPANS = ((32_768, 1_048_576), (1000, 2500), (4096, 4096))  # short, long
+SPANS = ((32_768, 1_048_576), (1000, 2500), (4096, 4096), (1000, 1_000_000))  # short, long
 FACTORS = {
     "whole text": (lambda a, b: b * (b + 1) / (a * (a + 1)), "twice the text, four times the pairs"),
     "next token": (lambda a, b: b / a, "one new query looks at all keys once: proportional to the context"),
@@ -296,6 +336,9 @@ def _growth(solution, name):
         suspects = {
             "the factor is upside down: long over short": factor(long, short),
             "// drops what is behind the point: use /": factor(short, long // short * short),
+            "rounded: a factor need not be a whole number": math.floor(factor(short, long)),
+            "rounded up: a factor need not be a whole number": math.ceil(factor(short, long)),
+            "by how much more, which is one less: the factor itself is asked for": factor(short, long) - 1,
         }
         _close(got[name], factor(short, long), f"from {short} to {long} tokens", cause, suspects)
 

@@ -100,6 +100,8 @@ def gather_rows_rows(solution):
         chosen = indices >= 0
         got, expected = rows[chosen], kv[indices[chosen].long()]
         nan = expected.isnan()
+        what = "got NaN in a row that holds none"
+        expect(not got[~nan].isnan().any(), what, "another row was fetched, or its NaN got in by a product or a sum")
         cause = "rows[t, j] is kv[indices[t, j]], whatever it holds"
         expect_close(got.masked_fill(nan, 0.0), expected.masked_fill(nan, 0.0), 0.0, "selected d", cause)
         cause = "nan_to_num hides a fault that you want to see: put 0 only where the index is -1"
@@ -109,6 +111,12 @@ def gather_rows_rows(solution):
     expect_close(_rows(solution, kv, indices)[0], kv[indices.long()], 0.0, "t place d", cause)
     cause = "wrong for tensors that are not contiguous, as after a transpose: reshape, do not view"
     expect_close(_rows(solution, strided(kv), strided(indices))[0], kv[indices.long()], 0.0, "t place d", cause)
+    tiny = kv * 1e-40  # fp32 goes down to 1e-45
+    cause = "rows[t, j] is kv[indices[t, j]], its smallest numbers too"
+    expect_close(_rows(solution, tiny, indices)[0], tiny[indices.long()], 0.0, "t place d", cause)
+    kv, indices = normal(33_000, 1, seed=7), torch.tensor([[32_999, 300], [200, 32_768]], dtype=torch.int32)
+    cause = "right for short tables: did the indices go through 8 or 16 bits, or through a size of the toy?"
+    expect_close(_rows(solution, kv, indices)[0], kv[indices.long()], 0.0, "t place d", cause)
 
 
 @gather_rows.property("padding is zero")
@@ -282,7 +290,7 @@ def gathered_attention_low_scores(solution):
 
 @gathered_attention.property("sparse work")
 def gathered_attention_sparse_work(solution):
-    T, S, H, k = 16, 8192, 32, 4
+    T, S, H, k = 96, 12_288, 4, 2  # so that one number for each of T · S is more than all that is needed
     given = _inputs(7, T, S, H, k)
     end = torch.arange(S - T + 1, S + 1, dtype=torch.int32)
     given["indices"] = random_selection(k, torch.zeros_like(end), end, seed=7)
@@ -361,7 +369,7 @@ def attended_pairs_short_rows(solution):
 def attended_pairs_exact_at_a_million(solution):
     million = 2**20
     cause = "right for small numbers only: fp32 and int32 cannot hold it, Python's own int can"
-    for T, S, k in ((million, million, 2049), (million - 1, million, million)):
+    for T, S, k in ((million, million, 2049), (million - 1, million, million), (million - 1, 2 * million, million - 3)):
         _count(solution, T, S, k, cause)
 
 
@@ -398,6 +406,8 @@ def pays_from_v3_2(solution):
 def pays_from_other_sizes(solution):
     for numbers in ((1024, 2304, 64), (1, 2, 5), (3, 1000, 7), (100, 101, 4)):
         _context(solution, *numbers, "right for V3.2 only: every number has to come from the arguments")
+    _context(solution, 16_384, 278_528, 2**20, "attention_flops · k went round in 32 bits")
+    _context(solution, 0, 2304, 64, "an indexer that costs nothing pays from the first key on that is left out: c = k")
 
 
 @pays_from.property("never")

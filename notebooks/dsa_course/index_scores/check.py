@@ -44,7 +44,12 @@ def _judge(solution, given, cause, suspects=None):
     dots, w = torch.einsum("thd,sd->ths", *given[:2]), given[2][:, :, None]
     hidden = expected == -torch.inf
     answers = {why: wrong(dots, w).masked_fill(hidden, -torch.inf) for why, wrong in (suspects or {}).items()}
-    expect_close(solution(*given), expected, 1e-6, "t s", cause, answers)
+    got = solution(*given)
+    expect_shape(got, expected.shape)
+    where = (tensor(got).isneginf() != hidden).nonzero()
+    what = "t={}, s={}: got a score where -inf is expected, or the reverse".format(*where[0]) if len(where) else ""
+    expect(not len(where), what, "row t sees keys 0 to S - T + t: not of these shapes, or of an earlier call?")
+    expect_close(got, expected, 1e-6, "t s", cause, answers)
 
 
 def _hidden(solution, T, S, seed, cause):
@@ -56,6 +61,8 @@ def _hidden(solution, T, S, seed, cause):
         for s, score in enumerate(row):
             if not (score == -math.inf if s > last else math.isfinite(score)):
                 expected = "-inf, the future" if s > last else f"a score (row t sees keys 0 to {last})"
+                if score == -math.inf:
+                    cause = "a key that row t sees was hidden: only later ones are, and a score of 0 is a score"
                 if math.isnan(score):
                     cause = "0 · -inf and inf - inf are NaN: fill the hidden places, do not multiply them away"
                 expect(False, f"t={t}, s={s}: got {score:.6g}, expected {expected}", cause)
@@ -142,11 +149,15 @@ def index_scores_fp32_throughout(solution):
             )
             expected = reference(q.double(), k.double(), w.double())
             expect_close(solution(q, k, w), expected, 1e-5, "t s", cause)
+            q, k = q * 1000, k * 1000
+            cause = "right for small numbers: fp16 ends at 65504, float32 does not"
+            expect_close(solution(q, k, w), reference(q.double(), k.double(), w.double()), 1e-5, "t s", cause)
 
 
 @index_scores.property("any size")
 def index_scores_any_size(solution):
-    for T, S, Hi, Di in ((1, 1, 1, 1), (37, 37, 1, 5), (2, 37, 5, 1), (1, 6, 6, 6), (6, 6, 6, 6)):
+    sizes = ((1, 1, 1, 1), (37, 37, 1, 5), (2, 37, 5, 1), (1, 6, 6, 6), (6, 6, 6, 6))
+    for T, S, Hi, Di in (*sizes, (3, 7, 130, 2), (3, 7, 2, 300), (300, 300, 1, 2), (1, 5000, 2, 3)):
         given = _numbers(T, S, Hi, Di, seed=T, weights="any")
         _judge(solution, given, f"wrong for T={T}, S={S}, Hi={Hi}, Di={Di}: is a size written into the code?")
     given = tuple(strided(x) for x in _numbers(5, 9, 3, 4, seed=8, weights="any"))
@@ -248,14 +259,18 @@ def head_weights_di_factor(solution):
 @head_weights.property("fp32 throughout")
 def head_weights_fp32_throughout(solution):
     bf16, fp32 = torch.bfloat16, torch.float32
-    for T, dim, Hi, seed in ((37, 96, 3, 1), (6, 512, 16, 2)):
+    for T, dim, Hi, seed in ((37, 96, 3, 1), (6, 1100, 70, 2)):
         for x_dtype, W_dtype in ((bf16, bf16), (fp32, fp32), (bf16, fp32), (fp32, bf16)):
             x, W_w = normal(T, dim, seed=seed, dtype=x_dtype), normal(dim, Hi, seed=seed + 1, dtype=W_dtype)
             q_scale = normal(T, Hi, seed=seed + 2).abs() + 0.1
             expected = x.double() @ W_w.double() * q_scale * Hi**-0.5 * 32**-0.5
             kinds = " and ".join(str(dtype).removeprefix("torch.") for dtype in (x_dtype, W_dtype))
             cause = f"x and W_w in {kinds}: something was rounded below fp32. Convert x and W_w to float32 first"
+            cause += f" (or a size is written into the code: here dim = {dim}, Hi = {Hi})"
             expect_close(solution(x, W_w, q_scale, Hi, 32), expected, 1e-5, "t h", cause)
+    for size in (1e-6, 1e6):
+        cause = "right for numbers of usual size only: nothing is rounded to 0, cut off or infinite in float32"
+        expect_close(tensor(solution(x * size, W_w, q_scale, Hi, 32)) / size, expected, 1e-5, "t h", cause)
     given = (strided(x) for x in (x, W_w, q_scale))
     cause = "wrong for tensors that are not contiguous, as after a transpose: reshape, do not view"
     expect_close(solution(*given, Hi, 32), expected, 1e-5, "t h", cause)
@@ -312,6 +327,8 @@ def counterexample_not_a_rescale(solution):
 def counterexample_another_winner(solution):
     q_idx, k_idx, w_a, w_b = _example(solution)
     a, b = (reference(q_idx, k_idx, w)[0] for w in (w_a, w_b))
+    what = f"got scores up to {max(a.abs().max(), b.abs().max()):.1g}, which float32 cannot hold"
+    expect(a.float().isfinite().all() and b.float().isfinite().all(), what, "the indexer computes in float32")
     cause = "the scores differ, the best key does not: give each head another favourite key"
     if not a.any():
         cause = "no head matches any key, so every score is 0: each head needs a key with a positive dot product"
@@ -377,7 +394,7 @@ def zero_probability_more_heads(solution):
 
 @zero_probability.property("exact")
 def zero_probability_exact(solution):
-    for Hi in (16, 64):
+    for Hi in (16, 64, 126):
         got, expected = _probability(solution, Hi), 0.5**Hi
         cause = "a simulation, or a rounded number: give the formula"
         expect(math.isclose(got, expected, rel_tol=1e-9), f"Hi={Hi}: {unequal(got, expected)}", cause)

@@ -4,7 +4,7 @@ import torch
 
 from dsa_ref.testing import attention_recall, compare_selection
 
-from ..checking import Check, expect, expect_number, expect_shape, normal, strided, unequal
+from ..checking import Check, expect, expect_number, expect_shape, normal, strided, tensor, unequal
 from ..select_topk.check import judging
 
 recall = Check("recall")  # (weights [T, S], indices int32 [T, k]) -> float
@@ -46,6 +46,8 @@ def recall_one_row(solution):
         mass = float(weights[0, row].sum())
         suspects = {"divided by k: recall is the sum of the weights, not their mean": mass / len(row)}
         _recall(solution, weights, indices, "add up the row's weights at the selected keys", suspects)
+    alike = torch.full((1, 8), 0.125)
+    _recall(solution, alike, _rows([[3, 1, 0]]), "keys of equal weight are still different keys: each one counts")
 
 
 @recall.property("mean over rows")
@@ -114,6 +116,8 @@ def recall_any_shape(solution):
         _recall(
             solution, weights, indices, "wrong for this shape: is a size, or a largest value, written into the code?"
         )
+    far = _rows([[299, 3, 256], [0, 298, -1]])
+    _recall(solution, _weights(2, 300, 6), far, "wrong for 300 keys: did indices go through 8 bits, which end at 255?")
     weights, indices = _weights(5, 9, 5), _rows([[8, 0, -1], [7, 7, 1], [2, -1, -1], [3, 4, 5], [-1, -1, -1]])
     cause = "wrong for tensors that are not contiguous, as after a transpose: reshape, do not view"
     _recall(solution, strided(weights), strided(indices), cause)
@@ -158,3 +162,9 @@ def window_selection_last_keys(solution):
     for T, k in ((37, 5), (9, 1), (3, 5)):
         with judging("last keys", "row t keeps keys t - k + 1 to t, its own among them"):
             _by_recency(solution(T, k), T, k)
+    T, k = 2100, 3  # beyond 8 bits, and beyond the whole numbers of bf16 (256) and fp16 (2048)
+    got = tensor(solution(T, k))
+    keys = (torch.arange(T)[:, None] - torch.arange(k)).clamp(min=-1)
+    wrong = (got.sort(dim=1).values != keys.sort(dim=1).values).any(dim=1).nonzero().flatten().tolist()
+    what = f"T={T}, k={k}: row t={wrong[0]}: got {got[wrong[0]].tolist()}" if wrong else ""
+    expect(not wrong, what, "right for short texts: did positions go through 8 or 16 bits?")

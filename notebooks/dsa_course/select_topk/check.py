@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 
 import torch
 
@@ -88,6 +89,10 @@ def select_topk_scores(solution):
         for close in _neighbours(scores.argsort(dim=1)):
             with judging("scores", "nearly equal is not equal: compare scores as they are, unrounded, unchanged"):
                 compare_selection(solution(close, k), close, k)
+    scores = torch.arange(32_800.0)[None]
+    got = tensor(solution(scores, 2))[0].tolist()
+    what = f"T=1, S=32800, k=2, scores ascending: got {got}, expected 32798 and 32799 in any order"
+    expect(sorted(got) == [32_798, 32_799], what, "right for short rows: did indices or scores go through 16 bits?")
 
 
 @select_topk.property("ties")
@@ -112,10 +117,29 @@ def select_topk_infinite_scores(solution):
         scores = _distinct(T, S, seed)
         scores[:, ::2] = -torch.inf
         scores[:, 1] = torch.inf
+        got = _unrefused(solution, scores, k)
         with judging("infinite scores", "a visible score may be -inf: it still counts, and ranks before hidden keys"):
-            compare_selection(solution(scores, k), scores, k)
+            compare_selection(got, scores, k)
         with judging("infinite scores", "+inf equals +inf: of equal scores the smallest index wins"):
             compare_selection(solution(-scores, k), -scores, k)
+        largest = torch.finfo(torch.float32).max
+        scores[:, 0], scores[:, 2] = largest, -largest
+        with judging(
+            "infinite scores", "infinity is above the largest finite number, and -inf below the least: no tie"
+        ):
+            compare_selection(solution(scores, k), scores, k)
+            compare_selection(solution(-scores, k), -scores, k)
+
+
+def _unrefused(solution, scores, k):
+    """The selection from scores without NaN; a ValueError says so."""
+    try:
+        return solution(scores, k)
+    except Failed as failure:
+        if isinstance(failure.__cause__, ValueError):
+            what = f"got a ValueError ({failure.__cause__}) for scores without NaN, infinities of both signs among them"
+            raise Failed(what, "inf - inf is NaN: look for NaN in the scores, not in their sum") from None
+        raise
 
 
 @select_topk.property("NaN refused")
@@ -150,13 +174,16 @@ def select_topk_nan_refused(solution):
 
 
 def _verdict(solution, indices, scores, k):
-    """True where the learner's check accepts; any error on a wrong selection counts as rejecting it."""
+    """True where the learner's check accepts, False where it says no, by an AssertionError too; a crash is neither."""
     try:
         got = solution(indices, scores, k)
     except Failed as failure:
-        if failure.property == "inputs":
-            raise
-        return failure
+        if isinstance(failure.__cause__, AssertionError):
+            return False
+        if failure.property != "inputs":
+            failure.property = None  # that which was looked for
+            failure.cause = "a judge says no, and does not crash: look at the dtype, the shape and the range first"
+        raise
     cause = "did you forget to return True at the end?"
     single = hasattr(got, "__bool__") and getattr(got, "shape", ()) == ()  # Python's, NumPy's or torch's
     expect(got is not None and single, f"got {type(got).__name__}, expected True or False", cause)
@@ -189,10 +216,6 @@ def _accepts(solution, name, arrange, given=_tied_scores, cause="it asks for mor
     for scores, k in given():
         indices = arrange(reference(scores, k))
         verdict = _verdict(solution, indices, scores, k)
-        if isinstance(verdict, Failed):
-            if not isinstance(verdict.__cause__, AssertionError):
-                raise verdict  # a crash on a right selection
-            verdict = False
         T, S = scores.shape
         what = f"T={T}, S={S}, k={k}: your check rejects {name}; row {T - 1} of the scores begins {_few(scores[-1])}"
         expect(verdict, what, cause)
@@ -382,3 +405,15 @@ def check_selection_any_scores(solution):
     _refuses(solution, smaller_scores, cause, _other_scores)
     cause = "of equal scores the smallest index must win, below 0 and at infinity too, and -0.0 equals 0.0"
     _refuses(solution, later_ties, cause, _other_scores)
+
+
+@check_selection.property("own rules")
+def check_selection_own_rules(solution):
+    called, outer = set(), sys.getprofile()
+    sys.setprofile(lambda frame, event, argument: called.add(frame.f_code))
+    try:
+        _verdict(solution, reference(scores := whole(8, 8, seed=1), 3), scores, 3)
+    finally:
+        sys.setprofile(outer)
+    cause = "right, but then there is nothing to learn: form, padding, range, distinct keys, and the best of them"
+    expect(compare_selection.__code__ not in called, "compare_selection was called, expected your own rules", cause)

@@ -8,24 +8,28 @@ from dsa_ref.select_topk import select_topk
 from dsa_ref.sparse_attention import sparse_attention
 from dsa_ref.testing import Failed, compare_selection
 
-from ..checking import Check, expect, expect_close, expect_shape, normal, whole
+from ..checking import Check, expect, expect_close, expect_shape, normal, strided, tensor, whole
 
 three_lines = Check("three_lines")  # dsa(q_idx, k_idx, w, q, kv, k, scale, v_dim) -> indices, out
 
-CASES = ((1, 37, 37, 5), (2, 3, 9, 16))  # seed, T, S, k: square, and fewer keys than k for the last queries of nine
+CASES = (  # seed, T, S, k, index heads, their size, heads, scale, v_dim
+    (1, 37, 37, 5, 16, 1.0, 2, 0.4, 4),  # square
+    (2, 3, 9, 16, 16, 1.0, 2, 0.4, 4),  # fewer keys than k for the last queries of nine
+    (3, 1, 6, 2, 70, 1e5, 1, 1.3, 3),  # one query, one head, scores beyond fp16, other numbers
+)
 
 
-def _inputs(seed, T, S, k, positive, draw=normal):
-    w = draw(T, 16, seed=seed)
+def _inputs(seed, T, S, k, Hi, size, H, scale, v_dim, *, positive, draw=normal):
+    w = draw(T, Hi, seed=seed)
     return {
-        "q_idx": draw(T, 16, 8, seed=seed + 10),
+        "q_idx": draw(T, Hi, 8, seed=seed + 10) * size,
         "k_idx": draw(S, 8, seed=seed + 20),
         "w": w.abs() if positive else w,
-        "q": normal(T, 2, 6, seed=seed + 30),
+        "q": normal(T, H, 6, seed=seed + 30),
         "kv": normal(S, 6, seed=seed + 40),
         "k": k,
-        "scale": 0.4,
-        "v_dim": 4,
+        "scale": scale,
+        "v_dim": v_dim,
     }
 
 
@@ -39,8 +43,8 @@ def _two(solution, given):
     )
     for name, value in zip(("indices", "out"), got, strict=True):
         cause = "a step that gives two results: sparse_attention returns (out, lse), and only out is asked for"
-        expect(isinstance(value, torch.Tensor), f"{name}: got {type(value).__name__}, expected a tensor", cause)
-    indices, out = got
+        expect(not isinstance(value, (tuple, list)), f"{name}: got {type(value).__name__}, expected a tensor", cause)
+    indices, out = (tensor(x, name) for x, name in zip(got, ("indices", "out"), strict=True))
     swapped = indices.is_floating_point() and not out.is_floating_point()
     expect(not swapped, "got (out, indices), expected (indices, out)", "the two results are in the wrong order")
     return indices, out
@@ -49,7 +53,7 @@ def _two(solution, given):
 def _select(solution, positive, suspects):
     """Compare the selection; where it is that of other weights (suspects: {cause: weights from weights}), say so."""
     for case in CASES:
-        given = _inputs(*case, positive)
+        given = _inputs(*case, positive=positive)
         k, w = given["k"], given["w"]
         indices, _ = _two(solution, given)
         try:
@@ -116,6 +120,9 @@ def three_lines_value(solution):
             f"out: got shape {list(out.shape)}, expected {list(expected.shape)}",
             "the whole row was taken for the value: only its first v_dim numbers are",
         )
-        expect_shape(out, expected.shape, name="out")
+        expect_shape(out, expected.shape, torch.float32, name="out")
         cause = "the indices are right, and out is not the attention over just those keys"
         expect_close(out, expected, 1e-5, "t h v", cause, suspects)
+        given = {name: strided(x) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+        cause = "wrong for tensors that are not contiguous, as after a transpose: reshape, do not view"
+        expect_close(_two(solution, given)[1], expected, 1e-5, "t h v", cause)

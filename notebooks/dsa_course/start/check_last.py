@@ -7,8 +7,16 @@ from ..checking import Check, expect, tensor
 
 keep_last = Check("keep_last")  # keep(t, k) -> the positions that byte t may look at
 
-LONG = ((640, 64), (63, 64), (100, 1), (9, 3), (5, 5))  # t, k: no fewer than k bytes are there
-SHORT = ((0, 1), (0, 64), (2, 64), (62, 64), (3, 5))  # fewer, or just one
+LONG = (
+    (640, 64),
+    (640, 100),
+    (3000, 2500),
+    (63, 64),
+    (100, 1),
+    (9, 3),
+    (5, 5),
+)  # t, k: no fewer than k bytes are there
+SHORT = ((0, 1), (0, 64), (2, 64), (62, 64), (3, 5), (300, 1000))  # fewer, or just one
 
 
 def _positions(solution, t, k):
