@@ -1,6 +1,10 @@
 """The fused selection on Hopper: the portable kernels' set, on rows that a sample bounds and on rows that defeat it."""
 
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 import rungs
@@ -115,3 +119,57 @@ def test_what_it_cannot_serve(device):
         dsa_kernels.lightning_select(q_idx, k_idx[:24575], w, K, k_scale[:24575], variant="hopper")
     with pytest.raises(ValueError, match="needs float8_e4m3fn, got bfloat16"):
         dsa_kernels.lightning_select(q_idx.float().bfloat16(), k_idx.float().bfloat16(), w, K, variant="hopper")
+
+
+TURNS = """
+import sys, time
+import torch
+import dsa_kernels
+from test_hopper_lightning_select import given
+q_idx, k_idx, w, k_scale = given("cuda", T=5242, S=65_536)
+end = torch.arange(47_179, 47_179 + 5242, dtype=torch.int32, device="cuda")
+start, first = torch.zeros_like(end), None
+began, calls = time.monotonic(), 0
+while time.monotonic() - began < 12:
+    found = dsa_kernels.lightning_select(q_idx, k_idx, w, 2048, k_scale, start, end, variant="hopper").sort(1).values
+    first = found if first is None else first
+    assert torch.equal(found, first), f"call {calls} selected otherwise"
+    calls += 1
+portable = dsa_kernels.lightning_select(q_idx, k_idx, w, 2048, k_scale, start, end, variant="portable").sort(1).values
+assert torch.equal(first, portable)
+print(calls)
+"""
+
+
+def test_processes_that_take_turns(device):
+    """Two processes on one GPU, which stops each in the middle of its kernels: see `hopper.select_topk.choose`."""
+    folders = os.pathsep.join([*sys.path, str(pathlib.Path(__file__).parent)])
+    environment = os.environ | {"PYTHONPATH": folders}
+    command = [sys.executable, "-c", TURNS]
+    processes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    ended = [process.communicate(timeout=120) for process in processes]
+    assert all(process.returncode == 0 for process in processes), [stderr[-2000:] for _, stderr in ended]
+    assert sum(int(stdout) for stdout, _ in ended) > 50
+
+
+def test_a_nan_of_unknown_origin_is_for_the_portable_kernel(device):
+    """A row with NaN in its lists is flagged, not refused: what scores it again knows better."""
+    from dsa_kernels.hopper import lightning_select as fused
+
+    k, rows, slots = 100, 2, fused.SLOTS.value
+    entries = torch.zeros(rows, slots, fused.BK.value, dtype=torch.int64, device=device)
+    key = torch.arange(4 * fused.BK.value, device=device).view(4, -1)
+    bits = torch.ones(4, fused.BK.value, device=device).view(torch.int32).long() << 32
+    entries[:, :4] = bits | key
+    entries[1, 2, 8] = (0x7FFFFFFF << 32) | int(key[2, 8])
+    counts = torch.full((rows, fused.BK.value), 4, dtype=torch.int32, device=device)
+    start = torch.zeros(rows, dtype=torch.int32, device=device)
+    out, nan, redo = (torch.full(shape, 7, dtype=torch.int32, device=device) for shape in ((rows, k), rows, rows))
+    ends = start + 4 * fused.BK.value
+    halves = entries.view(torch.int32)
+    fused._choose[(rows,)](entries, halves, counts, start, ends, out, nan, redo, k, num_warps=4, maxnreg=128)
+    assert redo.tolist() == [0, 1] and nan.tolist() == [0, 0]
+    assert out[0].sort().values.tolist() == list(range(k))

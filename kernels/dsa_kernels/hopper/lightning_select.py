@@ -9,7 +9,7 @@
    found bit by bit, and the smallest indices win ties.
 
 A bound is luck, the counts are not: a row with fewer than k entries, or with CAP in a list, is flagged, and the caller
-redoes it without luck. NaN is not below any bound, so it is found, too.
+redoes it without luck. NaN is not below any bound, so it is found, and its row flagged, too.
 
 Bytes: 8 an entry, written and read once, instead of 4 a score; the lists take 64 KiB a row. The chapter
 kernels/book/lightning_select.md follows a row through all three.
