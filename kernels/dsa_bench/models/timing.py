@@ -6,6 +6,7 @@ torch's allocator held at most, all included, on a GPU; on a CPU what the proces
 held before the call: weights, on a CPU the process, and the cache that is decoded from.
 """
 
+import copy
 import gc
 import statistics
 import time
@@ -44,15 +45,18 @@ def measure_decode(model, implementations, ops: types.ModuleType, B: int, T: int
 
     prefilled: the results of a prefill of these sequences; what did not get through it decodes from ours' cache.
     """
-    tokens, caches, filled_by, gone = random_tokens(model, B, T), {}, {}, {}
-    for who in implementations:
-        own = "seconds" in prefilled.get(who, {})
-        filled_by[who] = who if own or who not in DENSE else "ours"
-        use(model, filled_by[who], ops)
+    tokens, filled, caches, gone = random_tokens(model, B, T), {}, {}, {}
+    filled_by = {
+        who: who if "seconds" in prefilled.get(who, {}) or who not in DENSE else "ours" for who in implementations
+    }
+    for who in dict.fromkeys(filled_by.values()):
+        use(model, who, ops)
         free(model)
-        caches[who], why = attempt(lambda: prefill(model, tokens).past_key_values)
-        if why:
-            gone[who] = f"{why} in prefill"
+        filled[who], why = attempt(lambda: prefill(model, tokens).past_key_values)
+        gone |= {name: f"{why} in the prefill by {who}" for name in implementations if why and filled_by[name] == who}
+    for who, source in filled_by.items():
+        caches[who] = copy.deepcopy(filled[source])
+    del filled
     step = tokens[:, -1:]
     calls = {who: lambda who=who: prefill(model, step, caches[who]) for who in implementations}
     results = in_turns(model, calls, ops, STEPS, gone, f"{T} tokens, batch {B}")
