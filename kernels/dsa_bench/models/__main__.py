@@ -31,7 +31,6 @@ def parse(arguments):
     parser.add_argument("--lengths", type=positive, nargs="+", help="tokens; default 1K to 128K, on a CPU 256 to 8192")
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, help="default all; no FP8 on a CPU")
     parser.add_argument("--rounds", type=positive, default=ROUNDS, help="how often each is measured (%(default)s)")
-    parser.add_argument("--threads", type=positive, default=1, help="of torch on a CPU (%(default)s)")
     parser.add_argument("--no-judge", action="store_true", help="time only; without --log nothing is written")
     parser.add_argument("--no-decode", action="store_true", help="prefill only; without --log nothing is written")
     parser.add_argument("--log", type=output_file, help="JSON to write; default figures/models_h200.json or _cpu")
@@ -60,7 +59,7 @@ def main(arguments=None) -> int:
         print(f"{name}: {value}")
     gpu = device == "cuda"
     if not gpu:
-        torch.set_num_threads(options.threads)
+        torch.set_num_threads(1)  # whose time is measured
     sizes, ops = (subject.V32, dsa_kernels) if gpu else (subject.SMALL, dsa_ref)
     model = subject.random_model(sizes, device, torch.bfloat16 if gpu else torch.float32)
     options.implementations = options.implementations or (IMPLEMENTATIONS if gpu else IMPLEMENTATIONS[:3])

@@ -1,7 +1,8 @@
 """Prefill and decode, timed as Python calls them, implementations in turn; memory that runs out is a result.
 
-A figure is the wall time of a call between two synchronisations, since `generate` waits for each token too. In a round
-every implementation has its turn, in an order that rotates, behind a call that is not timed. Peak memory is what
+On a GPU a figure is the wall time of a call between two synchronisations, since `generate` waits for each token too; on
+a CPU it is the processor's time of torch's one thread, which others on the machine do not lengthen. In a round every
+implementation has its turn, in an order that rotates, behind a call that is not timed. Peak memory is what
 torch's allocator held at most, all included, on a GPU; on a CPU what the process held (VmHWM, Linux). `held_bytes` was
 held before the call: weights, on a CPU the process, and the cache that is decoded from.
 """
@@ -21,7 +22,7 @@ from ..measure import percentile
 from .subject import DENSE, random_tokens, use
 
 LONG = 1.0  # seconds from which on a call has fewer rounds, and none before it in a round
-LONG_ROUNDS = 3
+LONG_ROUNDS, VERY_LONG = 3, 10.0  # and two rounds from so many seconds on
 ROUND_S = 0.1  # what a call is repeated for in a round
 MOST_CALLS = 5
 STEPS = 10  # decode steps that are timed
@@ -43,12 +44,11 @@ def measure_prefill(model, implementations, ops: types.ModuleType, T: int, round
 def measure_decode(model, implementations, ops: types.ModuleType, B: int, T: int, prefilled: dict) -> dict:
     """{"batch", "tokens", "results"} of decode steps of B sequences behind T tokens.
 
-    prefilled: the results of a prefill of these sequences; what did not get through it decodes from ours' cache.
+    prefilled: the results of a prefill of these sequences; what did not get through it in a second has ours' cache.
     """
     tokens, filled, caches, gone = random_tokens(model, B, T), {}, {}, {}
-    filled_by = {
-        who: who if "seconds" in prefilled.get(who, {}) or who not in DENSE else "ours" for who in implementations
-    }
+    own = [who for who in implementations if who not in DENSE or prefilled.get(who, {}).get("seconds", LONG) < LONG]
+    filled_by = {who: who if who in own else "ours" for who in implementations}
     for who in dict.fromkeys(filled_by.values()):
         use(model, who, ops)
         free(model)
@@ -95,7 +95,8 @@ def in_turns(model, calls: dict[str, Callable], ops, rounds: int, gone: dict, wh
             estimates[who], why = attempt(lambda call=call: seconds_of(model, call))
         results[who] = ended(who, why, gone, where) if why else {"verdict": MEASURED, "first_seconds": first}
     names = [who for who in calls if results[who]["verdict"] == MEASURED]
-    rounds = min(rounds, LONG_ROUNDS) if any(estimates[who] >= LONG for who in names) else rounds
+    longest = max((estimates[who] for who in names), default=0.0)
+    rounds = min(rounds, 2 if longest >= VERY_LONG else LONG_ROUNDS if longest >= LONG else rounds)
     found = {who: [] for who in names}
     for i in range(rounds):
         turn = i % max(1, len(names))
@@ -152,17 +153,16 @@ def no_memory(error: Exception) -> bool:
 
 
 def seconds_of(model, call) -> float:
-    """Wall time of a call, the GPU's work included; what it returns is dropped."""
-    wait(model)
+    """What a call takes, the GPU's work included; what it returns is dropped."""
+    if model.device.type == "cpu":
+        began = time.process_time()
+        call()
+        return time.process_time() - began
+    torch.cuda.synchronize()
     began = time.perf_counter()
     call()
-    wait(model)
+    torch.cuda.synchronize()
     return time.perf_counter() - began
-
-
-def wait(model):
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def free(model):
