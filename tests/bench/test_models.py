@@ -137,7 +137,7 @@ def test_memory_that_runs_out_is_a_result(bench, model, options, monkeypatch, er
     assert found[2]["note"] == "out of memory at 80 tokens" and not record["wrong"]
     assert all(row["results"][who]["verdict"] == "measured" for row in record["prefill"] for who in ("eager", "ours"))
     assert [row["results"]["sdpa"]["cache_of"] for row in record["decode"]] == ["sdpa", "ours", "ours"]
-    assert tables.cell(found[2], "seconds") == tables.cell(found[1], "bytes") == "no memory"
+    assert tables.cell(found[2], "seconds") == tables.cell(found[1], "GiB") == "no memory"
     assert any("sdpa     not tried" in line for line in bench("__main__").row_lines("prefill", record["prefill"][2]))
 
 
