@@ -89,7 +89,8 @@ TABLE = [
     Row("dsa_ref.integrations", "", ""),
     Row(
         "dsa_ref.integrations.transformers.*",
-        "dsa_ref dsa_ref.contracts dsa_ref/step dsa_ref.nn.wrapped dsa_ref.integrations.transformers.*",
+        "dsa_ref dsa_ref.contracts dsa_ref/step dsa_ref.nn.decode dsa_ref.nn.wrapped "
+        "dsa_ref.integrations.transformers.*",
         "torch transformers ?",  # an operator takes no module, but its name
     ),
     Row(

@@ -354,7 +354,7 @@ MUTANTS = {
         "_select",
         lambda own: lambda self, x, q, keys, *args: torch.arange(8, dtype=torch.int32).expand(*x.shape[:2], 8),
     ),
-    "no scale of YaRN's": ("_queries", lambda own: lambda self, *args: own(self, *args) * 1.01),
+    "no scale of YaRN's": ("_queries", lambda own: lambda self, *args: tuple(part * 1.01 for part in own(self, *args))),
     "W_UK for W_UV": ("_up_projections", lambda own: lambda self, *args: own(self, *args)[::-1]),
 }
 
