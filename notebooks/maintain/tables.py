@@ -94,15 +94,17 @@ def model(file, record) -> str:
     gpu = not made["device"].startswith("CPU")
     ours = [who for who in ("ours", "ours_fp8") if who in results]
     judged = ", ".join(
-        f"{WHO[who]} is within {results[who]['tolerance']:.2g} of it at {100 * results[who]['share']:.1f} %"
+        f"by at most {100 * results[who]['tolerance']:.2g} % of its norm with {WHO[who]} at "
+        f"{100 * results[who]['share']:.1f} %"
         for who in ours
     )
     threads = "" if gpu else ", one thread, whose processor time it is"
-    memory = "at most, weights included" if gpu else "more than before"
+    memory = "GiB: at most, weights included." if gpu else "MiB: what came on top while it read."
     lines = [
         f"*{made['device']}{threads}, {record['sizes']['num_hidden_layers']} layers, {record['dtype'][6:]}, {versions}",
-        f"([`{file}`](figures/{file}), `{made['command']}`). GiB: {memory}. Of the attention outputs of",
-        f"{record['judge']['tokens']} tokens in each layer, compared with sdpa's, {judged}.*",
+        f"([`{file}`](figures/{file}), `{made['command']}`). {memory}",
+        f"Given the same input, a layer's attention output differs from sdpa's {judged} of",
+        f"{record['judge']['tokens']} tokens.*",
     ]
     decodes = {(row["batch"], row["tokens"]): row["results"] for row in record["decode"]}
     everyone = ["eager", "sdpa", *ours]
@@ -110,14 +112,19 @@ def model(file, record) -> str:
     for T, found in [(row["tokens"], row["results"]) for row in record["prefill"]]:
         times = f"{found['sdpa']['seconds'] / found['ours']['seconds']:.2f}" if "seconds" in found["sdpa"] else ""
         cells = [name(T), *(cell(found[who], "seconds") for who in everyone), times]
-        cells += [cell(found[who], "bytes" if gpu else "more bytes") for who in ("sdpa", "ours")]
+        cells += [cell(found[who], "GiB" if gpu else "MiB") for who in ("sdpa", "ours")]
         rows.append(cells + [cell(decodes[1, T][who], "ms") for who in everyone[1:]])
     for (B, T), found in decodes.items():
         if B > 1:
             cells = [f"{B} of {name(T)}", *[""] * (len(everyone) + 3)]
             rows.append(cells + [cell(found[who], "ms") for who in everyone[1:]])
     called = [WHO[who] for who in everyone]
-    heads = ["tokens", *(f"read: {who}, s" for who in called), "times sdpa", "sdpa, GiB", "ours, GiB"]
+    heads = [
+        "tokens",
+        *(f"read: {who}, s" for who in called),
+        "times sdpa",
+        *(f"{who}, {'GiB' if gpu else 'MiB'}" for who in ("sdpa", "ours")),
+    ]
     return "\n".join([*lines, "", table([*heads, *(f"write: {who}, ms" for who in called[1:])], rows)])
 
 
@@ -129,7 +136,9 @@ def cell(result, what) -> str:
         return f"{result['seconds']:.3f}" if result["seconds"] < 1 else f"{result['seconds']:.2f}"
     if what == "ms":
         return f"{1e3 * result['seconds']:.1f}"
-    return f"{(result['peak_bytes'] - (result['held_bytes'] if what == 'more bytes' else 0)) / 2**30:.2f}"
+    if what == "GiB":
+        return f"{result['peak_bytes'] / 2**30:.1f}"
+    return f"{(result['peak_bytes'] - result['held_bytes']) / 2**20:.0f}"
 
 
 TABLES = {"layer": layer, "kernels": kernels, "decode": decode, "models": models}

@@ -137,7 +137,7 @@ def test_memory_that_runs_out_is_a_result(bench, model, options, monkeypatch, er
     assert found[2]["note"] == "out of memory at 80 tokens" and not record["wrong"]
     assert all(row["results"][who]["verdict"] == "measured" for row in record["prefill"] for who in ("eager", "ours"))
     assert [row["results"]["sdpa"]["cache_of"] for row in record["decode"]] == ["sdpa", "ours", "ours"]
-    assert tables.cell(found[2], "seconds") == tables.cell(found[1], "bytes") == "no memory"
+    assert tables.cell(found[2], "seconds") == tables.cell(found[1], "GiB") == "no memory"
     assert any("sdpa     not tried" in line for line in bench("__main__").row_lines("prefill", record["prefill"][2]))
 
 
@@ -155,6 +155,10 @@ def test_memory_that_runs_out_in_a_later_round_or_a_cache(bench, model, options,
     results = timing.in_turns(model, both, dsa_ref, 3, gone, "9 tokens")
     assert results["sdpa"] == {"verdict": "out of memory", "note": "out of memory"} and "sdpa" in gone
     assert len(results["ours"]["rounds"]) == 3
+    monkeypatch.setattr(timing, "one_round", lambda *_: (1.0, 0, 0))
+    for seconds, rounds in ((0.5, 9), (1.0, 3), (10.0, 2), (99.0, 1)):
+        monkeypatch.setattr(timing, "seconds_of", lambda *_, seconds=seconds: seconds)
+        assert len(timing.in_turns(model, {"ours": None}, dsa_ref, 9, {}, "")["ours"]["rounds"]) == rounds
 
     def never(*_):
         raise torch.OutOfMemoryError

@@ -21,8 +21,8 @@ import torch
 from ..measure import percentile
 from .subject import DENSE, random_tokens, use
 
-LONG = 1.0  # seconds from which on a call has fewer rounds, and none before it in a round
-LONG_ROUNDS, VERY_LONG = 3, 10.0  # and two rounds from so many seconds on
+LONG = 1.0  # seconds from which on no untimed call goes before
+FEWER_ROUNDS = {30.0: 1, 10.0: 2, LONG: 3}  # at most, where the slowest takes so many seconds
 ROUND_S = 0.1  # what a call is repeated for in a round
 MOST_CALLS = 5
 STEPS = 10  # decode steps that are timed
@@ -96,7 +96,7 @@ def in_turns(model, calls: dict[str, Callable], ops, rounds: int, gone: dict, wh
         results[who] = ended(who, why, gone, where) if why else {"verdict": MEASURED, "first_seconds": first}
     names = [who for who in calls if results[who]["verdict"] == MEASURED]
     longest = max((estimates[who] for who in names), default=0.0)
-    rounds = min(rounds, 2 if longest >= VERY_LONG else LONG_ROUNDS if longest >= LONG else rounds)
+    rounds = min(rounds, next((fewer for least, fewer in FEWER_ROUNDS.items() if longest >= least), rounds))
     found = {who: [] for who in names}
     for i in range(rounds):
         turn = i % max(1, len(names))
