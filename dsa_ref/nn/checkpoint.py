@@ -193,8 +193,8 @@ def _read(files, names):
     return tensors
 
 
-def locate(path):
-    """{tensor name: the file that holds it}, without reading a tensor."""
+def locate(path: pathlib.Path) -> dict[str, pathlib.Path]:
+    """{tensor name: the file that holds it}, without reading a tensor. Raises as `load_layer` does for files."""
     index = path / INDEX
     if path.is_dir() and index.is_file():
         if (path / SINGLE).is_file():

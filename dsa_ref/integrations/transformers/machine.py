@@ -33,17 +33,12 @@ class Machine(NamedTuple):
     free: int | None  # bytes on all GPUs, else in RAM; None where nobody says
 
     @property
-    def runs_kernels(self) -> bool:
-        """Whether dsa_kernels serve here, compiled."""
-        return self.why_not is None
-
-    @property
     def why_not(self) -> str | None:
         """Why dsa_kernels do not serve here, or None."""
         if self.rocm:
             return f"the kernels are for NVIDIA GPUs, and this torch is for ROCm {self.rocm}"
         if self.capability is None:
-            return "no GPU is here; on a CPU Triton interprets the kernels, which is for tests"
+            return "no GPU is here, and a CPU interprets the kernels, for tests"
         if self.capability < OLDEST:
             return f"the kernels need compute capability 8.0, this GPU has {'.'.join(map(str, self.capability))}"
         missing = [name for name, there in (("triton", self.triton), ("dsa_kernels", self.kernels)) if not there]
@@ -84,12 +79,15 @@ def version(package: str) -> str | None:
 def what_runs(machine: Machine, config: DSAConfig, dtype: torch.dtype) -> list[tuple[str, str]]:
     """(call, what it runs) for the calls of `make_sparse` that serve here, the one to take first."""
     if machine.why_not:
-        plain = ("make_sparse(model)", f"dsa_ref, plain torch: {machine.why_not}")
-        return [plain, ("  index_fp8=True", "the same steps on V3.2's rounded index keys, not faster")]
-    fp8, bf16 = "make_sparse(model, dsa_kernels, index_fp8=True)", "make_sparse(model, dsa_kernels)"
-    return [(fp8, f"{_scores(machine, config)}; {_attention(machine, config, dtype)}"),
-            (bf16, f"portable {str(dtype).removeprefix('torch.')} scores, the keys that transformers selects; "
-                   "attention as above")]  # fmt: skip
+        return [
+            ("make_sparse(model)", f"dsa_ref, plain torch: {machine.why_not}"),
+            ("make_sparse(model, index_fp8=True)", "the same with V3.2's own FP8 index keys; not faster"),
+        ]
+    scores, attention = _scores(machine, config), _attention(machine, config, dtype)
+    own = f"portable {str(dtype).removeprefix('torch.')} scores, which select what transformers selects; {attention}"
+    calls = [("make_sparse(model, dsa_kernels, index_fp8=True)", f"{scores}; {attention}")]
+    calls += [("make_sparse(model, dsa_kernels)", own)]
+    return calls if machine.capability >= NATIVE_FP8 else calls[::-1]
 
 
 def _scores(machine, config):

@@ -1,7 +1,7 @@
 """Bytes that a sparse model takes, and that transformers' own attention would take, counted before anything is loaded.
 
-B sequences of N tokens each; C, R: widths of the latent and of its RoPE part; Di, Hi: the indexer's; an item is a number
-of the model's dtype. `prefill` is for the pass that takes most: the last, whose queries see all N keys.
+B sequences of N tokens each; C, R: widths of the latent and of its RoPE part; Hi, Di: the indexer's heads and their
+width; an item: a number of the model's dtype.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from .attention import NUMBERS_AT_ONCE
 
 KERNEL_SCORES = 1 << 28  # that `dsa_kernels.lightning_select` keeps at once
 REFERENCE_PAIRS = {True: 1 << 28, False: 1 << 24}  # of a block of `dsa_ref`, on a GPU and on a CPU
-REFERENCE_BLOCKS = 4  # temporaries of the reference's size that live at once
+REFERENCE_BLOCKS = 2  # temporaries of the reference's size that live at once
 FP32, INT32 = 4, 4  # bytes
 
 
@@ -25,7 +25,7 @@ class Sizes(NamedTuple):
     layers: int
     shares: bool  # whether layers hand their selection on: GLM-5
     item: int  # bytes of a number
-    experts: int  # that a token goes to
+    experts: int  # a token goes to
     expert_width: int
     dense_width: int  # of the layers without experts
 
@@ -60,36 +60,39 @@ def numbers_a_query(config: DSAConfig) -> int:
 def prefill(sizes: Sizes, tokens: int, queries: int, batch: int, kernels: bool, cuda: bool) -> Prefill:
     """What one pass of `queries` tokens of each sequence takes besides, the last of `tokens`, all keys cached.
 
-    hidden: the residual stream and what is normed of it, B · queries · 2 dim items.
+    hidden: embeddings, the residual stream before and after, and what is normed of it, B · queries · 4 dim items; where
+    layers share, two lists of k int32.
     attention: of a block of queries, as many as NUMBERS_AT_ONCE allows, `numbers_a_query` items and their index queries
-    twice; latents of q, B · queries · q_lora_rank items; outputs, in parts and joined, 2 B · queries · dim items;
-    lists of k int32, likewise twice, and once more the previous layer's where layers share; latents and RoPE keys side
-    by side, and the layer's cache while it is lengthened, B · N · (2 (C + R) + Di) items; scores, at most KERNEL_SCORES
-    in fp32 with kernels, else REFERENCE_BLOCKS of the reference's blocks.
-    mlp: transformers' "grouped_mm" experts, B · queries · experts · max(4 dim, dim + 4 expert_width) items, or a dense
-    layer's B · queries · 3 dense_width.
+    twice; latents of q, B · queries · q_lora_rank items; outputs, in parts and joined, 2 B · queries · dim items; lists
+    of k int32, likewise twice; latents and RoPE keys side by side, and the layer's cache while it is lengthened,
+    B · N · (2 (C + R) + Di) items; scores of one sequence, at most KERNEL_SCORES in fp32 with kernels, else
+    REFERENCE_BLOCKS of the reference's blocks. Up to k keys there are no scores, and queries, keys and values of all
+    heads may stand in place of the block.
+    mlp: transformers' "grouped_mm" experts, B · queries · experts times the more of 2 dim items and 2 dim in fp32, and
+    of dim + 4 expert_width items; or a dense layer's B · queries · 3 dense_width items.
 
     kernels: whether the steps are dsa_kernels'; cuda: whether a GPU runs them.
     """
     c, item = sizes.config, sizes.item
     rows, keys = batch * min(queries, tokens), batch * tokens
-    hidden = rows * 2 * c.dim * item
     block = max(1, min(rows, NUMBERS_AT_ONCE // numbers_a_query(c)))
+    one = min(block, queries)  # of them are scored at once: those of one sequence
+    listed = rows * min(c.index_topk, tokens) * INT32
+    hidden = rows * 4 * c.dim * item + (2 * listed if sizes.shares else 0)
     numbers = block * (numbers_a_query(c) + 2 * c.index_n_heads * c.index_head_dim)
     numbers += rows * (c.q_lora_rank + 2 * c.dim) + keys * (2 * c.latent_dim + c.index_head_dim)
-    lists = rows * min(c.index_topk, tokens) * INT32 * (3 if sizes.shares else 2)
     if tokens <= c.index_topk:
         scores = 0
         qk = c.qk_nope_head_dim + c.qk_rope_head_dim
         heads = c.n_heads * (rows * (2 * qk + c.v_head_dim) + keys * (c.qk_nope_head_dim + qk + c.v_head_dim))
         numbers += max(0, heads - block * numbers_a_query(c))
     elif kernels:
-        scores = min(KERNEL_SCORES, block * tokens) * FP32
+        scores = min(KERNEL_SCORES, one * tokens) * FP32
     else:
-        scores = min(REFERENCE_PAIRS[cuda], block * tokens * c.index_n_heads) * REFERENCE_BLOCKS * FP32
-    experts = sizes.experts * max(4 * c.dim, c.dim + 4 * sizes.expert_width)
-    mlp = rows * max(experts, 3 * sizes.dense_width) * item
-    return Prefill(hidden, numbers * item + lists + scores, mlp)
+        scores = min(REFERENCE_PAIRS[cuda], one * tokens * c.index_n_heads) * REFERENCE_BLOCKS * FP32
+    experts = sizes.experts * max(2 * c.dim * (item + FP32), (c.dim + 4 * sizes.expert_width) * item)
+    mlp = rows * max(experts, 3 * sizes.dense_width * item)
+    return Prefill(hidden, numbers * item + 2 * listed + scores, mlp)
 
 
 def dense_attention(sizes: Sizes, tokens: int, queries: int, batch: int) -> int:

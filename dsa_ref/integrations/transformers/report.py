@@ -7,7 +7,6 @@ import os
 import pathlib
 import textwrap
 
-
 from ...config import DSAConfig
 from ...hf_config import CONFIG, read_config
 from . import memory
@@ -16,6 +15,7 @@ from .machine import Machine, this_machine, version, what_runs
 from .memory import Sizes
 
 COLUMNS, LABEL = 80, 13
+UNBROKEN = "\u00a0"  # the blank between a number and its unit, as long as lines are wrapped
 CHUNK = 4096  # tokens a pass, of `generate(prefill_chunk_size=)`
 MOST_LISTED = 8  # lines of a kind
 TITLES = {"deepseek_v32": "DeepSeek-V3.2", "glm_moe_dsa": "GLM-5"}
@@ -57,18 +57,22 @@ def report(
         _machine(machine, config, weights.dtype),
         _memory(weights, sizes, machine, tokens, batch),
     ]
-    return "\n\n".join("\n".join(lines) for lines in parts), len(weights.wrong)
+    text = "\n\n".join("\n".join(lines) for lines in parts)
+    return text.replace(UNBROKEN, " "), len(weights.wrong)
 
 
 def _model(directory, fields, config, sizes):
     """Family, layers, attention, context."""
     own = [i for i in range(sizes.layers) if config.has_indexer(i)]
     shared = sizes.layers - len(own)
-    layers = f"{len(own)} with an indexer, {shared} that share another's selection" if shared else "each with an indexer"
+    layers = (
+        f"{len(own)} with an indexer, {shared} that share another's selection" if shared else "each with an indexer"
+    )
     yarn = f", by YaRN from {config.original_seq_len:,}" if config.yarn else ""
     c = config
     return [
-        f"{TITLES[fields['model_type']]} ({fields['model_type']}) in {directory}",
+        f"{TITLES[fields['model_type']]} (model_type {fields['model_type']})",
+        *_line("directory", str(directory)),
         *_line("layers", f"{sizes.layers}: {layers}"),
         *_line("attention", f"{c.n_heads} heads of {c.qk_nope_head_dim} + {c.qk_rope_head_dim}, values of "
                f"{c.v_head_dim}; cached of a token: {c.kv_lora_rank} + {c.qk_rope_head_dim} numbers"),
@@ -123,44 +127,57 @@ def _machine(machine, config, dtype):
     else:
         lines += _line("hardware", f"{machine.cards} x {machine.card}, compute capability "
                        f"{'.'.join(map(str, machine.capability))}; {_size(machine.free)} free")  # fmt: skip
-    for call, runs_what in what_runs(machine, config, dtype):
-        lines += ["", *_line("runs", call), *_line("", runs_what)]
+    for call, what in what_runs(machine, config, dtype):
+        lines += [*_line("runs", call), *_line("", f"  {what}", indent=2)]
     return lines
 
 
 def _memory(weights, sizes, machine, tokens, batch):
     """What it takes to prefill so many tokens, in one pass and in chunks, and how far one gets."""
     kernels, cuda = machine.why_not is None, machine.capability is not None
-    token = memory.cache_bytes_per_token(sizes)
+    token, longest = memory.cache_bytes_per_token(sizes), sizes.config.max_seq_len
 
-    def needed(tokens, chunk=None):
-        pass_ = memory.prefill(sizes, tokens, chunk or tokens, batch, kernels, cuda)
-        return weights.memory + batch * tokens * token + pass_.most
+    def prefill(tokens, chunk):
+        return memory.prefill(sizes, tokens, chunk, batch, kernels, cuda)
 
-    sequences = "1 sequence" if batch == 1 else f"{batch} sequences"
-    lines = [f"memory: {sequences} of {tokens:,} tokens, {str(weights.dtype).removeprefix('torch.')}", ""]
-    rows = [["", "prompt in one pass", f"in chunks of {CHUNK:,}"], ["weights", *[_size(weights.memory)] * 2]]
-    rows += [[f"cache ({_size(token)} a token)", *[_size(batch * tokens * token)] * 2]]
-    both = [memory.prefill(sizes, tokens, chunk, batch, kernels, cuda) for chunk in (tokens, CHUNK)]
-    rows += [["  what is done in a pass: hidden states", *[_size(one.hidden) for one in both]]]
-    rows += [["  with a layer's selection and attention", *[_size(one.attention) for one in both]]]
-    rows += [["  or its MLP, transformers' own", *[_size(one.mlp) for one in both]]]
-    totals = [needed(tokens), needed(tokens, CHUNK)]
-    rows += [["together, at most at once", *map(_size, totals)]]
+    def needed(tokens, chunk):
+        return weights.memory + batch * tokens * token + prefill(tokens, chunk).most
+
+    chunks = max(tokens, longest), CHUNK  # one pass, however long; or some
+    passes = [prefill(tokens, chunk) for chunk in chunks]
+    rows = [
+        ("", ["prompt at once", f"chunks of {CHUNK:,}"]),
+        ("weights", [_size(weights.memory)] * 2),
+        (f"cache, {_size(token)} a token", [_size(batch * tokens * token)] * 2),
+        ("besides, in a pass: hidden states", [_size(one.hidden) for one in passes]),
+        ("  and a layer's sparse attention", [_size(one.attention) for one in passes]),
+        ("  or its MLP, which is transformers'", [_size(one.mlp) for one in passes]),
+        ("together, at most at once", [_size(needed(tokens, chunk)) for chunk in chunks]),
+    ]
     if machine.free is not None:
-        rows += [["free here", *[_size(machine.free)] * 2]]
-        rows += [["fits", *("yes" if total <= machine.free else "no" for total in totals)]]
-        far = [memory.longest(lambda n, chunk=chunk: needed(n, chunk), machine.free, sizes.config.max_seq_len)
-               for chunk in (None, CHUNK)]  # fmt: skip
-        rows += [["longest that fits, in tokens", *(f"{n:,}" if n else "none" for n in far)]]
-    dense = [memory.dense_attention(sizes, tokens, chunk, batch) for chunk in (tokens, CHUNK)]
-    rows += [["transformers' sdpa, a layer's attention", *map(_size, dense)]]
-    lines += [f"  {name:<40}{one:>18}{other:>20}" for name, one, other in rows]
-    notes = [f"Chunks: model.generate(..., prefill_chunk_size={CHUNK})."]
-    notes += ["A call of model(...) makes logits of every token besides, unless logits_to_keep=1."]
+        far = [memory.longest(lambda n, chunk=chunk: needed(n, chunk), machine.free, longest) for chunk in chunks]
+        rows += [
+            ("of free", [_size(machine.free)] * 2),
+            ("fits", ["yes" if needed(tokens, chunk) <= machine.free else "no" for chunk in chunks]),
+            ("longest that fits, in tokens", [f"{n:,}" for n in far]),
+        ]
+    dense = [memory.dense_attention(sizes, tokens, chunk, batch) for chunk in chunks]
+    rows += [("a layer's attention in sdpa, at least", [_size(size) for size in dense])]
+    sequences = "1 sequence" if batch == 1 else f"{batch} sequences"
+    lines = [f"memory for {sequences} of {tokens:,} tokens in {_name(weights.dtype)}"]
+    lines += [f"  {label:<40}{one:>18}{other:>20}" for label, (one, other) in rows]
+    lines += _line("chunks", f"model.generate(..., prefill_chunk_size={CHUNK})")
+    lines += _line("logits", "generate makes those of the last token; model(...) of all, without logits_to_keep=1")
+    if machine.free is not None and weights.memory > machine.free:
+        lines += _line("too large", "the weights alone take more than is free here: more GPUs, or device_map with "
+                       "offloading, which is slow")  # fmt: skip
     if machine.cards > 1:
-        notes += [f"What is free is that of {machine.cards} GPUs together, over which device_map spreads the layers."]
-    return lines + [""] + [line for note in notes for line in textwrap.wrap(note, COLUMNS)]
+        lines += _line("GPUs", f"free is what {machine.cards} have together, as device_map spreads the layers")
+    return lines
+
+
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 def _size(count):
@@ -169,8 +186,8 @@ def _size(count):
         return "unknown"
     for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if count >= 1 << power:
-            return f"{count / (1 << power):,.1f} {unit}"
-    return f"{count} bytes"
+            return f"{count / (1 << power):,.1f}{UNBROKEN}{unit}"
+    return f"{count}{UNBROKEN}bytes"
 
 
 def _lines(label, texts):
@@ -181,8 +198,9 @@ def _lines(label, texts):
     return lines + (_line("", f"and {len(texts) - MOST_LISTED} more") if len(texts) > MOST_LISTED else [])
 
 
-def _line(label, text):
+def _line(label, text, indent=0):
     """`label  text` in 80 columns, further lines under the text."""
     return textwrap.wrap(
-        text, COLUMNS, initial_indent=f"  {label:<{LABEL - 2}}", subsequent_indent=" " * LABEL, break_on_hyphens=False
-    )
+        text, COLUMNS, initial_indent=f"  {label:<{LABEL - 2}}", subsequent_indent=" " * (LABEL + indent),
+        break_on_hyphens=False, break_long_words=False,
+    )  # fmt: skip
