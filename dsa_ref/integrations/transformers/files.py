@@ -90,11 +90,11 @@ def their_config(fields: Mapping) -> PreTrainedConfig:
     try:
         return MODELS[fields["model_type"]][0].from_dict(copy.deepcopy(dict(fields)))
     except Exception as error:  # whatever its fields lead to
-        raise ValueError(f"config.json must be one that transformers takes: {error}") from error
+        raise ValueError(f"config.json must be one that transformers takes: {_one_line(error)}") from error
 
 
-def wanted_tensors(config: PreTrainedConfig) -> dict[str, Wanted]:
-    """{name: tensor} that transformers loads into a model of this config, under the names that files have.
+def wanted_tensors(config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Wanted]:
+    """{name: tensor} that transformers loads into a model of this config in dtype, under the names that files have.
 
     Raises ValueError for sizes of which no model can be made.
     """
@@ -102,10 +102,10 @@ def wanted_tensors(config: PreTrainedConfig) -> dict[str, Wanted]:
         with torch.device("meta"):
             model = MODELS[config.model_type][1](config)
     except Exception as error:
-        raise ValueError(f"config.json must have sizes that transformers can make a model of: {error}") from error
+        raise ValueError(f"config.json must be that of a model transformers can make: {_one_line(error)}") from error
     tied = model.all_tied_weights_keys
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    kept = tuple(model._keep_in_fp32_modules_strict)
+    kept = model._keep_in_fp32_modules_strict | (model._keep_in_fp32_modules if dtype == torch.float16 else set())
     return {
         name: Wanted(list(tensor.shape), any(part in name for part in kept))
         for name, tensor in revert_weight_conversion(model, tensors).items()
@@ -131,7 +131,8 @@ def read_weights(
         places = {f"model.{name}" for name in places}
         stored = {f"model.{name}": tensor for name, tensor in stored.items()}
 
-    wanted, beyond, others = wanted_tensors(config), collections.Counter(), []
+    dtype = config.dtype or _most(stored.values())
+    wanted, beyond, others = wanted_tensors(config, dtype), collections.Counter(), []
     by_dtype, layers = collections.Counter(), config.num_hidden_layers
     for name, tensor in stored.items():
         match = LAYER.match(name)
@@ -141,7 +142,6 @@ def read_weights(
             by_dtype[tensor.dtype] += tensor.bytes
         else:
             others.append(name)
-    dtype = config.dtype or _most(by_dtype)
     memory = sum(by_dtype.values())
     if suffix is not None:
         wrong += [f"missing: {part}" for part in _listed(wanted.keys() - places)]
@@ -211,10 +211,17 @@ def _memory(stored, wanted, suffix, dtype, keeps_fp8):
     return total
 
 
-def _most(by_dtype):
+def _most(tensors):
     """The float dtype that most bytes have; bf16 where there are other dtypes only."""
-    floats = {name: size for name, size in by_dtype.items() if name in DTYPES}
-    return getattr(torch, DTYPES[max(floats, key=floats.get)]) if floats else torch.bfloat16
+    sizes = collections.Counter()
+    for tensor in tensors:
+        if tensor.dtype in DTYPES:
+            sizes[tensor.dtype] += tensor.bytes
+    return getattr(torch, DTYPES[sizes.most_common(1)[0][0]]) if sizes else torch.bfloat16
+
+
+def _one_line(error):
+    return " ".join(str(error).split())
 
 
 def _listed(names: Iterable[str]) -> list[str]:

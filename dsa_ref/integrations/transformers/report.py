@@ -38,9 +38,9 @@ def report(
         raise ValueError(f"{directory} must be a directory that holds {CONFIG}, got {got}")
     fields = read_config(directory)
     config = DSAConfig.from_hf(fields)
-    theirs = their_config(fields)
+    suffix, theirs = scale_suffix(fields), their_config(fields)
     machine = this_machine() if machine is None else machine
-    weights = read_weights(directory, theirs, scale_suffix(fields), machine.keeps_fp8)
+    weights = read_weights(directory, theirs, suffix, machine.keeps_fp8)
     sizes = Sizes(
         config,
         theirs.num_hidden_layers,
