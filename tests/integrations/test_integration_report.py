@@ -101,7 +101,7 @@ def test_a_whole_directory(family, tmp_path, capsys):
     indexers = {"deepseek_v32": "3: each with an indexer", "glm_moe_dsa": "3: 2 with an indexer, 1 that share"}
     for text in (
         family, indexers[family], "4 heads of 16 + 8, values of 16", "16 heads of 16, selects k = 16", "4,096 tokens",
-        "whole ", "BF16", "make_sparse(model", "1 sequence of 4,096 tokens in bfloat16", "longest that fits",
+        "whole ", "BF16", "make_sparse(model", "1 sequence of 4,096 tokens, in bfloat16", "longest that fits",
     ):  # fmt: skip
         assert text in said
     assert "wrong" not in said and not errors
@@ -113,7 +113,9 @@ def test_tokens_and_batch_are_counted(tmp_path, capsys):
     main([str(directory), "--tokens", "1000", "--batch", "3"])
     said = capsys.readouterr().out
     cache = 3 * 1000 * 3 * (32 + 8 + 16) * 2  # sequences, tokens, layers, numbers of a token and layer, bf16
-    assert "3 sequences of 1,000 tokens" in said and f"{cache / 1024:,.1f} KiB" in said
+    main([str(directory), "--tokens", "5000"])
+    assert "1 sequence of 5,000 tokens, past the model's 4,096" in capsys.readouterr().out
+    assert "3 sequences of 1,000 tokens, in" in said and f"{cache / 1024:,.1f} KiB" in said
     assert status(directory, "--tokens", "0") == 2
     assert "argument --tokens: must be a whole number of at least 1" in capsys.readouterr().err
 
@@ -272,6 +274,8 @@ def test_what_quantisation_means_is_said(tmp_path):
     assert "transformers needs accelerate" in here and "makes bf16 of FP8" in here and "unit vectors" not in here
     there = text_of(tmp_path, CARD)
     assert "kv_b_proj by a product with unit vectors" in there and "dequantize=True" in there
+    change(tmp_path, quantization_config=FP8 | {"dequantize": True})
+    assert "config.json says dequantize" in text_of(tmp_path, CARD)
     change(tmp_path, quantization_config={"quant_method": "gptq"})
     other = text_of(tmp_path, CARD)
     assert "gptq: transformers needs the package of that method" in other and "were not compared" in other

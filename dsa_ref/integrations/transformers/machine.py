@@ -47,7 +47,7 @@ class Machine(NamedTuple):
     @property
     def keeps_fp8(self) -> bool:
         """Whether transformers' "fp8" leaves weights FP8 when it loads them here; elsewhere it makes bf16 of them."""
-        return self.rocm is None and self.capability is not None and self.capability >= NATIVE_FP8
+        return self.capability is not None and self.capability >= NATIVE_FP8
 
 
 def this_machine() -> Machine:
@@ -84,7 +84,7 @@ def what_runs(machine: Machine, config: DSAConfig, dtype: torch.dtype) -> list[t
             ("make_sparse(model, index_fp8=True)", "the same with V3.2's own FP8 index keys; not faster"),
         ]
     scores, attention = _scores(machine, config), _attention(machine, config, dtype)
-    own = f"portable {str(dtype).removeprefix('torch.')} scores, which select what transformers selects; {attention}"
+    own = f"portable {str(dtype).removeprefix('torch.')} scores, which select what transformers does, up to rounding; {attention}"
     calls = [("make_sparse(model, dsa_kernels, index_fp8=True)", f"{scores}; {attention}")]
     calls += [("make_sparse(model, dsa_kernels)", own)]
     return calls if machine.capability >= NATIVE_FP8 else calls[::-1]

@@ -40,7 +40,7 @@ def report(
     config = DSAConfig.from_hf(fields)
     suffix, theirs = scale_suffix(fields), their_config(fields)
     machine = this_machine() if machine is None else machine
-    weights = read_weights(directory, theirs, suffix, machine.keeps_fp8)
+    weights = read_weights(directory, theirs, suffix, _keeps_fp8(fields, machine))
     sizes = Sizes(
         config,
         theirs.num_hidden_layers,
@@ -100,8 +100,14 @@ def _compared(fields):
     return "all tensors that transformers loads are there, with config.json's shapes"
 
 
+def _keeps_fp8(fields, machine):
+    """Whether FP8 weights are still FP8 when transformers runs them. compressed-tensors unpacks what it has loaded."""
+    quantization = fields.get("quantization_config") or {}
+    return quantization.get("quant_method") == "fp8" and not quantization.get("dequantize") and machine.keeps_fp8
+
+
 def _quantised(fields, machine):
-    """What a quantized_config means for transformers and for make_sparse."""
+    """What a quantization_config means for transformers and for make_sparse."""
     quantization = fields.get("quantization_config")
     if quantization is None:
         return []
@@ -109,11 +115,12 @@ def _quantised(fields, machine):
     packages = {"fp8": ["accelerate", "kernels"], "compressed-tensors": ["compressed-tensors"]}.get(method, [])
     needs = ", ".join(f"{name} ({version(name) or 'not installed'})" for name in packages)
     lines = _line("quantised", f"{method}: transformers needs {needs or 'the package of that method'}")
-    if method == "fp8" and not machine.keeps_fp8:
-        return lines + _line("", "no GPU of compute capability 8.9 is here, so transformers makes bf16 of FP8 when it "
-                             "loads: kv_b_proj is then a plain matrix")  # fmt: skip
+    if method == "fp8" and not _keeps_fp8(fields, machine):
+        why = "config.json says dequantize" if machine.keeps_fp8 else "no GPU of compute capability 8.9 is here"
+        return lines + _line("", f"{why}, so transformers makes bf16 of FP8 when it loads: kv_b_proj is then a plain "
+                             "matrix")  # fmt: skip
     return lines + _line("", "make_sparse reads kv_b_proj by a product with unit vectors in every layer at every call; "
-                         "quantization_config with dequantize=True on loading spares that")  # fmt: skip
+                         "loading with dequantize=True in the quantization_config spares that")  # fmt: skip
 
 
 def _machine(machine, config, dtype):
@@ -157,14 +164,15 @@ def _memory(weights, sizes, machine, tokens, batch):
     if machine.free is not None:
         far = [memory.longest(lambda n, chunk=chunk: needed(n, chunk), machine.free, longest) for chunk in chunks]
         rows += [
-            ("of free", [_size(machine.free)] * 2),
+            ("free here", [_size(machine.free)] * 2),
             ("fits", ["yes" if needed(tokens, chunk) <= machine.free else "no" for chunk in chunks]),
             ("longest that fits, in tokens", [f"{n:,}" for n in far]),
         ]
     dense = [memory.dense_attention(sizes, tokens, chunk, batch) for chunk in chunks]
-    rows += [("a layer's attention in sdpa, at least", [_size(size) for size in dense])]
+    rows += [("sdpa's attention of a layer, at least", [_size(size) for size in dense])]
     sequences = "1 sequence" if batch == 1 else f"{batch} sequences"
-    lines = [f"memory for {sequences} of {tokens:,} tokens in {_name(weights.dtype)}"]
+    past = f", past the model's {longest:,}" if tokens > longest else ""
+    lines = [f"memory for {sequences} of {tokens:,} tokens{past}, in {_name(weights.dtype)}"]
     lines += [f"  {label:<40}{one:>18}{other:>20}" for label, (one, other) in rows]
     lines += _line("chunks", f"model.generate(..., prefill_chunk_size={CHUNK})")
     lines += _line("logits", "generate makes those of the last token; model(...) of all, without logits_to_keep=1")
