@@ -7,49 +7,29 @@ import pytest
 import rungs
 import torch
 from conftest import NEEDS_TRITON
+from tiny_models import FAMILIES, tiny, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, DynamicCache, GlmMoeDsaConfig, GlmMoeDsaForCausalLM
+from transformers import DynamicCache
 
 from dsa_ref import DSAConfig, blocks
 from dsa_ref.integrations.transformers import attention, machine, make_sparse, memory
 from dsa_ref.integrations.transformers.machine import Machine, what_runs
 from dsa_ref.integrations.transformers.memory import Sizes
 
-MODELS = {
-    "deepseek_v32": (DeepseekV32Config, DeepseekV32ForCausalLM, {}),
-    "glm_moe_dsa": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM, {"indexer_types": ["full", "shared", "full"]}),
-}
-SIZES = {
-    "hidden_size": 256,  # wide, so that what the counts leave out, a few numbers a token, is small beside it
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "num_hidden_layers": 3,
-    "q_lora_rank": 32,
+WIDE = {
+    "hidden_size": 256,
     "kv_lora_rank": 64,
-    "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-    "index_n_heads": 16,
-    "index_head_dim": 16,
     "index_topk": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "vocab_size": 100,
-    "max_position_embeddings": 4096,
-    "mlp_layer_types": ["sparse"] * 3,
-}
+}  # beside a few numbers a token
+WIDE |= {"mlp_layer_types": ["sparse"] * 3}
 
 
 def model_and_sizes(family, dtype, **fields):
     """A tiny random model, and what the counts need of it."""
-    Config, Model, own = MODELS[family]
-    config = Config(**SIZES | own | fields)
-    torch.manual_seed(0)
+    model = tiny(family, "sdpa", **WIDE | fields).to(dtype)
+    config = model.config
     sizes = Sizes(
         DSAConfig.from_hf(config.to_dict()),
         config.num_hidden_layers,
@@ -59,7 +39,7 @@ def model_and_sizes(family, dtype, **fields):
         config.moe_intermediate_size,
         config.intermediate_size,
     )
-    return Model(config).eval().to(dtype), sizes
+    return model, sizes
 
 
 def held(cache):
@@ -96,18 +76,18 @@ class Live(TorchDispatchMode):
 @torch.no_grad()
 def run(model, B, N, queries):
     """(what lived at most besides the cache, the largest tensor, the cache) of the last `queries` of N tokens."""
-    tokens = torch.randint(100, (B, N), generator=torch.Generator().manual_seed(0))
+    text = tokens(B, N)
     cache = DynamicCache(config=model.config)
     if queries < N:
-        model(tokens[:, :-queries], past_key_values=cache)
+        model(text[:, :-queries], past_key_values=cache)
     with Live() as live:
-        model(tokens[:, -queries:], past_key_values=cache, logits_to_keep=1)
+        model(text[:, -queries:], past_key_values=cache, logits_to_keep=1)
     return live.most - held(cache), live.largest, cache
 
 
 @pytest.mark.parametrize("sparse", (False, True))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_cache_bytes_are_those_of_a_cache(family, dtype, sparse):
     model, sizes = model_and_sizes(family, dtype)
     if sparse:
@@ -146,10 +126,9 @@ def test_what_a_pass_takes_is_counted_from_above(name, monkeypatch):
 
 
 @pytest.mark.parametrize("queries", (400, 100))
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_sdpa_takes_is_counted_from_below(family, queries):
     model, sizes = model_and_sizes(family, torch.float32)
-    model.set_attn_implementation("sdpa")
     most, largest, _ = run(model, 1, 400, queries)
     counted = memory.dense_attention(sizes, 400, queries, 1)
     assert largest == 4 * queries * 16 * 400  # one of the two

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, GlmMoeDsaConfig, GlmMoeDsaForCausalLM
+from tiny_models import FAMILIES, tiny
+from transformers import DeepseekV32ForCausalLM
 
 from dsa_ref.integrations.transformers import report as reporting
 from dsa_ref.integrations.transformers.__main__ import main
@@ -18,33 +19,6 @@ from dsa_ref.integrations.transformers.machine import Machine
 from dsa_ref.nn.block_scales import quantize_blocks
 
 ROOT = pathlib.Path(__file__).parents[2]
-SIZES = {
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "num_hidden_layers": 3,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "index_n_heads": 16,
-    "index_head_dim": 16,
-    "index_topk": 16,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "vocab_size": 100,
-    "max_position_embeddings": 4096,
-    "mlp_layer_types": ["dense", "sparse", "sparse"],
-}
-MODELS = {
-    "deepseek_v32": (DeepseekV32Config, DeepseekV32ForCausalLM, {}),
-    "glm_moe_dsa": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM, {"indexer_types": ["full", "shared", "full"]}),
-}
 KV_B, WQ_B = "self_attn.kv_b_proj.weight", "self_attn.indexer.wq_b.weight"
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 NOWHERE = Machine("2.13.0", "5.23.0", None, False, None, None, None, 0, 1 << 30)
@@ -53,9 +27,7 @@ CARD = Machine("2.13.0", "5.23.0", "3.7.1", True, None, "a card", (9, 0), 1, 1 <
 
 def save(directory, family="deepseek_v32", dtype=torch.bfloat16, shards=False, **fields):
     """A tiny random model's directory."""
-    Config, Model, own = MODELS[family]
-    torch.manual_seed(0)
-    model = Model(Config(**SIZES, **own | fields)).to(dtype)
+    model = tiny(family, **{"mlp_layer_types": ["dense", "sparse", "sparse"]} | fields).to(dtype)
     model.save_pretrained(directory, max_shard_size="100KB" if shards else "1GB")
     return directory
 
@@ -92,7 +64,7 @@ def status(*arguments):
     return stopped.value.code
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_directory(family, tmp_path, capsys):
     directory = save(tmp_path / "model", family)
     capsys.readouterr()  # transformers shows progress
@@ -100,8 +72,8 @@ def test_a_whole_directory(family, tmp_path, capsys):
     said, errors = capsys.readouterr()
     indexers = {"deepseek_v32": "3: each with an indexer", "glm_moe_dsa": "3: 2 with an indexer, 1 that share"}
     for text in (
-        family, indexers[family], "4 heads of 16 + 8, values of 16", "16 heads of 16, selects k = 16", "4,096 tokens",
-        "whole ", "BF16", "make_sparse(model", "1 sequence of 4,096 tokens, in bfloat16", "longest that fits",
+        family, indexers[family], "4 heads of 16 + 8, values of 16", "16 heads of 16, selects k = 8 keys",
+        "4,096 tokens", "whole ", "BF16", "make_sparse(model", "1 sequence of 4,096 tokens, in bfloat16", "longest that fits",
     ):  # fmt: skip
         assert text in said
     assert "wrong" not in said and not errors
@@ -121,10 +93,10 @@ def test_tokens_and_batch_are_counted(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bytes_of_weights_are_those_of_the_loaded_model(family, dtype, tmp_path):
     save(tmp_path, family, dtype)
-    model = MODELS[family][1].from_pretrained(tmp_path)
+    model = FAMILIES[family][1].from_pretrained(tmp_path)
     held = sum(tensor.nbytes for tensor in model.state_dict().values())
     found = weights(tmp_path)
     assert found.memory == held and found.dtype == dtype
@@ -367,8 +339,8 @@ def test_a_reader_that_has_enough(whole, monkeypatch, capsys):
 
 
 def test_an_older_transformers_is_named(tmp_path):
-    (tmp_path / "transformers").mkdir()
-    (tmp_path / "transformers" / "__init__.py").write_text("__version__ = '5.20.2'\n")
+    (tmp_path / "transformers-5.20.2.dist-info").mkdir()
+    (tmp_path / "transformers-5.20.2.dist-info" / "METADATA").write_text("Name: transformers\nVersion: 5.20.2\n")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-m", "dsa_ref.integrations.transformers", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)

@@ -84,9 +84,9 @@ def what_runs(machine: Machine, config: DSAConfig, dtype: torch.dtype) -> list[t
             ("make_sparse(model, index_fp8=True)", "the same with V3.2's own FP8 index keys; not faster"),
         ]
     scores, attention = _scores(machine, config), _attention(machine, config, dtype)
-    own = f"portable {str(dtype).removeprefix('torch.')} scores, which select what transformers does, up to rounding; {attention}"
+    plain = f"portable {str(dtype).removeprefix('torch.')} scores, which select what transformers does, up to rounding"
     calls = [("make_sparse(model, dsa_kernels, index_fp8=True)", f"{scores}; {attention}")]
-    calls += [("make_sparse(model, dsa_kernels)", own)]
+    calls += [("make_sparse(model, dsa_kernels)", f"{plain}; {attention}")]
     return calls if machine.capability >= NATIVE_FP8 else calls[::-1]
 
 

@@ -64,10 +64,10 @@ def prefill(sizes: Sizes, tokens: int, queries: int, batch: int, kernels: bool, 
     layers share, two lists of k int32.
     attention: of a block of queries, as many as NUMBERS_AT_ONCE allows, `numbers_a_query` items and their index queries
     twice; latents of q, B · queries · q_lora_rank items; outputs, in parts and joined, 2 B · queries · dim items; lists
-    of k int32, likewise twice; latents and RoPE keys side by side, and the layer's cache while it is lengthened,
-    B · N · (2 (C + R) + Di) items; scores of one sequence, at most KERNEL_SCORES in fp32 with kernels, else
-    REFERENCE_BLOCKS of the reference's blocks. Up to k keys there are no scores, and queries, keys and values of all
-    heads may stand in place of the block.
+    of k int32, of a block, or where layers share of all queries, in parts and joined; latents and RoPE keys side by
+    side, and the layer's cache while it is lengthened, B · N · (2 (C + R) + Di) items; scores of one sequence, at most
+    KERNEL_SCORES in fp32 with kernels, else REFERENCE_BLOCKS of the reference's blocks. Up to k keys there are no
+    scores, and queries, keys and values of all heads may stand in place of the block.
     mlp: transformers' "grouped_mm" experts, B · queries · experts times the more of 2 dim items and 2 dim in fp32, and
     of dim + 4 expert_width items; or a dense layer's B · queries · 3 dense_width items.
 
@@ -77,8 +77,8 @@ def prefill(sizes: Sizes, tokens: int, queries: int, batch: int, kernels: bool, 
     rows, keys = batch * min(queries, tokens), batch * tokens
     block = max(1, min(rows, NUMBERS_AT_ONCE // numbers_a_query(c)))
     one = min(block, queries)  # of them are scored at once: those of one sequence
-    listed = rows * min(c.index_topk, tokens) * INT32
-    hidden = rows * 4 * c.dim * item + (2 * listed if sizes.shares else 0)
+    listed = min(c.index_topk, tokens) * INT32 * (2 * rows if sizes.shares else block)
+    hidden = rows * 4 * c.dim * item + (listed if sizes.shares else 0)
     numbers = block * (numbers_a_query(c) + 2 * c.index_n_heads * c.index_head_dim)
     numbers += rows * (c.q_lora_rank + 2 * c.dim) + keys * (2 * c.latent_dim + c.index_head_dim)
     if tokens <= c.index_topk:
@@ -92,7 +92,7 @@ def prefill(sizes: Sizes, tokens: int, queries: int, batch: int, kernels: bool, 
         scores = min(REFERENCE_PAIRS[cuda], one * tokens * c.index_n_heads) * REFERENCE_BLOCKS * FP32
     experts = sizes.experts * max(2 * c.dim * (item + FP32), (c.dim + 4 * sizes.expert_width) * item)
     mlp = rows * max(experts, 3 * sizes.dense_width * item)
-    return Prefill(hidden, numbers * item + 2 * listed + scores, mlp)
+    return Prefill(hidden, numbers * item + listed + scores, mlp)
 
 
 def dense_attention(sizes: Sizes, tokens: int, queries: int, batch: int) -> int:
