@@ -105,6 +105,16 @@ PASSES = {  # family, dtype; B, N, queries; the reference's blocks, the layer's 
     "wide experts": ("glm_moe_dsa", FP32, 1, 256, 256, 1 << 17, 1 << 18, {"moe_intermediate_size": 400}),
     "lists": ("glm_moe_dsa", FP32, 1, 512, 512, 1 << 18, 1 << 18, {"index_topk": 500, "num_experts_per_tok": 1}),
     "a chunk": ("glm_moe_dsa", BF16, 1, 512, 256, 1 << 24, 1 << 30, {}),
+    "all heads of no more than k": (
+        "deepseek_v32",
+        BF16,
+        4,
+        64,
+        64,
+        1 << 24,
+        1 << 14,
+        {"num_experts_per_tok": 1, "num_attention_heads": 32, "num_key_value_heads": 32},
+    ),  # fmt: skip
     "no more than k": ("deepseek_v32", BF16, 2, 64, 64, 1 << 24, 1 << 30, {"num_experts_per_tok": 1}),
 }
 

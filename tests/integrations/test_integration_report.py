@@ -73,7 +73,8 @@ def test_a_whole_directory(family, tmp_path, capsys):
     indexers = {"deepseek_v32": "3: each with an indexer", "glm_moe_dsa": "3: 2 with an indexer, 1 that share"}
     for text in (
         family, indexers[family], "4 heads of 16 + 8, values of 16", "16 heads of 16, selects k = 8 keys",
-        "4,096 tokens", "whole ", "BF16", "make_sparse(model", "1 sequence of 4,096 tokens, in bfloat16", "longest that fits",
+        "4,096 tokens", "whole ", "BF16", "make_sparse(model", "1 sequence of 4,096 tokens, in bfloat16",
+        "longest that fits",
     ):  # fmt: skip
         assert text in said
     assert "wrong" not in said and not errors
