@@ -67,7 +67,8 @@ def prefill(sizes: Sizes, tokens: int, queries: int, batch: int, kernels: bool, 
     of k int32, of a block, or where layers share of all queries, in parts and joined; latents and RoPE keys side by
     side, and the layer's cache while it is lengthened, B · N · (2 (C + R) + Di) items; scores of one sequence, at most
     KERNEL_SCORES in fp32 with kernels, else REFERENCE_BLOCKS of the reference's blocks. Up to k keys there are no
-    scores, and queries, keys and values of all heads may stand in place of the block.
+    scores, and queries, keys and values of all heads may stand in place of the block; on a CPU, with logits
+    twice, and copies, in fp32.
     mlp: transformers' "grouped_mm" experts, B · queries · experts times the more of 2 dim items and 2 dim in fp32, and
     of dim + 4 expert_width items; or a dense layer's B · queries · 3 dense_width items.
 
@@ -82,8 +83,10 @@ def prefill(sizes: Sizes, tokens: int, queries: int, batch: int, kernels: bool, 
     numbers = block * (numbers_a_query(c) + 2 * c.index_n_heads * c.index_head_dim)
     numbers += rows * (c.q_lora_rank + 2 * c.dim) + keys * (2 * c.latent_dim + c.index_head_dim)
     if tokens <= c.index_topk:
-        scores = 0
-        qk = c.qk_nope_head_dim + c.qk_rope_head_dim
+        scores, qk = 0, c.qk_nope_head_dim + c.qk_rope_head_dim
+        if not cuda:  # a CPU's sdpa makes all logits where values are narrower than keys, in fp32
+            copied = rows * qk + keys * (qk + c.v_head_dim) if item < FP32 else 0
+            scores = c.n_heads * (2 * rows * tokens + copied) * FP32
         heads = c.n_heads * (rows * (2 * qk + c.v_head_dim) + keys * (c.qk_nope_head_dim + qk + c.v_head_dim))
         numbers += max(0, heads - block * numbers_a_query(c))
     elif kernels:
