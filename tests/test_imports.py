@@ -89,7 +89,8 @@ TABLE = [
     Row("dsa_ref.integrations", "", ""),
     Row(
         "dsa_ref.integrations.transformers.*",
-        "dsa_ref dsa_ref.contracts dsa_ref/step dsa_ref.nn.decode dsa_ref.nn.wrapped "
+        "dsa_ref dsa_ref.config dsa_ref.hf_config dsa_ref.contracts dsa_ref/step dsa_ref.cost dsa_ref.records "
+        "dsa_ref.nn.decode dsa_ref.nn.wrapped dsa_ref.nn.checkpoint dsa_ref.nn.block_scales dsa_ref.long_context.memory "
         "dsa_ref.integrations.transformers.*",
         "torch transformers ?",  # an operator takes no module, but its name
     ),
@@ -404,6 +405,8 @@ PLANTED = [
     ("dsa_ref.nn.model", "from ..testing import poisoned"),
     ("dsa_ref.nn.checkpoint", "import transformers"),
     ("dsa_ref.training.train", "import dsa_kernels"),
+    ("dsa_ref.integrations.transformers.machine", "import dsa_kernels"),
+    ("dsa_ref.integrations.transformers.machine", "from triton.experimental import gluon"),
     ("dsa_ref.training.train", "from matplotlib.figure import Figure"),
     ("dsa_ref.records", "import triton"),
     ("dsa_ref.rope", "def f():\n    import importlib\n    importlib.import_module('dsa_kernels.rotate_quantize')"),

@@ -66,7 +66,7 @@ def load_layer(
             raise ValueError("config must be given with a state dict, which has no config.json, got None")
     elif isinstance(source, (str, os.PathLike)):
         place = pathlib.Path(source)
-        files = _locate(place)
+        files = locate(place)
         config, quantization = _config_beside(place, config)
     else:
         raise TypeError(f"path_or_state_dict must be a path or a mapping, got {type(source).__name__}")
@@ -193,8 +193,8 @@ def _read(files, names):
     return tensors
 
 
-def _locate(path):
-    """{tensor name: the file that holds it}, without reading a tensor."""
+def locate(path: pathlib.Path) -> dict[str, pathlib.Path]:
+    """{tensor name: the file that holds it}, without reading a tensor. Raises as `load_layer` does for files."""
     index = path / INDEX
     if path.is_dir() and index.is_file():
         if (path / SINGLE).is_file():
