@@ -9,26 +9,19 @@ weights, its cache, its config and what it saves are transformers' own.
     model.generate(**inputs)
 """
 
-import re
 import sys
 import types
 
-import torch
+from .supported import OLDEST as OLDEST  # first: it looks at the installed version
+
+# isort: split
 import transformers
 from torch import nn
 
 import dsa_ref
 
-OLDEST = (5, 23)
-if tuple(map(int, re.findall(r"\d+", transformers.__version__)[:2])) < OLDEST:
-    raise ImportError(
-        f"dsa_ref.integrations.transformers needs transformers 5.23 or newer, got {transformers.__version__}",
-        name="transformers",
-    )
-
-# isort: split
-from .attention import NAME, SPARSE, SparseAttention
-from .visible import visible
+from .attention import SPARSE, SparseAttention, register
+from .visible import NAME
 
 STEPS = ("hadamard", "quantize", "lightning_select", "sparse_attention")  # of `ops`
 
@@ -69,8 +62,7 @@ def make_sparse(
                 f"model must have its own attention, got a layer {layer.layer_idx} whose forward was replaced by "
                 f"{vars(layer)['forward']!r}"
             )
-    transformers.AttentionInterface.register(NAME, _no_function)
-    transformers.AttentionMaskInterface.register(NAME, visible)
+    register()
     for layer in layers:
         _become(layer, SPARSE.get(type(layer), type(layer)))
         layer.dsa_ops, layer.dsa_index_fp8 = name, index_fp8
@@ -116,11 +108,3 @@ def _become(layer: nn.Module, kind: type) -> None:
     layer.__class__ = kind
     if "_old_forward" in vars(layer):
         layer._old_forward = types.MethodType(kind.forward, layer)
-
-
-def _no_function(module, *args, **kwargs):
-    """Stands for the attention implementation "dsa", which is the layer's own forward and not a function."""
-    raise ValueError(
-        f'attn_implementation "{NAME}" needs make_sparse(model) of dsa_ref.integrations.transformers, got a '
-        f"{type(module).__name__} that is not sparse"
-    )

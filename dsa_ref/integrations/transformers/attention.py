@@ -1,6 +1,6 @@
 """transformers' attention of DeepSeek-V3.2 and GLM-5, computed sparsely: no score matrix, no mask, no expanded keys.
 
-    rows of the cache     kv_a_proj_with_mqa -> norm, RoPE: latent [B, T, C], turned [B, T, R]     as transformers has it
+    rows of the cache     kv_a_proj_with_mqa -> norm, RoPE: latent [B, T, C], turned [B, T, R]
     index keys            indexer.wk -> k_norm -> RoPE (-> Hadamard, FP8): [B, T, Di]
     selection             `ops.lightning_select`, some queries at a time: int32 [B, S, k]
     attention             q absorbs W_UK; `ops.sparse_attention` over selected rows; W_UV -> o_proj
@@ -11,17 +11,19 @@ over expanded heads, as transformers' sdpa. The cache is transformers' own, so t
 Source: SPEC sections 2 and 3; transformers 5.23, models/deepseek_v32 and models/glm_moe_dsa.
 """
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Attention
 from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaAttention
 
 from ...nn.wrapped import matrix
 from .operators import attend, narrow, run, select, widened
-from .visible import Visible, everything, from_mask
+from .visible import NAME, NOT_SPARSE, Visible, everything, from_mask, visible
 
-NAME = "dsa"  # of the attention and of the mask function, among transformers'
 NUMBERS_AT_ONCE = 1 << 30  # of queries, absorbed and not, and outputs: 2 GiB in bf16
 FEW_QUERIES = 64  # score FP8 numbers as floats, which spares reading all keys to narrow them again
 
@@ -33,6 +35,12 @@ class SparseAttention:
     """
 
     half_split = True  # the indexer's RoPE layout
+    shares = False  # whether a later layer may ask for the selection
+
+    def __setstate__(self, state: dict) -> None:
+        """An unpickled layer needs "dsa" among transformers' implementations, maybe in another process."""
+        super().__setstate__(state)
+        register()
 
     def forward(
         self,
@@ -43,7 +51,7 @@ class SparseAttention:
         position_ids: Tensor | None = None,
         cache=None,  # what transformers 5.24 calls past_key_values
         **kwargs,
-    ):
+    ) -> tuple:
         """As in transformers, but for attention_mask, which is what `visible` returned, or a mask of rank 4."""
         cached = past_key_values if cache is None else cache
         check_cached_keys(self, cached)
@@ -56,23 +64,22 @@ class SparseAttention:
                 position_ids=position_ids,
                 **kwargs,
             )
+        attentions = kwargs.get("output_attentions", False) or self.config.output_attentions
+        S = hidden_states.shape[1]
+        T = S if cached is None else cached.get_mask_sizes(S, self.layer_idx)[0]
+        seen = self._check(hidden_states, attention_mask, position_ids, T, attentions)
         latent, turned = self._rows(hidden_states, position_embeddings)
         if cached is not None:
             latent, turned = cached.update(latent, turned, self.layer_idx)
         latent, turned = latent[:, 0], turned[:, 0]
         keys = self._index_keys(hidden_states, position_embeddings, cached)
-        seen = self._check(hidden_states, attention_mask, position_ids, latent.shape[1], cached)
         q_latent = self.q_a_layernorm(self.q_a_proj(hidden_states))
-        if self._densely(hidden_states.shape[1], latent.shape[1]):
+        if self._densely(S, T):
             y, indices = self._dense(q_latent, latent, turned, position_embeddings, seen), None
         else:
-            shared = kwargs.get("prev_topk_indices")
-            if self.indexer is None and shared is None:
-                raise ValueError("prev_topk_indices must be given to a layer without an indexer, got None")
-            y, indices = self._sparse(
-                hidden_states, q_latent, latent, turned, keys, position_embeddings, seen, shared
-            )
-        return (y, None, indices) if isinstance(self, GlmMoeDsaAttention) else (y, None)
+            rows, shared = (latent, turned, keys), kwargs.get("prev_topk_indices")
+            y, indices = self._sparse(hidden_states, q_latent, rows, position_embeddings, seen, shared)
+        return (y, None, indices) if self.shares else (y, None)
 
     def _rows(self, x, position_embeddings):
         """What is cached of each token: normed latent [B, 1, S, C] and turned RoPE key [B, 1, S, R]."""
@@ -100,11 +107,10 @@ class SparseAttention:
 
     def _dense(self, q_latent, latent, turned, position_embeddings, seen):
         """Every visible key, by torch's own attention."""
-        B, S, T = *q_latent.shape[:2], latent.shape[1]
         q = self._queries(q_latent, position_embeddings).transpose(1, 2)
         k, v = self.expand_kv(latent[:, None], turned[:, None])
-        causal = seen.plain and S == T
-        mask = None if causal else seen.mask(T)
+        causal = seen.plain and q.shape[2] == k.shape[2]
+        mask = None if causal else seen.mask(k.shape[2])
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scaling)
         if mask is not None:
             out = out.masked_fill(~seen.sees_any()[:, None, :, None], 0.0)
@@ -117,8 +123,11 @@ class SparseAttention:
         cos, sin = (angle[:, :, None] for angle in position_embeddings)
         return torch.cat((nope, turn(turning, cos, sin, half_split=False)), dim=-1)
 
-    def _sparse(self, x, q_latent, latent, turned, keys, position_embeddings, seen, shared):
-        """Selected keys alone: output [B, S, dim], and the selection int32 [B, S, k], -1 for none."""
+    def _sparse(self, x, q_latent, rows, position_embeddings, seen, shared):
+        """Selected keys alone: output [B, S, dim], and the selection int32 [B, S, k], -1 for none, if others want it."""
+        if self.indexer is None and shared is None:
+            raise ValueError("prev_topk_indices must be given to a layer without an indexer, got None")
+        latent, turned, keys = rows
         B, S = x.shape[:2]
         W_UK, W_UV = self._up_projections(latent)
         outs, lists = [], []
@@ -135,8 +144,9 @@ class SparseAttention:
             q = torch.cat((torch.einsum("bthn,hnc->bthc", nope, W_UK), turned_q), dim=-1).to(latent.dtype)
             u = run(attend, q, latent[b], turned[b], indices, self.scaling, self.dsa_ops)
             outs.append(self.o_proj(torch.einsum("bthc,hvc->bthv", u, W_UV).flatten(2)))
-            lists.append(indices)
-        return joined(outs, B, S), joined(lists, B, S)
+            if self.shares:
+                lists.append(indices)
+        return joined(outs, B, S), joined(lists, B, S) if lists else None
 
     @torch.no_grad()
     def _select(self, x, q_latent, keys, position_embeddings, seen):
@@ -156,7 +166,18 @@ class SparseAttention:
             w = w * q_scale
         elif self.dsa_index_fp8:
             q = widened(*run(narrow, q, self.dsa_ops), q.dtype)
-        return run(select, q.to(keys.dtype), keys, w, scale, seen.start, seen.end, seen.seen, self.config.index_topk, self.dsa_ops)
+        return run(
+            select,
+            q.to(keys.dtype),
+            keys,
+            w,
+            scale,
+            seen.start,
+            seen.end,
+            seen.seen,
+            self.config.index_topk,
+            self.dsa_ops,
+        )
 
     def _up_projections(self, latent):
         """W_UK [H, nope, C] and W_UV [H, v, C], the two halves of kv_b_proj, with adapters and what else wraps it."""
@@ -169,14 +190,19 @@ class SparseAttention:
         head = 2 * self.qk_head_dim + 2 * self.kv_lora_rank + self.qk_rope_head_dim + self.v_head_dim
         return self.num_heads * head
 
-    def _check(self, x, mask, position_ids, T, cached) -> Visible:
+    def _check(self, x, mask, position_ids, T, attentions) -> Visible:
         """What the queries may see, and errors for what a sparse layer does not compute."""
+        if attentions:
+            raise ValueError(
+                "output_attentions must be False: a sparse layer has no weights of all pairs; "
+                'set_attn_implementation("eager") has them'
+            )
         if self.training and self.attention_dropout:
             raise ValueError(f"attention_dropout must be 0 in training, got {self.attention_dropout}")
         if mask is None:
             raise ValueError(
-                "attention_mask must come from the model, got None: continuous batching, which makes none, and calls of "
-                "a layer by itself are not served"
+                "attention_mask must come from the model, got None: continuous batching, which makes none, and calls "
+                "of a layer by itself are not served"
             )
         seen = mask if isinstance(mask, Visible) else from_mask(mask, *x.shape[:2], T)
         if seen.plain and self.layer_idx == 0 and x.shape[1] > 1 and not torch.compiler.is_compiling():
@@ -195,7 +221,7 @@ class SparseDeepseekV32Attention(SparseAttention, DeepseekV32Attention):
 class SparseGlmMoeDsaAttention(SparseAttention, GlmMoeDsaAttention):
     """A layer of GLM-5, which may share the selection of an earlier one."""
 
-    half_split = False
+    half_split, shares = False, True
 
 
 SPARSE = {DeepseekV32Attention: SparseDeepseekV32Attention, GlmMoeDsaAttention: SparseGlmMoeDsaAttention}
@@ -227,6 +253,17 @@ def joined(parts: list[Tensor], B: int, S: int) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     return torch.cat([part.flatten(0, 1) for part in parts]).unflatten(0, (B, S))
+
+
+def register() -> None:
+    """Make "dsa" an attention implementation of transformers."""
+    AttentionInterface.register(NAME, not_sparse)
+    AttentionMaskInterface.register(NAME, visible)
+
+
+def not_sparse(module, *args, **kwargs) -> NoReturn:
+    """Stands for the attention function, which a sparse layer does not call."""
+    raise ValueError(NOT_SPARSE)
 
 
 def check_cached_keys(layer, cached) -> None:

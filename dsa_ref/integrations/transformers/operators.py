@@ -4,7 +4,7 @@ A package is named by its import name, since an operator takes no module. A comp
 it launches, and what it looks at, is not traced. Nothing here has a gradient under torch.compile.
 """
 
-import sys
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -16,7 +16,7 @@ from ...quantize import dequantize
 
 def narrow(x: Tensor, ops: str) -> tuple[Tensor, Tensor]:
     """Hadamard and FP8, as V3.2 does with its indexer's q and k: x [.., Di] as (float8_e4m3fn, scale fp32 [..])."""
-    steps = sys.modules[ops]
+    steps = importlib.import_module(ops)
     return steps.quantize(steps.hadamard(x))
 
 
@@ -34,7 +34,7 @@ def select(
     q: [B, S, Hi, Di]; keys: [B, T, Di] in its dtype; w: fp32 [B, S, Hi]; scale: fp32 [B, T] or None; start, end int32
     [B, S] and seen bool [B, T]: as in `Visible`.
     """
-    lists, best = [], sys.modules[ops].lightning_select
+    lists, best = [], importlib.import_module(ops).lightning_select
     for b in range(len(q)):
         own, factors, there = keys[b], None if scale is None else scale[b], None
         if seen is not None:
@@ -56,7 +56,7 @@ def attend(q: Tensor, latent: Tensor, turned: Tensor, indices: Tensor, scale: fl
     q: [B, S, H, C + R]; latent: [B, T, C]; turned: [B, T, R]; indices: int32 [B, S, k]. Of long caches only the
     selected rows are put together.
     """
-    attention, (B, S, k), (_, T, C) = sys.modules[ops].sparse_attention, indices.shape, latent.shape
+    attention, (B, S, k), (_, T, C) = importlib.import_module(ops).sparse_attention, indices.shape, latent.shape
     with unchecked_values():  # the selection was made here
         if 2 * S * k > T:
             rows = torch.cat((latent, turned), dim=-1)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
+NAME = "dsa"  # of the attention and of the mask function, among transformers'
+NOT_SPARSE = f'attn_implementation "{NAME}" needs make_sparse(model) of dsa_ref.integrations.transformers on this model'
 AT_ONCE = 1 << 26  # pairs of a mask that is looked at
 
 
@@ -30,6 +32,12 @@ class Visible(NamedTuple):
             s = torch.where(self.seen, self.seen.cumsum(-1) - 1, -1)
         s = s[:, None]
         return ((s >= self.start[..., None]) & (s < self.end[..., None]))[:, None]
+
+    def __getitem__(self, place):
+        """A field by its number. A layer that takes this for a mask [B, 1, S, T] is told what is missing."""
+        if isinstance(place, tuple):
+            raise ValueError(NOT_SPARSE)
+        return tuple.__getitem__(self, place)
 
     def contiguous(self) -> "Visible":
         """Itself, contiguous: `generate` asks this of every mask that it makes for a static cache."""
