@@ -93,7 +93,7 @@ class SparseAttention:
             return None
         keys = turn(self.indexer.k_norm(self.indexer.wk(x)), *position_embeddings, half_split=self.half_split)
         if self.dsa_index_fp8:
-            keys = widened(*run(narrow, keys, self.dsa_ops), keys.dtype)
+            keys = widened(*run(narrow, keys, True, self.dsa_ops), keys.dtype)
         return keys if cached is None else cached.update_indexer(keys, self.layer_idx)
 
     def _densely(self, S, T):
@@ -124,7 +124,7 @@ class SparseAttention:
         return torch.cat((nope, turn(turning, cos, sin, half_split=False)), dim=-1)
 
     def _sparse(self, x, q_latent, rows, position_embeddings, seen, shared):
-        """Selected keys alone: output [B, S, dim], and the selection int32 [B, S, k], -1 for none, if others want it."""
+        """Selected keys alone: output [B, S, dim], and the selection int32 [B, S, k], -1 for none, if asked for."""
         if self.indexer is None and shared is None:
             raise ValueError("prev_topk_indices must be given to a layer without an indexer, got None")
         latent, turned, keys = rows
@@ -161,11 +161,11 @@ class SparseAttention:
         w = w * (indexer.n_heads**-0.5 * indexer.softmax_scale)  # a positive factor may cross the relu
         scale = None
         if self.dsa_index_fp8 and x.shape[1] >= FEW_QUERIES:
-            q, q_scale = run(narrow, q, self.dsa_ops)
-            keys, scale = run(narrow, keys, self.dsa_ops)  # which are narrow already: the same numbers
+            q, q_scale = run(narrow, q, True, self.dsa_ops)
+            keys, scale = run(narrow, keys, False, self.dsa_ops)  # cached rotated and rounded: the same numbers
             w = w * q_scale
         elif self.dsa_index_fp8:
-            q = widened(*run(narrow, q, self.dsa_ops), q.dtype)
+            q = widened(*run(narrow, q, True, self.dsa_ops), q.dtype)
         return run(
             select,
             q.to(keys.dtype),

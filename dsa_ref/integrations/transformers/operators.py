@@ -14,10 +14,11 @@ from ...contracts import unchecked_values
 from ...quantize import dequantize
 
 
-def narrow(x: Tensor, ops: str) -> tuple[Tensor, Tensor]:
-    """Hadamard and FP8, as V3.2 does with its indexer's q and k: x [.., Di] as (float8_e4m3fn, scale fp32 [..])."""
+def narrow(x: Tensor, rotate: bool, ops: str) -> tuple[Tensor, Tensor]:
+    """FP8, after Hadamard if rotate, as V3.2 does with its indexer's q and k: x [.., Di] as (float8_e4m3fn, scale fp32
+    [..])."""
     steps = importlib.import_module(ops)
-    return steps.quantize(steps.hadamard(x))
+    return steps.quantize(steps.hadamard(x) if rotate else x)
 
 
 def widened(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -80,7 +81,7 @@ OPERATORS = {
 
 
 @OPERATORS[narrow].register_fake
-def _(x, ops):
+def _(x, rotate, ops):
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
