@@ -19,7 +19,7 @@ def check_env(triton=False, models=False):
         )
     if models:
         try:
-            from dsa_ref.integrations import transformers as _  # it says what it needs, and what is here
+            importlib.import_module("dsa_ref.integrations.transformers")  # it says what it needs, and what is here
         except ImportError as error:
             raise RuntimeError(
                 "This notebook loads a model with transformers: run `%pip install 'transformers>=5.23'` in a cell, and "

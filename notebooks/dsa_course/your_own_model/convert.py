@@ -1,7 +1,7 @@
 """The course's trained model as a directory that transformers loads, as somebody's own checkpoint would lie there.
 
-`SmallModel` is DeepSeek-V3.2 in small, with dense feed-forwards, and its attention has Hugging Face's names already. What
-is left to rename stands in NAMES. Its tokens are bytes, and so are the tokenizer's.
+`SmallModel` is DeepSeek-V3.2 in small, with dense feed-forwards, and its attention has Hugging Face's names already.
+What is left to rename stands in NAMES. Its tokens are bytes, and so are the tokenizer's.
 """
 
 import pathlib
@@ -74,13 +74,11 @@ def their_name(name: str) -> str:
 
 
 def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """One token a byte of UTF-8, whose number is the byte's value. Padding is byte 0, which no text has."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's way: a byte that leaves ink stands for
-    rest = sorted(set(range(256)) - set(shown))  # itself, and the others for the characters from 256 on
+    """One token a byte of UTF-8, whose number is the byte's value. Padding is 255, which is no byte of any text."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 255)]  # GPT-2's way: a byte that leaves ink stands for
+    rest = sorted(set(range(255)) - set(shown))  # itself, and the others for the characters from 256 on
     numbers = {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(rest)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=numbers, merges=[]))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=numbers | {"<pad>": 255}, merges=[]))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=chr(256), padding_side="left"
-    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", padding_side="left")

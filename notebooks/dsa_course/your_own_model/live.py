@@ -26,8 +26,8 @@ def live_layers(text, spans, steps, scale, token, layer) -> viz.LiveFigure:
         raise ValueError("steps must hold one selection a layer, got none: has the text more than index_topk tokens?")
     if other := [len(step["indices"]) for step in steps if len(step["indices"]) != tokens]:
         raise ValueError(
-            f"steps must be of one pass over all {tokens} tokens, got one of {other[0]}: take a shorter text, or record "
-            "one pass alone"
+            f"steps must be of one pass over all {tokens} tokens, got one of {other[0]}: take a shorter text, or "
+            "record one pass alone"
         )
     places, shown = byte_places(text, spans), text.encode()[-SHOWN:]
     left_out = len(text.encode()) - len(shown)
@@ -45,6 +45,7 @@ def live_layers(text, spans, steps, scale, token, layer) -> viz.LiveFigure:
                 marks |= {byte - left_out: weight for byte in range(*places[s]) if byte >= left_out}
         asks = max(places[data["token"]][1] - 1 - left_out, 0)
         figure = viz.selection_over_text(shown, asks, list(marks), list(marks.values()), cell=0.085, room=(0, 0.25))
+        figure.legends[0].get_texts()[1].set_text("selected (darker: more weight)")  # the count is of tokens, above
         height = figure.get_size_inches()[1]
         figure.text(0.02, 1 - 0.2 / height, told(data), fontsize=9)
         return figure

@@ -26,7 +26,7 @@ def steps() -> Iterator[list[dict]]:
     try:
         yield noted
     finally:
-        _notes.remove(noted)
+        _notes[:] = [other for other in _notes if other is not noted]
 
 
 def sparse_attention(q, kv, indices, scale, v_dim):
