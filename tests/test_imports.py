@@ -174,7 +174,7 @@ TABLE = [
     ),
     # the course, which nothing but notebooks, tests and maintain imports
     Row("dsa_course.*", "dsa_ref.* dsa_kernels.* dsa_course.*", "numpy torch matplotlib ipywidgets IPython PIL"),
-    Row("dsa_course.environment", "dsa_ref.integrations", "torch"),  # it says what is missing
+    Row("dsa_course.environment", "dsa_ref.integrations.transformers", "torch"),  # it says what is missing
     Row("dsa_course.your_own_model.convert", "dsa_ref.nn.*", "transformers tokenizers"),
     Row("dsa_course.traps.runs", "dsa_ref.* dsa_course.*", "torch pytest"),  # it runs tests
     Row("dsa_course.export", "", "nbconvert"),  # read by who exports, not by notebooks
