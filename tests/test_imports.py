@@ -89,7 +89,8 @@ TABLE = [
     Row("dsa_ref.integrations", "", ""),
     Row(
         "dsa_ref.integrations.transformers.*",
-        "dsa_ref dsa_ref.contracts dsa_ref/step dsa_ref.nn.wrapped dsa_ref.integrations.transformers.*",
+        "dsa_ref dsa_ref.contracts dsa_ref/step dsa_ref.nn.decode dsa_ref.nn.wrapped "
+        "dsa_ref.integrations.transformers.*",
         "torch transformers ?",  # an operator takes no module, but its name
     ),
     Row(
@@ -169,7 +170,8 @@ TABLE = [
     # the bench, which knows the reference as a user does
     Row(
         "dsa_bench.*",
-        "dsa_ref dsa_ref.nn dsa_ref.training dsa_ref.testing dsa_ref.cost dsa_ref.records dsa_kernels.* dsa_bench.*",
+        "dsa_ref dsa_ref.nn dsa_ref.training dsa_ref.testing dsa_ref.cost dsa_ref.records "
+        "dsa_ref.integrations.transformers dsa_kernels.* dsa_bench.*",
         "numpy torch triton transformers deep_gemm",
     ),
     # the course, which nothing but notebooks, tests and maintain imports

@@ -19,6 +19,9 @@ SHAPES = {  # a step of h200.json and h100.json -> (what it is called here, its 
     "chain": ("all of it", ("4096 x 32K", "4096 x 128K", "1024 x 1M")),
 }
 
+MODELS = ("models_h200.json", "models_h100.json", "models_cpu.json")  # those that are there have a table
+WHO = {"eager": "eager", "sdpa": "sdpa", "ours": "ours", "ours_fp8": "FP8"}
+
 
 def table(heads, rows) -> str:
     """Rows of texts as Markdown, the first column to the left."""
@@ -27,7 +30,9 @@ def table(heads, rows) -> str:
 
 
 def name(position) -> str:
-    """4K, 128K, 1M."""
+    """256, 4K, 128K, 1M."""
+    if position < 1 << 10:
+        return str(position)
     return f"{position >> 20}M" if position >= 1 << 20 else f"{position >> 10}K"
 
 
@@ -76,7 +81,58 @@ def decode() -> str:
     return table(["context", "DSA, µs", "dense, µs", "times quicker", "times fewer bytes"], rows)
 
 
-TABLES = {"layer": layer, "kernels": kernels, "decode": decode}
+def models() -> str:
+    """transformers' models as they are and made sparse, a table for each of the records that are there."""
+    files = [file for file in MODELS if (records.figures_folder() / file).is_file()]
+    return "\n\n".join(model(file, records.read(file)) for file in files)
+
+
+def model(file, record) -> str:
+    """What was measured where, how it was judged, and the table of one record of `dsa_bench.models`."""
+    made, results = record["provenance"], record["judge"]["results"]
+    versions = ", ".join(f"{package} {made[package]}" for package in ("torch", "triton", "transformers"))
+    gpu = not made["device"].startswith("CPU")
+    ours = [who for who in ("ours", "ours_fp8") if who in results]
+    judged = ", ".join(
+        f"{WHO[who]} is within {results[who]['tolerance']:.2g} of it at {100 * results[who]['share']:.1f} %"
+        for who in ours
+    )
+    threads = "" if gpu else ", one thread, whose processor time it is"
+    memory = "at most, weights included" if gpu else "more than before"
+    lines = [
+        f"*{made['device']}{threads}, {record['sizes']['num_hidden_layers']} layers, {record['dtype'][6:]}, {versions}",
+        f"([`{file}`](figures/{file}), `{made['command']}`). GiB: {memory}. Of the attention outputs of",
+        f"{record['judge']['tokens']} tokens in each layer, compared with sdpa's, {judged}.*",
+    ]
+    decodes = {(row["batch"], row["tokens"]): row["results"] for row in record["decode"]}
+    everyone = ["eager", "sdpa", *ours]
+    rows = []
+    for T, found in [(row["tokens"], row["results"]) for row in record["prefill"]]:
+        times = f"{found['sdpa']['seconds'] / found['ours']['seconds']:.2f}" if "seconds" in found["sdpa"] else ""
+        cells = [name(T), *(cell(found[who], "seconds") for who in everyone), times]
+        cells += [cell(found[who], "bytes" if gpu else "more bytes") for who in ("sdpa", "ours")]
+        rows.append(cells + [cell(decodes[1, T][who], "ms") for who in everyone[1:]])
+    for (B, T), found in decodes.items():
+        if B > 1:
+            cells = [f"{B} of {name(T)}", *[""] * (len(everyone) + 3)]
+            rows.append(cells + [cell(found[who], "ms") for who in everyone[1:]])
+    called = [WHO[who] for who in everyone]
+    heads = ["tokens", *(f"read: {who}, s" for who in called), "times sdpa", "sdpa, GiB", "ours, GiB"]
+    return "\n".join([*lines, "", table([*heads, *(f"write: {who}, ms" for who in called[1:])], rows)])
+
+
+def cell(result, what) -> str:
+    """One figure of a result of `dsa_bench.models`, or why there is none."""
+    if "seconds" not in result:
+        return "no memory" if "out of memory" in result["note"] else "failed"
+    if what == "seconds":
+        return f"{result['seconds']:.3f}" if result["seconds"] < 1 else f"{result['seconds']:.2f}"
+    if what == "ms":
+        return f"{1e3 * result['seconds']:.1f}"
+    return f"{(result['peak_bytes'] - (result['held_bytes'] if what == 'more bytes' else 0)) / 2**30:.2f}"
+
+
+TABLES = {"layer": layer, "kernels": kernels, "decode": decode, "models": models}
 
 
 def written(text) -> str:

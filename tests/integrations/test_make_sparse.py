@@ -331,10 +331,12 @@ def test_fp8_decodes_as_it_prefills(family, monkeypatch):
     assert_same(torch.cat(parts, 1), wanted)
 
 
-def test_kernels(monkeypatch):
-    """Through `dsa_kernels`, interpreted where there is no GPU: prefill and decode."""
+@families
+def test_kernels(family, monkeypatch):
+    """Through `dsa_kernels`, interpreted where there is no GPU: prefill, and decode from its cache."""
     dsa_kernels = pytest.importorskip("dsa_kernels", reason="no triton here")
-    model, x = tiny("glm_moe_dsa"), tokens(length=12)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, x = tiny(family).to(device), tokens(length=12).to(device)
     wanted = model(x).logits
     assert_same(make_sparse(model, ops=dsa_kernels)(x).logits, wanted)
     cache = DynamicCache(config=model.config)
@@ -352,7 +354,7 @@ MUTANTS = {
         "_select",
         lambda own: lambda self, x, q, keys, *args: torch.arange(8, dtype=torch.int32).expand(*x.shape[:2], 8),
     ),
-    "no scale of YaRN's": ("_queries", lambda own: lambda self, *args: own(self, *args) * 1.01),
+    "no scale of YaRN's": ("_queries", lambda own: lambda self, *args: tuple(part * 1.01 for part in own(self, *args))),
     "W_UK for W_UV": ("_up_projections", lambda own: lambda self, *args: own(self, *args)[::-1]),
 }
 

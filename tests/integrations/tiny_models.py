@@ -51,7 +51,7 @@ def tokens(B=2, length=T, seed=1):
 
 def assert_same(got, wanted, where=None):
     """Logits [B, S, V] equal to 1e-5 of the largest, at the tokens where `where` [B, S] holds."""
-    where = torch.ones(got.shape[:2], dtype=torch.bool) if where is None else where.bool()
+    where = torch.ones_like(got[..., 0], dtype=torch.bool) if where is None else where.bool()
     got, wanted = got[where], wanted[where]
     assert got.isfinite().all()
     difference = ((got - wanted).abs().max() / wanted.abs().max()).item()

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Attention
 from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaAttention
 
+from ...nn.decode import product_into
 from ...nn.wrapped import matrix
 from .operators import attend, narrow, run, select, widened
 from .visible import NAME, NOT_SPARSE, Visible, everything, from_mask, visible
@@ -107,7 +108,7 @@ class SparseAttention:
 
     def _dense(self, q_latent, latent, turned, position_embeddings, seen):
         """Every visible key, by torch's own attention."""
-        q = self._queries(q_latent, position_embeddings).transpose(1, 2)
+        q = torch.cat(self._queries(q_latent, position_embeddings), dim=-1).transpose(1, 2)
         k, v = self.expand_kv(latent[:, None], turned[:, None])
         causal = seen.plain and q.shape[2] == k.shape[2]
         mask = None if causal else seen.mask(k.shape[2])
@@ -117,11 +118,11 @@ class SparseAttention:
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _queries(self, q_latent, position_embeddings):
-        """[B, S, H, nope | rope], the rope part turned."""
+        """[B, S, H, nope] and [B, S, H, rope], the latter turned."""
         q = self.q_b_proj(q_latent).unflatten(-1, (-1, self.qk_head_dim))
         nope, turning = q.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
         cos, sin = (angle[:, :, None] for angle in position_embeddings)
-        return torch.cat((nope, turn(turning, cos, sin, half_split=False)), dim=-1)
+        return nope, turn(turning, cos, sin, half_split=False)
 
     def _sparse(self, x, q_latent, rows, position_embeddings, seen, shared):
         """Selected keys alone: output [B, S, dim], and the selection int32 [B, S, k], -1 for none, if asked for."""
@@ -138,12 +139,9 @@ class SparseAttention:
                 indices = self._select(x[b, t], q_latent[b, t], keys[b], angles, some)
             else:
                 indices = shared[b, t]
-            nope, turned_q = self._queries(q_latent[b, t], angles).split(
-                (self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1
-            )
-            q = torch.cat((torch.einsum("bthn,hnc->bthc", nope, W_UK), turned_q), dim=-1).to(latent.dtype)
+            q = absorbed(*self._queries(q_latent[b, t], angles), W_UK, latent.dtype)
             u = run(attend, q, latent[b], turned[b], indices, self.scaling, self.dsa_ops)
-            outs.append(self.o_proj(torch.einsum("bthc,hvc->bthv", u, W_UV).flatten(2)))
+            outs.append(self.o_proj(projected(u, W_UV).flatten(2)))
             if self.shares:
                 lists.append(indices)
         return joined(outs, B, S), joined(lists, B, S) if lists else None
@@ -237,6 +235,31 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, half_split: bool) -> Tensor:
     first, second = turning.chunk(2, dim=-1) if half_split else (turning[..., 0::2], turning[..., 1::2])
     cos, sin = cos[..., : R // 2], sin[..., : R // 2]
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+def absorbed(nope: Tensor, turned: Tensor, W_UK: Tensor, dtype: torch.dtype) -> Tensor:
+    """MQA mode's queries [B, S, H, C | R] in dtype, of nope [B, S, H, n] and turned [B, S, H, R]; W_UK: [H, n, C]."""
+    C = W_UK.shape[2]
+    if traced(nope, turned, W_UK):
+        return torch.cat((torch.einsum("bthn,hnc->bthc", nope, W_UK), turned), dim=-1).to(dtype)
+    q = nope.new_empty(*nope.shape[:-1], C + turned.shape[-1], dtype=dtype)
+    product_into(q[..., :C].flatten(0, 1), nope.flatten(0, 1), W_UK)  # where it stays: no copy
+    q[..., C:] = turned
+    return q
+
+
+def projected(u: Tensor, W_UV: Tensor) -> Tensor:
+    """Heads' outputs [B, S, H, v] of attention over latent rows u [B, S, H, C]; W_UV: [H, v, C]."""
+    if traced(u, W_UV):
+        return torch.einsum("bthc,hvc->bthv", u, W_UV)
+    heads = u.new_empty(*u.shape[:-1], W_UV.shape[1])
+    product_into(heads.flatten(0, 1), u.flatten(0, 1), W_UV.transpose(1, 2))
+    return heads
+
+
+def traced(*tensors: Tensor) -> bool:
+    """Whether a gradient or torch.compile looks at what is done: then nothing is written into buffers."""
+    return torch.compiler.is_compiling() or torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def blocks(B: int, S: int, queries: int) -> list[tuple[slice, slice]]:
