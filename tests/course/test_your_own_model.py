@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from dsa_course.your_own_model import recording
 from dsa_course.your_own_model.live import SHOWN, byte_places, live_layers
 from dsa_course.your_own_model.memory import tensors_made
 from dsa_ref.nn.model import load_small_model
+from notebooks.maintain.learner import SOURCE
 
 pytestmark = pytest.mark.skipif(OLD_PYTHON, reason=NEEDS_PYTHON_311)
 
@@ -146,6 +148,14 @@ def test_steps_of_something_else_are_refused(recorded):
         live_layers(TEXT, spans, [], 0.1, token=150, layer=0)
     with pytest.raises(ValueError, match="steps must be of one pass over all 199 tokens, got one of 200"):
         live_layers(TEXT[1:], spans[1:], steps, 0.1, token=150, layer=0)
+
+
+def test_the_tests_that_the_page_names_are_there():
+    page = next(SOURCE.glob("12b_*.ipynb")).read_text(encoding="utf-8")
+    named = re.findall(r"\[`(test_\w+)`\]\((\S+?\.py)\)", page)
+    assert len(named) >= 10
+    for test, file in named:
+        assert f"\ndef {test}(" in (SOURCE / file).read_text(encoding="utf-8"), test
 
 
 def test_tensors_that_are_made():
