@@ -6,6 +6,7 @@ A test that takes `ops` runs once for each rung: "loops", "reference", "kernels"
 
 import collections
 import shutil
+import sys
 
 import pytest
 import rungs
@@ -18,6 +19,8 @@ torch.set_num_threads(1)  # pytest -n runs one process a core
 NEEDS_GPU = "needs a CUDA GPU"
 NEEDS_HOPPER = "needs a GPU of compute capability 9.0"
 NEEDS_TRITON = "kernels need triton, which cannot be imported here"
+NEEDS_PYTHON_311 = "needs transformers 5.23, and that Python 3.11"
+OLD_PYTHON = sys.version_info < (3, 11)
 # The reasons for which tests are skipped, by platform: all of these, and no others.
 EXPECTED_SKIPS = {
     "cuda": set(),
@@ -25,6 +28,8 @@ EXPECTED_SKIPS = {
     "cpu": {NEEDS_GPU},
     "no triton": {NEEDS_GPU, NEEDS_TRITON},
 }
+if OLD_PYTHON:
+    EXPECTED_SKIPS = {where: reasons | {NEEDS_PYTHON_311} for where, reasons in EXPECTED_SKIPS.items()}
 # Tests that plain pytest leaves out, by their mark: the file that a target of the Makefile runs with that mark.
 RUN_BY_TARGET = {
     "grading": "tests/course/test_grading.py",

@@ -90,7 +90,8 @@ TABLE = [
     Row(
         "dsa_ref.integrations.transformers.*",
         "dsa_ref dsa_ref.config dsa_ref.hf_config dsa_ref.contracts dsa_ref/step dsa_ref.cost dsa_ref.records "
-        "dsa_ref.nn.decode dsa_ref.nn.wrapped dsa_ref.nn.checkpoint dsa_ref.nn.block_scales dsa_ref.long_context.memory "
+        "dsa_ref.nn.decode dsa_ref.nn.wrapped dsa_ref.nn.checkpoint dsa_ref.nn.block_scales "
+        "dsa_ref.long_context.memory "
         "dsa_ref.integrations.transformers.*",
         "torch transformers ?",  # an operator takes no module, but its name
     ),
@@ -177,6 +178,8 @@ TABLE = [
     ),
     # the course, which nothing but notebooks, tests and maintain imports
     Row("dsa_course.*", "dsa_ref.* dsa_kernels.* dsa_course.*", "numpy torch matplotlib ipywidgets IPython PIL"),
+    Row("dsa_course.environment", "dsa_ref.integrations.transformers", "torch"),  # it says what is missing
+    Row("dsa_course.your_own_model.convert", "dsa_ref.nn.*", "transformers tokenizers"),
     Row("dsa_course.traps.runs", "dsa_ref.* dsa_course.*", "torch pytest"),  # it runs tests
     Row("dsa_course.export", "", "nbconvert"),  # read by who exports, not by notebooks
     Row("dsa_course.grading", "", "nbgrader"),  # by a teacher alone

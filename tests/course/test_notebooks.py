@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import rungs
 import torch
-from conftest import NEEDS_TRITON
+from conftest import NEEDS_PYTHON_311, NEEDS_TRITON, OLD_PYTHON
 from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
 from dsa_course.viz import LiveFigure
-from notebooks.conftest import WRITE_KERNELS
+from notebooks.conftest import LOAD_MODELS, WRITE_KERNELS
 from notebooks.maintain.course import written
 from notebooks.maintain.learner import LEARNER, SOURCE
 
@@ -86,6 +86,8 @@ def test_every_control_of_every_live_figure(path, monkeypatch):
     """Run the notebook as Jupyter would, keep its live figures, move each control: the data and the picture change."""
     if path.name.startswith(WRITE_KERNELS) and not rungs.has_triton():
         pytest.skip(NEEDS_TRITON)
+    if path.name.startswith(LOAD_MODELS) and OLD_PYTHON:
+        pytest.skip(NEEDS_PYTHON_311)
     monkeypatch.chdir(path.parent)
     shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))
     began, figures = time.process_time(), []
@@ -165,3 +167,24 @@ def test_without_triton_a_notebook_of_kernels_says_what_is_missing(number, folde
     code = f"import sys; sys.modules['triton'] = None\nfor cell in {cells!r}: exec(cell)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "RuntimeError: This notebook writes Triton kernels, and Triton exists for Linux only" in ran.stderr
+
+
+@pytest.mark.parametrize("version", ("5.22.2", "none"))
+@pytest.mark.parametrize("folder", (LEARNER, SOURCE))
+def test_without_transformers_a_notebook_of_models_says_what_to_install(version, folder):
+    """Its first cell, where transformers is another's version or missing; with the installed one it goes on."""
+    (path,) = folder.glob("12b_*.ipynb")
+    code = f"""
+import importlib.metadata as metadata
+own = metadata.version
+def version(name):
+    if name == "transformers" and {version!r} == "none":
+        raise metadata.PackageNotFoundError(name)
+    return {version!r} if name == "transformers" else own(name)
+metadata.version = version
+exec({code_cells(path)[0].source!r})
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = ran.stderr.strip().splitlines()[-1]
+    assert said.startswith("RuntimeError: This notebook loads a model with transformers: run `%pip install ")
+    assert f"needs transformers 5.23 or newer, got {version}" in said

@@ -1,0 +1,1 @@
+"""Notebook 12b, a model of transformers made sparse."""
