@@ -26,6 +26,7 @@ from .operators import attend, narrow, run, select, widened
 from .visible import NAME, NOT_SPARSE, Visible, everything, from_mask, visible
 
 NUMBERS_AT_ONCE = 1 << 30  # of queries, absorbed and not, and outputs: 2 GiB in bf16
+MASKED = 4  # times index_topk keys, and times the queries, up to which the reference masks, see `_masked`
 FEW_QUERIES = 64  # score FP8 numbers as floats, which spares reading all keys to narrow them again
 
 
@@ -76,7 +77,8 @@ class SparseAttention:
         keys = self._index_keys(hidden_states, position_embeddings, cached)
         q_latent = self.q_a_layernorm(self.q_a_proj(hidden_states))
         if self._densely(S, T):
-            y, indices = self._dense(q_latent, latent, turned, position_embeddings, seen), None
+            expanded = self.expand_kv(latent[:, None], turned[:, None])
+            y, indices = self.o_proj(self._in_heads(q_latent, expanded, position_embeddings, seen)), None
         else:
             rows, shared = (latent, turned, keys), kwargs.get("prev_topk_indices")
             y, indices = self._sparse(hidden_states, q_latent, rows, position_embeddings, seen, shared)
@@ -106,16 +108,22 @@ class SparseAttention:
         absorbed = expand * S + S * T * (2 * self.kv_lora_rank + self.qk_rope_head_dim)
         return dense <= absorbed
 
-    def _dense(self, q_latent, latent, turned, position_embeddings, seen):
-        """Every visible key, by torch's own attention."""
+    def _masked(self, S, T):
+        """Whether the selection becomes a mask over expanded heads: many queries that see little more than they keep,
+        and the reference, which gathers rows slower than torch multiplies them. Kernels gather as fast."""
+        return self.dsa_ops == "dsa_ref" and MASKED * S >= T and T <= MASKED * self.config.index_topk
+
+    def _in_heads(self, q_latent, expanded, position_embeddings, seen, indices=None):
+        """Heads [B, S, H · v] by torch's own attention over expanded keys and values: every visible key, or those that
+        indices [B, S, k] name."""
+        keys, values = expanded
         q = torch.cat(self._queries(q_latent, position_embeddings), dim=-1).transpose(1, 2)
-        k, v = self.expand_kv(latent[:, None], turned[:, None])
-        causal = seen.plain and q.shape[2] == k.shape[2]
-        mask = None if causal else seen.mask(k.shape[2])
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scaling)
+        causal = seen.plain and indices is None and q.shape[2] == keys.shape[2]
+        mask = None if causal else seen.mask(keys.shape[2]) if indices is None else named(indices, keys.shape[2])
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal, scale=self.scaling)
         if mask is not None:
             out = out.masked_fill(~seen.sees_any()[:, None, :, None], 0.0)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return out.transpose(1, 2).flatten(2)
 
     def _queries(self, q_latent, position_embeddings):
         """[B, S, H, nope] and [B, S, H, rope], the latter turned."""
@@ -130,7 +138,9 @@ class SparseAttention:
             raise ValueError("prev_topk_indices must be given to a layer without an indexer, got None")
         latent, turned, keys = rows
         B, S = x.shape[:2]
-        W_UK, W_UV = self._up_projections(latent)
+        masked = self._masked(S, latent.shape[1])
+        W_UK, W_UV = (None, None) if masked else self._up_projections(latent)
+        expanded = self.expand_kv(latent[:, None], turned[:, None]) if masked else None
         outs, lists = [], []
         for b, t in blocks(B, S, NUMBERS_AT_ONCE // self._numbers_a_query()):
             angles = tuple(angle.expand(B, -1, -1)[b, t] for angle in position_embeddings)
@@ -139,9 +149,13 @@ class SparseAttention:
                 indices = self._select(x[b, t], q_latent[b, t], keys[b], angles, some)
             else:
                 indices = shared[b, t]
-            q = absorbed(*self._queries(q_latent[b, t], angles), W_UK, latent.dtype)
-            u = run(attend, q, latent[b], turned[b], indices, self.scaling, self.dsa_ops)
-            outs.append(self.o_proj(projected(u, W_UV).flatten(2)))
+            if masked:
+                heads = self._in_heads(q_latent[b, t], [part[b] for part in expanded], angles, some, indices)
+            else:
+                q = absorbed(*self._queries(q_latent[b, t], angles), W_UK, latent.dtype)
+                u = run(attend, q, latent[b], turned[b], indices, self.scaling, self.dsa_ops)
+                heads = projected(u, W_UV).flatten(2)
+            outs.append(self.o_proj(heads))
             if self.shares:
                 lists.append(indices)
         return joined(outs, B, S), joined(lists, B, S) if lists else None
@@ -260,6 +274,12 @@ def projected(u: Tensor, W_UV: Tensor) -> Tensor:
 def traced(*tensors: Tensor) -> bool:
     """Whether a gradient or torch.compile looks at what is done: then nothing is written into buffers."""
     return torch.compiler.is_compiling() or torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def named(indices: Tensor, T: int) -> Tensor:
+    """The keys that indices [B, S, k] name, -1 for none, as a mask, bool [B, 1, S, T]."""
+    mask = torch.zeros(*indices.shape[:2], T + 1, dtype=torch.bool, device=indices.device)
+    return mask.scatter_(-1, torch.where(indices < 0, T, indices).long(), True)[:, None, :, :T]
 
 
 def blocks(B: int, S: int, queries: int) -> list[tuple[slice, slice]]:
