@@ -8,6 +8,7 @@ from dsa_ref.testing import Failed
 
 from .. import interpreting, launching
 from ..checking import Check, expect, normal, whole
+from ..launching import LONG, NARROW
 from .check import last_bit, whole_row
 
 INF = math.inf
@@ -89,6 +90,12 @@ def selection_kernel_carry(kernel):
     for seed, S, k, block in ((1, 96, 11, 16), (2, 151, 40, 32), (3, 64, 50, 8)):
         _launch(kernel, normal(S, seed=seed), k, block, cause)
     _launch(kernel, normal(600, seed=4), 40, 128, cause)
+
+
+@selection_kernel.property("long row")
+def selection_kernel_long_row(kernel):
+    scores = whole(LONG, seed=5, largest=9)
+    _launch(kernel, scores, 40_000, 8192, f"right for short rows and short lists alone: {NARROW}")
 
 
 @selection_kernel.property("smallest index")

@@ -57,7 +57,8 @@ def _compare_bytes(solution, key, config, expected, suspects, cause):
 
 @cache_bytes.property("mha")
 def cache_bytes_mha(solution):
-    for c in (ODD, TINY, V32):  # in V3.2 nope is as wide as v, and H is 128 too: there some mistakes look alike
+    wide = dataclasses.replace(ODD, v_head_dim=48)
+    for c in (ODD, wide, TINY, V32):  # in V3.2 nope is as wide as v, and H is 128 too: there some mistakes look alike
         H, nope, rope, v = c.n_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
         suspects = {
             "the values are missing": 2 * H * (nope + rope),
@@ -338,7 +339,9 @@ def rope_angles_in_fp32(solution):
             cause = (
                 "right near position 0, wrong far away: compute angles in fp32, even for x in bf16 (which keeps 8 bits)"
             )
-            expect_close(solution(x, at, FREQS, layout), expected, 2e-2, "t h d", cause)
+            got = solution(x, at, FREQS, layout)
+            expect_close(got, expected, 2e-2, "t h d", cause)
+            expect_shape(got, x.shape, x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------- softmax_scale
