@@ -14,6 +14,7 @@ from dsa_ref.select_topk import select_topk
 from dsa_ref.testing import Failed, compare_selection
 
 from ..checking import GENERAL, Check, expect, expect_number, expect_shape, normal, spread, tensor, whole
+from ..launching import LONG, NARROW
 
 INF = math.inf
 
@@ -102,6 +103,10 @@ def lower_bound_ragged_end(solution):
             else f"every group has {group} scores, the last one {S % group}; its maximum counts as any other",
         )
 
+    got = _bound(solution, torch.tensor([3.0, 1.0, -1e38, 2.0, -INF]), 3, 2)
+    cause = "a last group of nothing but -inf has the maximum -inf: no fill may lift it"
+    expect(got == -INF, f"maxima 3, 2 and -inf, k=3: got {got:.6g}, expected -inf", cause)
+
 
 @lower_bound.property("few groups")
 def lower_bound_few_groups(solution):
@@ -170,7 +175,7 @@ def ordered_bits_both_signs(solution):
         "downwards (0x80000000 is the smallest int32)",
     )
     for seed in (1, 2):
-        x = normal(200, seed=seed).sort().values
+        x = normal(200 if seed == 1 else 2000, seed=seed).sort().values
         _rising(solution, x, "the order is lost where the sign changes")
 
 
@@ -229,6 +234,7 @@ def threshold_select_largest(solution):
         _select(solution, normal(S, seed=seed), k)
     _select(solution, last_bit(300, seed=5), 11)
     _select(solution, spread(normal(300, seed=6)), 7)
+    _select_for(solution, normal(LONG, seed=7), 7, f"right for short rows alone: {NARROW}")
 
 
 @threshold_select.property("exactly k")
@@ -257,6 +263,8 @@ def threshold_select_minus_infinity(solution):
     row = torch.full((80,), -INF)
     row[[3, 40, 79]] = torch.tensor([1.0, -5.0, 2.0])
     _select_for(solution, row, 7, "a score of -inf is a score: it is kept where nothing better is left")
+    row[[50, 60]] = -3e38
+    _select_for(solution, row, 7, "-inf is below every other score, however low: no number stands for it")
 
 
 @threshold_select.property("short row")

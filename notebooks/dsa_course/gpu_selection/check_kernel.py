@@ -92,18 +92,18 @@ def selection_kernel_carry(kernel):
     _launch(kernel, normal(600, seed=4), 40, 128, cause)
 
 
-@selection_kernel.property("long row")
-def selection_kernel_long_row(kernel):
-    scores = whole(LONG, seed=5, largest=9)
-    _launch(kernel, scores, 40_000, 8192, f"right for short rows and short lists alone: {NARROW}")
-
-
 @selection_kernel.property("smallest index")
 def selection_kernel_smallest_index(kernel):
     cause = "of the keys equal to the threshold the first `ties` are kept, counted over all blocks together"
     for seed, S, k, block in ((1, 32, 13, 32), (2, 151, 29, 16), (3, 100, 61, 32)):
         _launch(kernel, whole(S, seed=seed), k, block, cause)
     _launch(kernel, torch.full((70,), 1.5), 21, 16, cause)
+
+
+@selection_kernel.property("long row")
+def selection_kernel_long_row(kernel):
+    scores = whole(LONG, seed=5, largest=9)
+    _launch(kernel, scores, 40_000, 8192, f"right for short rows and short lists alone: {NARROW}")
 
 
 @selection_kernel.property("zeros")

@@ -275,7 +275,9 @@ def block_attention_large_logits(solution):
 def block_attention_padding(solution):
     for seed, n in ((1, 9), (2, 2)):
         for block in (4, 16):
-            _expect_attention(solution, *query_row(seed, n=n), block, "-1 marks an empty place: no weight, no value, no key")
+            _expect_attention(
+                solution, *query_row(seed, n=n), block, "-1 marks an empty place: no weight, no value, no key"
+            )
 
 
 @block_attention.property("empty blocks")
@@ -331,7 +333,13 @@ def _expect_merged(solution, parts, whole, cause, only=None):
         expect_close(out, whole[0], EXACT, "h v", cause, wrong_out)
 
 
-MERGES = ((1, 3, 4, (5, 9)), (2, 1, 3, (1, 30)), (3, 1, 3, (6, 2)), (4, 4, 4, (6, 2)), (5, 2, 1, (3, 3)))  # seed, H, V, keys in each part
+MERGES = (
+    (1, 3, 4, (5, 9)),
+    (2, 1, 3, (1, 30)),
+    (3, 1, 3, (6, 2)),
+    (4, 4, 4, (6, 2)),
+    (5, 2, 1, (3, 3)),
+)  # seed, H, V, keys in each part
 
 
 @merge_parts.property("lse")

@@ -4,7 +4,7 @@ import numpy as np
 
 from ..checking import expect
 from ..watching import Python
-from .check import results, query_row, block_attention
+from .check import block_attention, query_row, results
 
 SIGNALLING = np.uint64(0x7FF0_0000_0000_0001).view(np.float64)  # a NaN that NumPy reports when it is computed with
 

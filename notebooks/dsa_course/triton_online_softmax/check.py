@@ -52,7 +52,9 @@ def row_lse_kernel_rising_blocks(kernel):
         for step in (100.0, 2.0):  # by 100, exp(x - the first block's maximum) is more than fp32 holds
             x = normal(3, 48, seed=seed) + _slope(48, step)
             cause = "m follows the larger maximum, and then the old l must shrink: l · exp(m - new_m)"
-            suspects = {"only the last block counts: add to l, do not replace it": _lse(x[:, 32:])} if step < 100 else {}
+            suspects = (
+                {"only the last block counts: add to l, do not replace it": _lse(x[:, 32:])} if step < 100 else {}
+            )
             _expect_lse(kernel, x, cause, suspects)
     with interpreting.accesses() as seen:
         _row_lse(kernel, x)
