@@ -103,8 +103,8 @@ def launch(kernel, grid, *args, **constants):
         if not torch.equal(outside[i], _outside(tensor)):
             raise Failed(
                 f"{names[i]}: memory outside the tensor of shape {list(tensor.shape)} was written",
-                "the store has no mask, or the wrong one, or a wrong stride; or more was stored than there is room for, or "
-                "an offset wrapped around in 8 or 16 bits",
+                "the store has no mask, or the wrong one, or a wrong stride; or more was stored than there is room "
+                "for; or an offset wrapped around in 8 or 16 bits",
                 "bounds",
             )
     for i, given in inputs.items():

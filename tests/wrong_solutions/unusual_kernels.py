@@ -54,7 +54,7 @@ nearly("gather_kernel", "rows", "cleans_rows_of_nan", ("(d < D)[None, :], 0.0)\n
 
 nearly(
     "row_lse_kernel",
-    "rising blocks",
+    "large logits",
     "first_maximum_for_good",
     ("tl.maximum(m, tl.max(x, axis=0))", 'tl.where(m == float("-inf"), tl.max(x, axis=0), m)'),
 )

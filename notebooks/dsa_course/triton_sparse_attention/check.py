@@ -19,7 +19,7 @@ sparse_attention_kernel = Check("sparse_attention_kernel")  # see `_attend`, gri
 
 SEEDS = (1, 2)
 CLOSE = 2e-5  # fp32, and exp is approximate on a GPU
-FAR = torch.tensor([0, 127, 128, 255, 256, 32_767, 32_768, 65_535, 65_536, LONG - 1], dtype=torch.int32)
+FAR = torch.tensor([0, *(2**n + i for n in (7, 8, 15, 16) for i in (-1, 0, 1)), 1, 2, LONG - 1], dtype=torch.int32)
 
 
 def padded(n):
@@ -96,12 +96,12 @@ def gather_kernel_rows(kernel):
         _expect_rows(kernel, kv, _pick(29, 16, seed=seed), "row j of the output is kv[indices[j]]")
         cause = "a row is copied as it is: its numbers are fp32, not rounded and not cut"
         _expect_rows(kernel, 3e4 * normal(29, 16, seed=seed), _pick(29, 16, seed=seed), cause)
-    kv = torch.tensor([-0.0, 0.0, math.inf, -math.inf, math.nan, 1e-45, -1e38, 1 / 3]).repeat(3, 2)
-    got = _gather(kernel, kv, torch.tensor([1, 2], dtype=torch.int32)).cpu()
-    wrong = (bits(got) != bits(kv[1:])).nonzero().tolist()
+    kv = torch.tensor([-0.0, 0.0, math.inf, -math.inf, math.nan, 1e-45, -1e38, 1 / 3]).repeat(17, 2)
+    got = _gather(kernel, kv, torch.arange(1, 17, dtype=torch.int32)).cpu()
+    wrong = (bits(got) != bits(kv[1:17])).nonzero().tolist()
     if wrong:
         j, d = wrong[0]
-        what = f"j={j}, d={d}: got {float(got[j, d])!r}, expected {float(kv[j, d])!r}, with the same bits"
+        what = f"j={j}, d={d}: got {float(got[j, d])!r}, expected {float(kv[j + 1, d])!r}, with the same bits"
         raise Failed(what, "a copy changes nothing: nothing is added to a number, NaN or not")
     kv = whole(LONG, 3, seed=4, largest=99)
     _expect_rows(kernel, kv, FAR, f"right for short caches alone: {NARROW}")
