@@ -97,7 +97,7 @@ def cache_bytes_fp8(solution):
             "one scale for each 128 numbers of the latent, not one a token": latent + 4 + 2 * rope,
             "a scale is an fp32 number: 4 bytes": latent + scales // 2 + 2 * rope,
             "each scale counts 4 bytes: it is an fp32 number": latent + scales // 4 + 2 * rope,
-            "only the latent is cut into tiles: the rope part is bf16 and needs no scale": scales
+            f"one scale too many: {latent} numbers are {latent // 128} tiles, and the rope part, bf16, has none": scales
             + latent
             + 4 * -(-rope // 128)
             + 2 * rope,
