@@ -24,7 +24,7 @@ from .crashes import explain
 
 GENERAL = ("runs", "inputs", "bounds")  # what any check may report: a crash, changed arguments, a write out of bounds
 FORGOTTEN = "did you forget the return?"
-NOT_WRITTEN = "a place was never written (fresh memory holds NaN here), or inf - inf, or 0 / 0"
+NOT_WRITTEN = "a place was never written (fresh memory holds NaN here), inf - inf, 0 / 0, or a NaN that was taken in"
 
 
 class NotWritten(NotImplementedError):

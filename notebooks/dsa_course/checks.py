@@ -14,7 +14,8 @@ from .ladder.check_profile import predict_table, read_profile
 from .million.check import chunk_ms, dollars, half_from
 from .million.check_limits import most_tokens, needed_keys
 from .mla.check import absorb, cache_bytes, rope, softmax_scale
-from .online_softmax.check import block_attention, log_sum_exp, merge_parts, online_update
+from .online_softmax.check import log_sum_exp, merge_parts, online_update
+from .online_softmax.check_work import block_attention
 from .quantize.check import hadamard, quantize
 from .quantize.check_scores import flips, scores_from_fp8
 from .recall.check import recall, window_selection

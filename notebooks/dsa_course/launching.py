@@ -18,7 +18,10 @@ from dsa_ref.testing import Failed
 from . import interpreting
 from .checking import NOT_WRITTEN, bits, crashed, expect_close
 
-GUARD = 4096  # elements of NaN (or the largest integer) on either side of every buffer: wide, so strays land in it
+# Elements of NaN (or the largest integer) on either side of every buffer, at least, and as many as it has itself: wide,
+# so strays land in it, and so do those of a number that wrapped around in 16 bits.
+GUARD = 4096
+LONG, NARROW = 9 * 8192, "do numbers of places, rows or keys pass through 8 or 16 bits?"  # a length above 2^16
 
 
 def device():
@@ -60,9 +63,10 @@ def unwritten(tensor):
 def _inside(shape, dtype, row_gap, poison):
     *rows, width = shape
     n = math.prod(rows) * (width + row_gap)
-    buffer = torch.empty(n + 2 * GUARD, dtype=dtype, device=device())
+    guard = max(GUARD, n)
+    buffer = torch.empty(n + 2 * guard, dtype=dtype, device=device())
     poison(buffer)
-    return buffer[GUARD : GUARD + n].view(*rows, width + row_gap)[..., :width]
+    return buffer[guard : guard + n].view(*rows, width + row_gap)[..., :width]
 
 
 def _outside(tensor):
@@ -99,7 +103,8 @@ def launch(kernel, grid, *args, **constants):
         if not torch.equal(outside[i], _outside(tensor)):
             raise Failed(
                 f"{names[i]}: memory outside the tensor of shape {list(tensor.shape)} was written",
-                "the store has no mask, or the wrong one, or a wrong stride; or more was stored than there is room for",
+                "the store has no mask, or the wrong one, or a wrong stride; or more was stored than there is room "
+                "for; or an offset wrapped around in 8 or 16 bits",
                 "bounds",
             )
     for i, given in inputs.items():

@@ -6,6 +6,7 @@ import math
 import pathlib
 import sys
 import threading
+import time
 import tracemalloc
 from unittest import mock
 
@@ -28,12 +29,13 @@ class Python:
     seen.bytes: all that was allocated outside torch (NumPy, lists) in pieces of SMALL bytes or more, freed or not;
     np.empty's memory, which our own code hands over, too.
     seen.peak: the most that was held at one time, beyond what there was before the call.
+    seen.seconds: what the processor computed for it, which other processes do not lengthen as they do the clock.
     """
 
     SMALL = 512  # a line's frame and numbers take less, those of this class too
 
     def __enter__(self):
-        self.lines, self.bytes, self.peak, self.own = 0, 0, 0, False
+        self.lines, self.bytes, self.peak, self.seconds, self.own = 0, 0, 0, 0.0, False
         self.running, self.outer, self.elsewhere = tracemalloc.is_tracing(), sys.gettrace(), False
         if not self.running:
             tracemalloc.start()
@@ -54,6 +56,7 @@ class Python:
         self.elsewhere = True
 
     def _trace(self, frame, event, argument):
+        self.seconds += time.thread_time() - self.since if self.own else 0.0
         now, peak = tracemalloc.get_traced_memory()
         if self.own:  # what ran up to here was none of our own code
             self.bytes += peak - self.held if peak - self.held >= self.SMALL else 0
@@ -70,6 +73,7 @@ class Python:
             self.left = now
         self.own, self.held = own, now
         self.lines += event == "line" and own
+        self.since = time.thread_time()
         return self._trace
 
 

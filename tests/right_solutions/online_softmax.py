@@ -90,3 +90,18 @@ def one_head_at_a_time(out_a, lse_a, out_b, lse_b):
             lse[h] = m + math.log(math.exp(a - m) + math.exp(b - m))
             out[h] = math.exp(a - lse[h]) * out_a[h] + math.exp(b - lse[h]) * out_b[h]
     return out, lse
+
+
+@right("block_attention")
+def row_0_looked_up_for_padding(q, kv, indices, scale, v_dim, block):
+    H = len(q)
+    out, lse = np.zeros((H, v_dim)), np.full(H, -np.inf)
+    for first in range(0, len(indices), block):
+        s = indices[first : first + block]
+        rows = kv[np.maximum(s, 0)]
+        logits = np.where(s >= 0, q @ rows.T * scale, -np.inf)
+        new = np.logaddexp(lse, np.logaddexp.reduce(logits, axis=1))
+        shift = np.where(new == -np.inf, 0.0, new)[:, None]
+        out = out * np.exp(lse[:, None] - shift) + np.exp(logits - shift) @ rows[:, :v_dim]
+        lse = new
+    return out, lse

@@ -376,7 +376,7 @@ def one_shift_for_all_heads(out_a, lse_a, out_b, lse_b):
     return a[:, None] * out_a + b[:, None] * out_b, lse
 
 
-@wrong("merge_parts", "empty part")
+@wrong("merge_parts", "large lse")
 def lse_moved_by_a_logarithm_of_a_ratio(out_a, lse_a, out_b, lse_b):
     with np.errstate(all="ignore"):  # lse_b - lse_a is inf where a saw nothing, and -inf + inf is NaN
         ratio = np.where(lse_b - lse_a < 700, np.exp(lse_b - lse_a), np.inf)

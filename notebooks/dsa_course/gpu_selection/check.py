@@ -14,6 +14,7 @@ from dsa_ref.select_topk import select_topk
 from dsa_ref.testing import Failed, compare_selection
 
 from ..checking import GENERAL, Check, expect, expect_number, expect_shape, normal, spread, tensor, whole
+from ..launching import LONG, NARROW
 
 INF = math.inf
 
@@ -51,11 +52,11 @@ def _rows_of_whole_groups():
 def lower_bound_never_above(solution):
     for scores, k, group in _rows_of_whole_groups():
         got, kth = _bound(solution, scores, k, group), float(scores.topk(k).values[-1])
-        expect(
-            got <= kth,
-            f"S={len(scores)}, k={k}, group={group}: got {got:.6g}, above the k-th largest score {kth:.6g}",
-            "a winner would be dropped: groups that overlap count one score twice, or k is off by one (topk(k)[-1])",
-        )
+        cause = "a winner would be dropped: groups that overlap count one score twice, or k is off by one (topk(k)[-1])"
+        if got not in scores.tolist():
+            cause = "that is none of the scores: they were rounded, or what lies between them in a view was read"
+        what = f"S={len(scores)}, k={k}, group={group}: got {got:.6g}, expected at most the k-th score {kth:.6g}"
+        expect(got <= kth, what, cause)
 
 
 @lower_bound.property("tight")
@@ -99,8 +100,14 @@ def lower_bound_ragged_end(solution):
             f"S={S}, k={k}, group={group}: got {got:.6g}, expected {best:.6g}",
             "the missing places of the last group were filled with a number that beats some scores: fill with -inf"
             if got > best
+            else f"-inf is for fewer than k groups: {-(-S // group)} are enough here, and a short row is a group, too"
+            if got == -INF
             else f"every group has {group} scores, the last one {S % group}; its maximum counts as any other",
         )
+
+    got = _bound(solution, torch.tensor([3.0, 1.0, -1e38, 2.0, -INF]), 3, 2)
+    cause = "a last group of nothing but -inf has the maximum -inf: no fill may lift it"
+    expect(got == -INF, f"maxima 3, 2 and -inf, k=3: got {got:.6g}, expected -inf", cause)
 
 
 @lower_bound.property("few groups")
@@ -170,7 +177,7 @@ def ordered_bits_both_signs(solution):
         "downwards (0x80000000 is the smallest int32)",
     )
     for seed in (1, 2):
-        x = normal(200, seed=seed).sort().values
+        x = normal(200 if seed == 1 else 2000, seed=seed).sort().values
         _rising(solution, x, "the order is lost where the sign changes")
 
 
@@ -227,8 +234,9 @@ def last_bit(S, seed):
 def threshold_select_largest(solution):
     for seed, S, k in ((1, 300, 7), (2, 1000, 100), (3, 37, 5), (4, 64, 64)):
         _select(solution, normal(S, seed=seed), k)
-    _select(solution, last_bit(300, seed=5), 11)
+    _select_for(solution, last_bit(300, seed=5), 11, "scores were rounded before they were compared")
     _select(solution, spread(normal(300, seed=6)), 7)
+    _select_for(solution, normal(LONG, seed=7), 7, f"right for short rows alone: {NARROW}")
 
 
 @threshold_select.property("exactly k")
@@ -257,6 +265,8 @@ def threshold_select_minus_infinity(solution):
     row = torch.full((80,), -INF)
     row[[3, 40, 79]] = torch.tensor([1.0, -5.0, 2.0])
     _select_for(solution, row, 7, "a score of -inf is a score: it is kept where nothing better is left")
+    row[[50, 60]] = -3e38
+    _select_for(solution, row, 7, "-inf is below every other score, however low: no number stands for it")
 
 
 @threshold_select.property("short row")

@@ -8,6 +8,7 @@ from dsa_ref.testing import Failed
 
 from .. import interpreting, launching
 from ..checking import Check, expect, normal, whole
+from ..launching import LONG, NARROW
 from .check import last_bit, whole_row
 
 INF = math.inf
@@ -97,6 +98,12 @@ def selection_kernel_smallest_index(kernel):
     for seed, S, k, block in ((1, 32, 13, 32), (2, 151, 29, 16), (3, 100, 61, 32)):
         _launch(kernel, whole(S, seed=seed), k, block, cause)
     _launch(kernel, torch.full((70,), 1.5), 21, 16, cause)
+
+
+@selection_kernel.property("long row")
+def selection_kernel_long_row(kernel):
+    scores = whole(LONG, seed=5, largest=9)
+    _launch(kernel, scores, 40_000, 8192, f"right for short rows and short lists alone: {NARROW}")
 
 
 @selection_kernel.property("zeros")

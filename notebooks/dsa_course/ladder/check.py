@@ -175,7 +175,7 @@ def _suspects(parts, faster, side_by_side):
         "the whole was divided by the factors' product: each holds for its own part": before / math.prod(factors),
         "the whole was divided by the mean factor: each holds for its own part": before / np.mean(factors),
         "only the changed parts were counted: the others still take their time": total(
-            parts[name] / factor for name, factor in faster.items()
+            [0.0, *(parts[name] / factor for name, factor in faster.items())]
         ),
         "parts side by side do not add up: the longest is what one waits for": _after(parts, faster, False)[0],
         "these parts run one after another: they add up": _after(parts, faster, True)[0],
@@ -194,6 +194,7 @@ AFTER = (  # parts, faster
     ({"a": 6.0, "b": 4.0}, {"a": 3.0}),
     ({"a": 1.0, "b": 3.0, "c": 4.0}, {"c": 4.0, "b": 1.5}),
     ({"a": 1.0, "b": 9.0}, {"a": 1000.0}),
+    ({"a": 6.0, "b": 4.0}, {}),
     ({"a": 6.0, "b": 4.0, "c": 5.0}, {"a": 0.5, "b": 2.0}),  # a becomes slower, and less than nothing is saved
 )
 

@@ -73,7 +73,7 @@ def ring_waits_second_round(solution):
 @ring_waits.property("many rounds")
 def ring_waits_many_rounds(solution):
     for places in RINGS:
-        _act(solution, 7 * places + 1, places)
+        _act(solution, 20 * places + 1, places)
 
 
 # ----------------------------------------------------------------------------------------------------------- measure
@@ -130,7 +130,7 @@ def measure_cold_cache(solution):
 
 @measure.property("odd calls")
 def measure_odd_calls(solution):
-    for seed in range(4):
+    for seed in range(60):  # the median of three is right in nine of ten
         true_ms = (2.0, 0.4)[seed % 2]
         suspects = {
             "the fastest call was lucky (half the time): the median is what a user meets": 0.5 * true_ms,

@@ -59,6 +59,15 @@ def read_profile_first_part_that_fits(solution):
     )
     cause = "a kernel counts once, in the first part one of whose texts is in its name"
     _expect_shares(solution, kernels, 20.0, parts, parts, cause)
+    kernels = [
+        ("GEMM<float, 4>(int*)", 1.0, 1.0),
+        ("void gemm<float, 4>(int*)", 2.0, 2.0),
+        ("a.b", 1.0, 3.0),
+        ("axb", 1.0, 4.0),
+    ]
+    parts = {"products": ("gemm<float, 4>",), "dotted": ("a.b",)}
+    cause = "a text is in a name letter by letter: a capital is another letter, and no sign means any letter"
+    _expect_shares(solution, kernels, 20.0, parts, parts, cause)
 
 
 @read_profile.property("other")

@@ -53,7 +53,7 @@ def _expect_dollars(solution, ms, tokens, layers, price, cause, suspects=None):
 
 @dollars.property("a chunk")
 def dollars_a_chunk(solution):
-    for ms, tokens in ((9.0, 4096), (80.0, 4096), (4.5, 1000)):
+    for ms, tokens in ((9.0, 4096), (80.0, 4096), (4.5, 1000), (9000.0, 3_000_000)):
         _expect_dollars(solution, ms, tokens, 1, 2.0, "a call takes ms; a million tokens take 1e6 / tokens such calls")
 
 

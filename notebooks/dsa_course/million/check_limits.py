@@ -122,3 +122,6 @@ def needed_keys_a_trained_model(solution):
         weights = attention_of(256)[layer][t, : t + 1].double()
         for share in (0.5, 0.9):
             _expect_needed(solution, weights / weights.sum(), share, "a real row, hundreds of weights: look at all")
+    cause = "the weights are float64, and so is their sum: in fp32 a small one is lost"
+    _expect_needed(solution, [0.5, 0.5 - 2.0**-30, 2.0**-30], 1.0, cause)
+    _expect_needed(solution, [2.0**-13] * 2**13, 0.75, "6,144 of 8,192 equal weights: the row decides, not k")

@@ -8,7 +8,6 @@ import torch
 from dsa_ref.sparse_attention import masked_softmax, sparse_attention
 
 from ..checking import FORGOTTEN, Check, expect, expect_close, expect_shape, normal, strided, tensor
-from ..watching import Python
 
 log_sum_exp = Check("log_sum_exp")  # log_sum_exp(x [..., n]) -> [...]
 online_update = Check("online_update")  # online_update(m, l, acc, logits, values) -> m, l, acc
@@ -23,7 +22,7 @@ def _array(*shape, seed):
     return normal(*shape, seed=seed, dtype=torch.float64).numpy()
 
 
-def _results(got, names):
+def results(got, names):
     """The results by these names, as arrays."""
     names = names.split(", ")
     cause = FORGOTTEN if got is None else f"return {', '.join(names)}, in this order"
@@ -110,7 +109,7 @@ def _run(solution, blocks):
     for logits, values in blocks:
         old, before = got, state
         got = solution(*state, logits, values)
-        state = _results(got, "m, l, acc")
+        state = results(got, "m, l, acc")
         shapes = (logits.shape[:1], logits.shape[:1], (len(logits), values.shape[1]))
         for name, new, shape in zip(names, state, shapes, strict=True):
             expect_shape(new, shape, torch.float64, name)
@@ -210,7 +209,7 @@ def online_update_empty_block(solution):
 # --- block_attention -----------------------------------------------------------------------------------------------
 
 
-def _row(seed, H=2, S=29, D=6, n=13, k=13):
+def query_row(seed, H=2, S=29, D=6, n=13, k=13):
     """One query's q [H, D], kv [S, D] and indices [k], of which the first n are real and distinct."""
     rng = np.random.default_rng(seed)
     indices = np.full(k, -1, dtype=np.int32)
@@ -220,7 +219,7 @@ def _row(seed, H=2, S=29, D=6, n=13, k=13):
 
 
 def _expect_attention(solution, q, kv, indices, block, cause, scale=0.4, v_dim=4):
-    out, lse = _results(solution(q, kv, indices, scale, v_dim, block), "out, lse")
+    out, lse = results(solution(q, kv, indices, scale, v_dim, block), "out, lse")
     row = (torch.from_numpy(q)[None], torch.from_numpy(kv), torch.from_numpy(indices)[None])
     expected_out, expected_lse = (x[0] for x in sparse_attention(*row, scale, v_dim))
     expect_shape(out, expected_out.shape, torch.float64, "out")
@@ -243,10 +242,13 @@ def _expect_attention(solution, q, kv, indices, block, cause, scale=0.4, v_dim=4
 def block_attention_one_block(solution):
     cause = "not the softmax of scale · q · kv over the selected rows' values"
     for seed, H, v_dim in ((0, 2, 4), (1, 4, 4), (2, 2, 1), (3, 2, 6)):
-        _expect_attention(solution, *_row(seed, H=H), 16, cause, scale=0.4 if seed < 3 else 1.3, v_dim=v_dim)
+        _expect_attention(solution, *query_row(seed, H=H), 16, cause, scale=0.4 if seed < 3 else 1.3, v_dim=v_dim)
     cause = "wrong for arrays that are not contiguous, as after a transpose"
-    _expect_attention(solution, *map(strided, _row(4)), 16, cause)
-    _expect_attention(solution, *_row(5, n=1, k=1), 16, "one selected row: the softmax of a single logit is 1")
+    _expect_attention(solution, *map(strided, query_row(4)), 16, cause)
+    _expect_attention(solution, *query_row(5, n=1, k=1), 16, "one selected row: the softmax of a single logit is 1")
+    q, kv, _ = query_row(6, S=70_000)
+    indices = np.array([0, 127, 128, 255, 256, 32_767, 32_768, 65_535, 65_536, 69_999], dtype=np.int32)
+    _expect_attention(solution, q, kv, indices, 16, "right in a short cache: do indices pass through 8 or 16 bits?")
 
 
 @block_attention.property("any block size")
@@ -254,12 +256,12 @@ def block_attention_any_block_size(solution):
     for seed, H in ((1, 3), (2, 1)):
         for block in (13, 1, 4, 5, 12):
             cause = f"13 keys in blocks of {block}: the last, shorter block counts too, and old sums are rescaled"
-            _expect_attention(solution, *_row(seed, H=H), block, cause)
+            _expect_attention(solution, *query_row(seed, H=H), block, cause)
 
 
 @block_attention.property("large logits")
 def block_attention_large_logits(solution):
-    q, kv, indices = _row(5)
+    q, kv, indices = query_row(5)
     kv[:, 0], q[:, 0] = 1.0, (5000.0, -5000.0)  # adds 2000 to every logit of head 0, takes 2000 from those of head 1
     for block in (4, 16):
         cause = "exp overflows at 710 and is 0 below -746: measure each head against its own running maximum"
@@ -273,54 +275,18 @@ def block_attention_large_logits(solution):
 def block_attention_padding(solution):
     for seed, n in ((1, 9), (2, 2)):
         for block in (4, 16):
-            _expect_attention(solution, *_row(seed, n=n), block, "-1 marks an empty place: no weight, no value, no key")
+            _expect_attention(
+                solution, *query_row(seed, n=n), block, "-1 marks an empty place: no weight, no value, no key"
+            )
 
 
 @block_attention.property("empty blocks")
 def block_attention_empty_blocks(solution):
-    q, kv, indices = _row(3, n=5)
+    q, kv, indices = query_row(3, n=5)
     cause = "a block of padding changes nothing, and keys may follow it; where no key is at all: 0 and -inf"
     for row in (np.full_like(indices, -1), indices[::-1].copy()):  # nothing selected; padding first
         for block in (4, 16):
             _expect_attention(solution, q, kv, row, block, cause)
-
-
-@block_attention.property("gather")
-def block_attention_gather(solution):
-    q, kv, indices = _row(6)
-    kv[~np.isin(np.arange(len(kv)), indices)] = np.nan
-    for got in _results(solution(q, kv, indices, 0.4, 4, 5), "out, lse"):
-        cause = "rows that are not selected were read: gather the selected ones, do not mask the others"
-        expect(np.isfinite(got).all(), "rows of kv that are not selected hold NaN here: got NaN, expected none", cause)
-    made = [_work(solution, S=S, k=16, block=4) for S in (64, 64, 16_384)]  # the first call may import something
-    cause = "the work grows with kv, of which 16 rows are selected in both cases: score those, do not mask the others"
-    for unit, few, many, slack in zip(("bytes were made", "lines ran"), made[1], made[2], (64 * 1024, 20), strict=True):
-        what = f"{few:,} {unit} for 64 rows of kv and {many:,} for 16,384, expected the same"
-        expect(many <= few + slack, what, cause)
-
-
-def _work(solution, S, k, block, D=32, H=2):
-    """(bytes made, lines run) for k of S rows."""
-    q, kv, _ = _row(4, H=H, S=S, D=D)
-    indices = (np.arange(k) * (S // k) if S >= k else np.arange(k) % S).astype(np.int32)
-    with Python() as seen:
-        solution(q, kv, indices, 0.4, D // 2, block)
-    return seen.bytes, seen.lines
-
-
-@block_attention.property("memory")
-def block_attention_memory(solution):
-    H, D, S, k, block = 2, 256, 64, 1024, 4
-    q, kv, _ = _row(4, H=H, S=S, D=D)
-    indices = np.arange(k, dtype=np.int32) % S
-    with Python() as seen:
-        solution(q, kv, indices, 0.4, 128, block)
-    limit = 10 * block * D * 8  # ten blocks of rows; all rows would take 2 MiB
-    expect(
-        seen.peak <= limit,
-        f"k={k}, D={D}, block={block}: got {seen.peak // 1024} KiB at once, expected at most {limit // 1024} KiB",
-        "more than a block is held: gather one block's rows inside the loop, and keep no logits of earlier blocks",
-    )
 
 
 # --- merge ---------------------------------------------------------------------------------------------------------
@@ -343,7 +309,7 @@ def _parts(seed, H, V, sizes, shift=0.0, empty=()):
 
 def _expect_merged(solution, parts, whole, cause, only=None):
     (out_a, lse_a), (out_b, lse_b) = parts
-    out, lse = _results(solution(out_a, lse_a, out_b, lse_b), "out, lse")
+    out, lse = results(solution(out_a, lse_a, out_b, lse_b), "out, lse")
     expect_shape(out, whole[0].shape, torch.float64, "out")
     expect_shape(lse, whole[1].shape, torch.float64, "lse")
     with np.errstate(all="ignore"):
@@ -367,7 +333,13 @@ def _expect_merged(solution, parts, whole, cause, only=None):
         expect_close(out, whole[0], EXACT, "h v", cause, wrong_out)
 
 
-MERGES = ((1, 3, 4, (5, 9)), (2, 1, 3, (1, 30)), (3, 4, 4, (6, 2)), (4, 2, 1, (3, 3)))  # seed, H, V, keys in each part
+MERGES = (
+    (1, 3, 4, (5, 9)),
+    (2, 1, 3, (1, 30)),
+    (3, 1, 3, (6, 2)),
+    (4, 4, 4, (6, 2)),
+    (5, 2, 1, (3, 3)),
+)  # seed, H, V, keys in each part
 
 
 @merge_parts.property("lse")
@@ -398,6 +370,10 @@ def merge_parts_large_lse(solution):
             _expect_merged(solution, *_parts(*case, shift=shift), cause)
     heads = np.array([[1000.0], [0.0], [-1000.0]])
     _expect_merged(solution, *_parts(5, 3, 4, (5, 9), shift=heads), "each head subtracts the larger of its own two lse")
+    (small, (out, lse)), _ = _parts(6, 3, 4, (5, 9))
+    for parts in ([small, (out, lse + 2000.0)], [(out, lse + 2000.0), small]):
+        cause = "one part far above the other, be it the first or the second: subtract the larger lse, not always one's"
+        _expect_merged(solution, parts, (out, lse + 2000.0), cause)
 
 
 @merge_parts.property("empty part")

@@ -201,8 +201,9 @@ def flips_mean_over_rows(solution):
         one, other = _selections(seed, T, k)
         one[-1] = other[-1]
         _expect_flips(solution, one, other, "every row counts the same, however many keys it holds")
-        far = [torch.where(side >= 0, side + 100_000, -1).to(torch.int32) for side in (one, other)]
-        _expect_flips(solution, *far, "right for small keys, wrong for large ones: a key is any number from 0 up")
+        for name, far in (("65,536 apart", lambda key: key << 16), ("above 2^24", lambda key: key + (1 << 24))):
+            cause = f"right for small keys, wrong for keys {name}: a key is any number from 0 up, as int32 holds it"
+            _expect_flips(solution, *(torch.where(side >= 0, far(side), -1) for side in (one, other)), cause)
     for seed, T, k in ((12, 1, 1), (13, 9, 5)):
         one, other = (strided(side) for side in _selections(seed, T, k))
         _expect_flips(solution, one, other, "wrong for this shape, or for tensors that are not contiguous")

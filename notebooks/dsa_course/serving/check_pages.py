@@ -119,6 +119,13 @@ def pack_page_short_page(solution):
             "token uses is 0"
         )
         expect_close(got, page, 0.0, "byte", cause, suspects)
+    every, scales = torch.arange(256, dtype=torch.uint8).view(2, 128).view(torch.float8_e4m3fn), torch.tensor([0.3, 7])
+    expected, first = page_of(every, scales, 3), solution(every, scales, 3)
+    expect_close(first, expected, 0.0, "byte", "a page holds a key's bytes as they are, NaN's and -0.0's too")
+    cause = "wrong where the scales do not lie side by side, as in a view of a larger tensor: .contiguous() first"
+    expect_close(solution(every, spread(scales), 3), expected, 0.0, "byte", cause)
+    solution(every, 2 * scales, 3)
+    expect_close(first, expected, 0.0, "byte", "the page of the call before was changed by this one: make a new one")
 
 
 # ---------------------------------------------------------------------------------------------------------- slots_of

@@ -8,6 +8,7 @@ from dsa_ref.testing import Failed
 
 from .. import launching
 from ..checking import FORGOTTEN, Check, bits, expect, expect_int, normal, whole
+from ..launching import LONG, NARROW
 
 copy_kernel = Check("copy_kernel")  # (x_ptr, out_ptr, n, BLOCK), grid (cdiv(n, BLOCK),)
 row_sum_kernel = Check("row_sum_kernel")  # (x_ptr, out_ptr, C, row_stride, col_stride, BLOCK), grid (R,)
@@ -68,13 +69,17 @@ def copy_kernel_own_block_only(kernel):
 
 @copy_kernel.property("bit by bit")
 def copy_kernel_bit_by_bit(kernel):
-    x = torch.tensor([-0.0, math.inf, -math.inf, math.nan, 1e-45, 1 / 3, 16_777_217.0, 70_000.1, -1e38])
-    got = _copy(kernel, x, 16).cpu()
-    wrong = (bits(got) != bits(x)).nonzero().flatten().tolist()
-    if wrong:
-        i = wrong[0]
-        what = f"i={i}: got {float(got[i])!r}, expected {float(x[i])!r}, with the same bits"
-        raise Failed(what, "a copy changes nothing: nothing is added, cut off or converted on the way")
+    floats = torch.tensor([-0.0, math.inf, -math.inf, math.nan, 1e-45, 1 / 3, 16_777_217.0, 70_000.1, -1e38])
+    ints = torch.tensor([2**53 + 1, -(2**62) - 1, 2**24 + 1, 0])  # more digits than a float of the same size holds
+    for x in (floats, floats.double() / 3, ints, ints[2:].to(torch.int32)):
+        got = _copy(kernel, x, 16).cpu()
+        wrong = (bits(got) != bits(x)).nonzero().flatten().tolist()
+        if wrong:
+            i = wrong[0]
+            what = f"{x.dtype}, i={i}: got {got[i].item()!r}, expected {x[i].item()!r}, with the same bits"
+            raise Failed(what, "a copy changes nothing: nothing is added, cut off or converted on the way")
+    x = normal(LONG, seed=2)
+    launching.expect_result(_copy(kernel, x, 8192), x, 0.0, "i", f"right for short tensors alone: {NARROW}")
 
 
 # ---------------------------------------------------------------------------------------------------------- row sum
@@ -106,6 +111,9 @@ def row_sum_kernel_all_tiles(kernel):
         }
         got = _row_sum(kernel, launching.guarded(x), BLOCK=BLOCK)
         launching.expect_result(got, x.sum(1), 0.0, "r", f"loop over the row in tiles of BLOCK, here {BLOCK}", suspects)
+    x = whole(1, LONG, seed=3)
+    got = _row_sum(kernel, launching.guarded(x), BLOCK=8192)
+    launching.expect_result(got, x.sum(1), 0.0, "r", f"right for short rows alone: {NARROW}")
 
 
 @row_sum_kernel.property("tail")
@@ -135,6 +143,9 @@ def row_sum_kernel_full_precision(kernel):
     x = 3e4 * normal(5, 70, seed=1).abs()
     cause = "the numbers, or the running sum, were rounded to 16 bits (or cut at a limit): stay with fp32"
     launching.expect_result(_row_sum(kernel, launching.guarded(x)), x.double().sum(1), 1e-5, "r", cause)
+    got = _row_sum(kernel, launching.guarded(torch.tensor([[1.0, math.nan, 2.0], [math.inf, 1.0, 2.0]])))
+    expect(got[0].isnan(), f"1 + NaN + 2: got {float(got[0])}, expected NaN", "a NaN in the row is not to be hidden")
+    expect(got[1] == math.inf, f"inf + 1 + 2: got {float(got[1])}, expected inf", cause)
 
 
 @row_sum_kernel.property("own row only")
@@ -212,14 +223,14 @@ def tile_cost_bytes(solution):
 # ------------------------------------------------------------------------------------------------------ planted bug
 
 
-def _lengths(kernel, k, gap=0, launch=launching.launch):
+def _lengths(kernel, k, gap=0, launch=launching.launch, BK=16):
     S, Di = k.shape
     k, out = launching.guarded(k, gap), launching.output(S)
-    launch(kernel, (math.ceil(S / 16),), k, out, S, Di, k.stride(0), BK=16, DP=padded(Di))
+    launch(kernel, (math.ceil(S / BK),), k, out, S, Di, k.stride(0), BK=BK, DP=padded(Di))
     return out
 
 
-def _expect_lengths(kernel, k, cause, gap=0):
+def _expect_lengths(kernel, k, cause, gap=0, BK=16):
     square, pad = k.square(), padded(k.shape[1]) - k.shape[1]
     suspects = {
         "the last number of each key is missing": square[:, :-1].sum(1),
@@ -228,7 +239,7 @@ def _expect_lengths(kernel, k, cause, gap=0):
         "but still too many": square.sum(1) + pad * square[:, -1],
         "the numbers were added without squaring": k.sum(1),
     }
-    launching.expect_result(_lengths(kernel, k, gap), square.sum(1), 0.0, "s", cause, suspects)
+    launching.expect_result(_lengths(kernel, k, gap, BK=BK), square.sum(1), 0.0, "s", cause, suspects)
 
 
 @planted_bug_kernel.property("full tiles")
@@ -241,6 +252,7 @@ def planted_bug_kernel_full_tiles(kernel):
 def planted_bug_kernel_last_keys(kernel):
     for seed, S in zip(SEEDS, (37, 1), strict=True):
         _expect_lengths(kernel, whole(S, 16, seed=seed), "S is no multiple of BK: the last tile is partly filled")
+    _expect_lengths(kernel, whole(LONG, 16, seed=3), f"right for few keys alone: {NARROW}", BK=8192)
 
 
 @planted_bug_kernel.property("narrow keys")
@@ -249,7 +261,8 @@ def planted_bug_kernel_narrow_keys(kernel):
     _expect_lengths(kernel, whole(37, 12, seed=1), cause)
     strangers = "between two keys lie 4 numbers that are nobody's: step by row_stride, mask by Di"
     _expect_lengths(kernel, whole(37, 20, seed=2), strangers, gap=4)
-    _lengths(kernel, whole(37, 12, seed=3), 4, launching.expect_reads_inside)
+    for Di in (12, 13):
+        _lengths(kernel, whole(37, Di, seed=3), 4, launching.expect_reads_inside)
 
 
 @planted_bug_kernel.property("full precision")

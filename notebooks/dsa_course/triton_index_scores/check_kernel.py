@@ -8,6 +8,7 @@ from dsa_ref.index_scores import index_scores
 
 from .. import launching
 from ..checking import Check, expect, normal, whole
+from ..launching import LONG, NARROW
 from ..toy import toy
 from .check import SEEDS, padded
 
@@ -172,6 +173,8 @@ def index_scores_kernel_tails(kernel):
 def index_scores_kernel_larger_tiles(kernel):
     q, k, w = whole(2, 20, 40, seed=1), whole(70, 40, seed=2), whole(2, 20, seed=3)
     _expect_all(kernel, q, k, w, "BK, HP are 32 and DP is 64 here: take the sizes of tiles from the arguments", BK=32)
+    q, k, w = whole(1, 1, 2, seed=4), whole(LONG, 2, seed=5), whole(1, 1, seed=6)
+    _expect_all(kernel, q, k, w, f"right for few keys alone: {NARROW}", BK=8192)
 
 
 @index_scores_kernel.property("full precision")

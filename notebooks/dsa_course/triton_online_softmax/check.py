@@ -74,11 +74,13 @@ def row_lse_kernel_large_logits(kernel):
     for seed, shift in zip((*SEEDS, 3), (500.0, -500.0, -20000.0), strict=True):
         cause = "fp32's exp overflows at 88 and vanishes below -104: m starts at -inf, and is subtracted before exp"
         _expect_lse(kernel, normal(3, 32, seed=seed) + shift, cause)
+    cause = "exp(x - the first block's maximum) is more than fp32 holds here: m follows the larger one in each block"
+    _expect_lse(kernel, normal(3, 48, seed=4) + _slope(48, 100.0), cause)
 
 
 @row_lse_kernel.property("tail")
 def row_lse_kernel_tail(kernel):
-    for seed, n in zip(SEEDS, (37, 3), strict=True):
+    for seed, n in zip((*SEEDS, 3), (37, 3, 1), strict=True):
         x = normal(3, n, seed=seed) - 4.0
         zeros = torch.cat([x, torch.zeros(3, -n % 16)], 1)
         suspects = {"masked places were loaded as 0, and exp(0 - m) was summed: `other` is -inf": _lse(zeros)}

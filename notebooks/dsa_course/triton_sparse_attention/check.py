@@ -7,9 +7,11 @@ import numpy as np
 import torch
 
 from dsa_ref.sparse_attention import sparse_attention
+from dsa_ref.testing import Failed
 
 from .. import interpreting, launching
-from ..checking import Check, expect, normal, whole
+from ..checking import Check, bits, expect, normal, whole
+from ..launching import LONG, NARROW
 from ..toy import toy
 
 gather_kernel = Check("gather_kernel")  # (kv_ptr, indices_ptr, out_ptr, k, D, kv_row, BK, DP), grid (cdiv(k, BK),)
@@ -17,6 +19,7 @@ sparse_attention_kernel = Check("sparse_attention_kernel")  # see `_attend`, gri
 
 SEEDS = (1, 2)
 CLOSE = 2e-5  # fp32, and exp is approximate on a GPU
+FAR = torch.tensor([0, *(2**n + i for n in (7, 8, 15, 16) for i in (-1, 0, 1)), 1, 2, LONG - 1], dtype=torch.int32)
 
 
 def padded(n):
@@ -93,6 +96,15 @@ def gather_kernel_rows(kernel):
         _expect_rows(kernel, kv, _pick(29, 16, seed=seed), "row j of the output is kv[indices[j]]")
         cause = "a row is copied as it is: its numbers are fp32, not rounded and not cut"
         _expect_rows(kernel, 3e4 * normal(29, 16, seed=seed), _pick(29, 16, seed=seed), cause)
+    kv = torch.tensor([-0.0, 0.0, math.inf, -math.inf, math.nan, 1e-45, -1e38, 1 / 3]).repeat(17, 2)
+    got = _gather(kernel, kv, torch.arange(1, 17, dtype=torch.int32)).cpu()
+    wrong = (bits(got) != bits(kv[1:17])).nonzero().tolist()
+    if wrong:
+        j, d = wrong[0]
+        what = f"j={j}, d={d}: got {float(got[j, d])!r}, expected {float(kv[j + 1, d])!r}, with the same bits"
+        raise Failed(what, "a copy changes nothing: nothing is added to a number, NaN or not")
+    kv = whole(LONG, 3, seed=4, largest=99)
+    _expect_rows(kernel, kv, FAR, f"right for short caches alone: {NARROW}")
 
 
 @gather_kernel.property("every tile")
@@ -261,7 +273,7 @@ def sparse_attention_kernel_tail(kernel):
 def sparse_attention_kernel_padding(kernel):
     for seed in SEEDS:
         q, kv, indices = _inputs(seed, 3, 16, 80, 16, 32)
-        indices[0, 20:] = indices[1, 3:12] = -1
+        indices[0, 20:] = indices[1, 3:12] = indices[2, :3] = indices[2, 16] = -1  # a tile may begin with it
         suspects = {
             "-1 got a logit of 0 and a share of the sum: its logit is -inf":
             sparse_attention(q, *_for_nothing(torch.zeros(16), kv, indices), 0.4, 16)[0],
@@ -303,6 +315,8 @@ def sparse_attention_kernel_few_heads_odd_sizes(kernel):
         _expect_attention(kernel, q, kv, indices, V, cause, scale=0.7)
         cause = "rows of kv are kv_row apart, which need not be D: here NaN lies between two rows"
         _expect_attention(kernel, q, kv, indices, V, cause, gap=5)
+    q, kv, _ = _inputs(3, 1, 1, LONG, 3, 1)
+    _expect_attention(kernel, q, kv, FAR[None], 3, f"right for short caches alone: {NARROW}")
     x = toy()
     indices = torch.tensor([[0, 2, 5]] * 8, dtype=torch.int32)
     _expect_attention(kernel, x.q, x.kv, indices, 2, "the toy with {0, 2, 5} for all: 2 heads of 4 numbers, value 2")
