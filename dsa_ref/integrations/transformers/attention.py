@@ -352,7 +352,7 @@ def check_cached_keys(layer, cached) -> None:
     rows = cached.layers[layer.layer_idx] if layer.layer_idx < len(cached.layers) else None
     rotates = layer.dsa_index_fp8 and layer.config._attn_implementation == NAME
     filled = rows is not None and getattr(rows, "is_indexer_initialized", False)
-    if filled and getattr(rows, "dsa_index_fp8", False) != rotates:
+    if filled and getattr(rows, "dsa_index_fp8", False) != rotates and rows.get_seq_length() > 0:  # 0: it was reset
         raise ValueError(
             f"the cache's index keys must be continued with index_fp8={not rotates} as they began, got "
             f"index_fp8={rotates} and {layer.config._attn_implementation!r}: start a new cache"
