@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
-from ...arguments import FLOATS
+from ...contracts import FLOATS
 from ...nn.block_scales import SCALE, SCALE_INV
 from ...nn.checkpoint import locate
 

@@ -83,7 +83,10 @@ OPERATORS = {
     for step in (narrow, select, attend)
 }
 BREAKS = {
-    step: torch.compiler.disable(step, reason=f"{step.__name__} has no gradient in a graph") for step in OPERATORS
+    step: torch.compiler.disable(
+        step, reason=f"{step.__name__} in a graph has no gradient: call within torch.no_grad(), or without fullgraph"
+    )
+    for step in OPERATORS
 }
 
 
