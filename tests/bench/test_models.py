@@ -7,12 +7,15 @@ import json
 import pytest
 import rungs
 import torch
-from conftest import NEEDS_TRITON
+from conftest import NEEDS_PYTHON_311, NEEDS_TRITON, OLD_PYTHON
 
 import dsa_ref
 from notebooks.maintain import tables
 
-pytestmark = pytest.mark.skipif(not rungs.has_triton(), reason=NEEDS_TRITON)
+pytestmark = [
+    pytest.mark.skipif(not rungs.has_triton(), reason=NEEDS_TRITON),
+    pytest.mark.skipif(OLD_PYTHON, reason=NEEDS_PYTHON_311),
+]
 ALL = ["eager", "sdpa", "ours", "ours_fp8"]
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 import dsa_ref
 
-from .attention import SPARSE, SparseAttention, register
+from .attention import SPARSE, SparseAttention, check_parts, register
 from .visible import NAME
 
 STEPS = ("hadamard", "quantize", "lightning_select", "sparse_attention")  # of `ops`
@@ -62,12 +62,15 @@ def make_sparse(
                 f"model must have its own attention, got a layer {layer.layer_idx} whose forward was replaced by "
                 f"{vars(layer)['forward']!r}"
             )
+        check_parts(layer)
     register()
     for layer in layers:
         _become(layer, SPARSE.get(type(layer), type(layer)))
         layer.dsa_ops, layer.dsa_index_fp8 = name, index_fp8
         if layer.config._attn_implementation != NAME:
             layer.dsa_before = layer.config._attn_implementation
+        elif not hasattr(layer, "dsa_before"):  # a config that some other sparse model has, or had
+            layer.dsa_before = "sdpa"  # transformers' own choice
     for config in {id(layer.config): layer.config for layer in layers}.values():
         config._attn_implementation = NAME
     return model

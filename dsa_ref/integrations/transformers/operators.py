@@ -1,7 +1,8 @@
 """The three steps that a sparse layer takes from a package: as functions, and as operators for torch.compile.
 
 A package is named by its import name, since an operator takes no module. A compiled graph holds an operator whole: what
-it launches, and what it looks at, is not traced. Nothing here has a gradient under torch.compile.
+it launches, and what it looks at, is not traced. An operator has no gradient: where one is wanted, the step itself
+runs, between two graphs.
 """
 
 import importlib
@@ -70,13 +71,19 @@ def attend(q: Tensor, latent: Tensor, turned: Tensor, indices: Tensor, scale: fl
 
 
 def run(step: Callable, *args) -> Tensor | tuple[Tensor, ...]:
-    """step(*args); where torch.compile is tracing, its operator."""
-    return OPERATORS[step](*args) if torch.compiler.is_compiling() else step(*args)
+    """step(*args); where torch.compile is tracing, its operator, or a break in the graph for gradients."""
+    if not torch.compiler.is_compiling():
+        return step(*args)
+    wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+    return BREAKS[step](*args) if wanted else OPERATORS[step](*args)
 
 
 OPERATORS = {
     step: torch.library.custom_op(f"dsa_ref_transformers::{step.__name__}", step, mutates_args=())
     for step in (narrow, select, attend)
+}
+BREAKS = {
+    step: torch.compiler.disable(step, reason=f"{step.__name__} has no gradient in a graph") for step in OPERATORS
 }
 
 

@@ -74,6 +74,10 @@ def visible(
     B, S, T = batch_size, q_length, kv_length
     padding = None
     if attention_mask is not None:
+        if attention_mask.dim() != 2 or len(attention_mask) != B:
+            raise ValueError(
+                f"attention_mask must be [{B}, tokens so far] or [{B}, 1, {S}, {T}], got {list(attention_mask.shape)}"
+            )
         padding = attention_mask.to(device=device, dtype=torch.bool)
         padding = torch.nn.functional.pad(padding, (0, kv_offset + T))[:, kv_offset : kv_offset + T]  # longer, then cut
     if padding is not None and not torch.compiler.is_compiling() and bool(padding.all()):
@@ -104,11 +108,11 @@ def from_mask(mask: Tensor, B: int, S: int, T: int) -> Visible:
         allowed = mask
     elif mask.is_floating_point():
         allowed = mask == 0
-        if not (allowed | (mask <= torch.finfo(mask.dtype).min)).all():
-            raise ValueError(
-                f"attention_mask must hold 0 and {torch.finfo(mask.dtype).min:g} or -inf: sparse attention adds "
-                "nothing else to its logits"
-            )
+        must(
+            (allowed | (mask <= torch.finfo(mask.dtype).min)).all(),
+            f"attention_mask must hold 0 and {torch.finfo(mask.dtype).min:g} or -inf: sparse attention adds nothing "
+            "else to its logits",
+        )
     else:
         raise TypeError(f"attention_mask of rank 4 must be bool or float, got {mask.dtype}")
     allowed, rows = allowed[:, 0].expand(B, S, T), max(1, AT_ONCE // (B * T))
@@ -117,33 +121,41 @@ def from_mask(mask: Tensor, B: int, S: int, T: int) -> Visible:
 
 def from_blocks(blocks: Callable[[], Iterator[Tensor]], B: int, T: int) -> Visible:
     """Ranges of a mask that comes as bool [B, some queries, T], all queries in turn, as often as `blocks` is called."""
-    found = _runs(blocks(), None)
-    if found is not None:
-        return Visible(*found, None, plain=False)
+    start, end, one_run = _runs(blocks(), None)
+    if not torch.compiler.is_compiling() and one_run:
+        return Visible(start, end, None, plain=False)
     seen = torch.stack([block.any(1) for block in blocks()]).any(0)
-    found = _runs(blocks(), torch.where(seen, seen.cumsum(-1) - 1, -1))
-    if found is None:
-        raise ValueError(
-            "attention_mask must let each query see one run of the keys that any query sees (causal, with padding, or "
-            "packed): sparse attention takes no other mask"
-        )
-    return Visible(*found, seen, plain=False)
+    start, end, one_run = _runs(blocks(), torch.where(seen, seen.cumsum(-1) - 1, -1))
+    must(
+        one_run,
+        "attention_mask must let each query see one run of the keys that any query sees (causal, with padding, or "
+        "packed): sparse attention takes no other mask",
+    )
+    return Visible(start, end, seen, plain=False)
 
 
-def _runs(blocks: Iterator[Tensor], place: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """(start, end) int32 [B, S] of each query's keys, numbered by place [B, T] or in order; None if there are gaps."""
-    starts, ends = [], []
+def must(holds: Tensor, message: str) -> None:
+    """ValueError unless it holds; a RuntimeError, when the graph runs, where torch.compile is tracing."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(holds, message)
+    elif not holds:
+        raise ValueError(message)
+
+
+def _runs(blocks: Iterator[Tensor], place: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(start, end, one run): int32 [B, S] of each query's keys, numbered by place [B, T] or in order, and whether no
+    row has gaps, bool []."""
+    starts, ends, whole = [], [], []
     for block in blocks:
         T = block.shape[-1]
         s = (torch.arange(T, device=block.device)[None] if place is None else place)[:, None]
         count = block.sum(-1)
         first = torch.where(block, s, T).amin(-1)
         last = torch.where(block, s, -1).amax(-1)
-        if ((count > 0) & (last - first + 1 != count)).any():
-            return None
+        whole.append(((count == 0) | (last - first + 1 == count)).all())
         starts.append(torch.where(count > 0, first, 0))
         ends.append(torch.where(count > 0, last + 1, 0))
-    return torch.cat(starts, 1).int(), torch.cat(ends, 1).int()
+    return torch.cat(starts, 1).int(), torch.cat(ends, 1).int(), torch.stack(whole).all()
 
 
 def _pairs(mask_function, padding, B, S, T, q_offset, kv_offset, device) -> Callable[[], Iterator[Tensor]]:
