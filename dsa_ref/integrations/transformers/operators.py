@@ -14,6 +14,8 @@ from torch import Tensor
 from ...contracts import unchecked_values
 from ...quantize import dequantize
 
+MANY = 16  # times one sequence's selected rows, up to which a copy of all is quicker than ten small steps
+
 
 def narrow(x: Tensor, rotate: bool, ops: str) -> tuple[Tensor, Tensor]:
     """FP8, after Hadamard if rotate, as V3.2 does with its indexer's q and k: x [.., Di] as (float8_e4m3fn, scale fp32
@@ -60,7 +62,7 @@ def attend(q: Tensor, latent: Tensor, turned: Tensor, indices: Tensor, scale: fl
     """
     attention, (B, S, k), (_, T, C) = importlib.import_module(ops).sparse_attention, indices.shape, latent.shape
     with unchecked_values():  # the selection was made here
-        if 2 * S * k > T:
+        if (MANY if B == 1 else 2) * S * k > T:
             rows = torch.cat((latent, turned), dim=-1)
             return torch.stack([attention(q[b], rows[b], indices[b], scale, C)[0] for b in range(B)])
         places = (indices.clamp(min=0).long() + T * torch.arange(B, device=q.device)[:, None, None]).flatten()
