@@ -69,7 +69,8 @@ def visible(
     """The mask function that `make_sparse` registers: arguments as transformers passes them to its own `sdpa_mask`.
 
     mask_function: of (batch, head, query, key) indices, True where the query may see the key; attention_mask: bool
-    [B, keys so far], False for padding. Raises ValueError where what a query may see is not one run of keys.
+    [B, keys so far], False for padding. Raises ValueError for another shape, and where what a query may see is not one
+    run of keys.
     """
     B, S, T = batch_size, q_length, kv_length
     padding = None
