@@ -8,6 +8,7 @@ from tiny_models import FAMILIES, FEWER, T, assert_same, tiny, tokens
 from transformers import DynamicCache, StaticCache
 
 from dsa_ref.integrations.transformers import make_sparse, undo_sparse
+from dsa_ref.integrations.transformers.visible import visible
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -105,6 +106,10 @@ def test_calls_of_the_wrong_shape(family):
     for empty in (x[:0], x[:, :0]):
         with pytest.raises(ValueError, match="input_ids must hold a token or more, got"):
             model(empty, past_key_values=cache)
+    made = visible(3, T, T), visible(2, 30, T), visible(2, T, 30)
+    for mask, got in zip(made, (r"\[3, 40, 40\]", r"\[2, 30, 40\]", r"\[2, 40, 30\]"), strict=True):
+        with pytest.raises(ValueError, match=r"made for \[batch, queries, keys\] = \[2, 40, 40\], got " + got):
+            model(x, attention_mask={"indexed_attention": mask}, past_key_values=cache)
     assert cache.get_seq_length() == 0
 
 

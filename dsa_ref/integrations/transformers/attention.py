@@ -147,7 +147,8 @@ class SparseAttention:
         outs, lists = [], []
         for b, t in blocks(B, S, NUMBERS_AT_ONCE // self._numbers_a_query()):
             angles = tuple(angle.expand(B, -1, -1)[b, t] for angle in position_embeddings)
-            some = Visible(seen.start[b, t], seen.end[b, t], None if seen.seen is None else seen.seen[b], seen.plain)
+            there = None if seen.seen is None else seen.seen[b]
+            some = seen._replace(start=seen.start[b, t], end=seen.end[b, t], seen=there)
             if self.indexer is not None:
                 indices = self._select(x[b, t], q_latent[b, t], keys[b], angles, some)
             else:
@@ -220,6 +221,9 @@ class SparseAttention:
                 "of a layer by itself are not served"
             )
         seen = mask if isinstance(mask, Visible) else from_mask(mask, *x.shape[:2], T)
+        made_for, wanted = [*seen.start.shape, seen.keys], [*x.shape[:2], T]
+        if made_for != wanted:  # a dict of masks from another call
+            raise ValueError(f"attention_mask must be made for [batch, queries, keys] = {wanted}, got {made_for}")
         if seen.plain and self.layer_idx == 0 and x.shape[1] > 1 and not torch.compiler.is_compiling():
             if position_ids is not None and (position_ids.diff(dim=-1) < 0).any():
                 raise ValueError(

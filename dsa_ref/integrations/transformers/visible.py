@@ -24,6 +24,7 @@ class Visible(NamedTuple):
     end: Tensor  # int32 [B, S]: one past its last; equal to start where it sees nothing
     seen: Tensor | None  # bool [B, T]: the keys that start and end count; None: all
     plain: bool  # whether each query sees all keys up to its own: nothing is padded or packed
+    keys: int  # T
 
     def mask(self, T: int) -> Tensor:
         """The same as a mask, bool [B, 1, S, T]."""
@@ -42,7 +43,7 @@ class Visible(NamedTuple):
     def contiguous(self) -> "Visible":
         """Itself, contiguous: `generate` asks this of every mask that it makes for a static cache."""
         seen = None if self.seen is None else self.seen.contiguous()
-        return Visible(self.start.contiguous(), self.end.contiguous(), seen, self.plain)
+        return Visible(self.start.contiguous(), self.end.contiguous(), seen, self.plain, self.keys)
 
     def sees_any(self) -> Tensor:
         """bool [B, S]: whether a query sees a key at all; one of left padding does not."""
@@ -90,14 +91,14 @@ def visible(
     end = (own + 1).clamp(max=T)[None].expand(B, S)
     start = torch.zeros(B, S, dtype=torch.int32, device=device)
     if padding is None:
-        return Visible(start, end.int(), None, plain=True)
+        return Visible(start, end.int(), None, plain=True, keys=T)
     if torch.compiler.is_compiling() or _has_holes(padding):
         count = torch.nn.functional.pad(padding.cumsum(-1), (1, 0))
-        return Visible(start, count.gather(1, end).int(), padding, plain=False)
+        return Visible(start, count.gather(1, end).int(), padding, plain=False, keys=T)
     there, first = padding.any(-1, keepdim=True), padding.int().argmax(-1, keepdim=True)
     last = T - padding.flip(-1).int().argmax(-1, keepdim=True)  # one past it
     start, end = torch.where(there, first, 0).expand(B, S), torch.where(there, last, 0).minimum(end)
-    return Visible(start.int(), end.maximum(start).int(), None, plain=False)
+    return Visible(start.int(), end.maximum(start).int(), None, plain=False, keys=T)
 
 
 def from_mask(mask: Tensor, B: int, S: int, T: int) -> Visible:
@@ -124,7 +125,7 @@ def from_blocks(blocks: Callable[[], Iterator[Tensor]], B: int, T: int) -> Visib
     """Ranges of a mask that comes as bool [B, some queries, T], all queries in turn, as often as `blocks` is called."""
     start, end, one_run = _runs(blocks(), None)
     if not torch.compiler.is_compiling() and one_run:
-        return Visible(start, end, None, plain=False)
+        return Visible(start, end, None, plain=False, keys=T)
     seen = torch.stack([block.any(1) for block in blocks()]).any(0)
     start, end, one_run = _runs(blocks(), torch.where(seen, seen.cumsum(-1) - 1, -1))
     must(
@@ -132,7 +133,7 @@ def from_blocks(blocks: Callable[[], Iterator[Tensor]], B: int, T: int) -> Visib
         "attention_mask must let each query see one run of the keys that any query sees (causal, with padding, or "
         "packed): sparse attention takes no other mask",
     )
-    return Visible(start, end, seen, plain=False)
+    return Visible(start, end, seen, plain=False, keys=T)
 
 
 def must(holds: Tensor, message: str) -> None:
