@@ -103,6 +103,8 @@ def test_calls_of_the_wrong_shape(family):
     for positions in (torch.arange(T), torch.arange(T + 3)[None], torch.zeros(3, T, dtype=torch.long)):
         with pytest.raises(ValueError, match=r"position_ids must be \[2, 40\] or \[1, 40\], got"):
             model(x, position_ids=positions, past_key_values=cache)
+    with pytest.raises(ValueError, match="model must be on a device that holds values, got meta"):
+        make_sparse(tiny(family)).to("meta")(x.to("meta"), attention_mask=torch.ones_like(x, device="meta"))
     for empty in (x[:0], x[:, :0]):
         with pytest.raises(ValueError, match="input_ids must hold a token or more, got"):
             model(empty, past_key_values=cache)

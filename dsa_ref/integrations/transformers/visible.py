@@ -74,6 +74,8 @@ def visible(
     run of keys.
     """
     B, S, T = batch_size, q_length, kv_length
+    if torch.device(device).type == "meta":
+        raise ValueError("model must be on a device that holds values, got meta: a sparse model looks at some of them")
     padding = None
     if attention_mask is not None:
         if attention_mask.dim() != 2 or len(attention_mask) != B:
