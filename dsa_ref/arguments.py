@@ -318,7 +318,10 @@ def unchecked_values() -> Iterator[None]:
 
 
 def values_readable(tensor: Tensor) -> bool:
-    """Whether the host may wait for a value: not while a CUDA graph is being captured, nor in `unchecked_values`."""
+    """Whether the host may wait for a value: not while a CUDA graph is captured, torch.compile traces, nor in
+    `unchecked_values`."""
+    if torch.compiler.is_compiling():
+        return False
     return not (_unchecked.get() or tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 

@@ -21,6 +21,7 @@ NEEDS_HOPPER = "needs a GPU of compute capability 9.0"
 NEEDS_TRITON = "kernels need triton, which cannot be imported here"
 NEEDS_PYTHON_311 = "needs transformers 5.23, and that Python 3.11"
 OLD_PYTHON = sys.version_info < (3, 11)
+collect_ignore_glob = ["integrations/*"] if OLD_PYTHON else []  # which import transformers: see pytest_report_header
 # The reasons for which tests are skipped, by platform: all of these, and no others.
 EXPECTED_SKIPS = {
     "cuda": set(),
@@ -38,6 +39,10 @@ RUN_BY_TARGET = {
     "install": "tests/test_install.py",
 }
 MARKS = {"gpu", "hopper"}  # the only tests that NEEDS_GPU and NEEDS_HOPPER may skip, and on a CPU all of them
+
+
+def pytest_report_header():
+    return f"left out, since each {NEEDS_PYTHON_311}: tests/integrations" if OLD_PYTHON else None
 
 
 def pytest_addoption(parser):

@@ -112,11 +112,12 @@ def matrix(name: str, module: nn.Module, columns: int, dtype: torch.dtype, devic
         return module.weight
     units = torch.eye(columns, dtype=dtype, device=device)
     sums = _combinations(columns).to(units)
-    before = _random_state(device)
+    checked = values_readable(units)
+    before = _random_state(device) if checked else None
     rows, of_sums, of_zero = module(torch.cat((units, sums, torch.zeros_like(units[:1])))).split(
         (columns, len(sums), 1)
     )
-    if values_readable(rows):
+    if checked:
         got = f"to be absorbed, got {type(module).__name__}"
         if of_zero.any():
             raise ValueError(f"{name} must be linear, without a bias, {got} with one")

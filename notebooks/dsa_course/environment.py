@@ -7,18 +7,28 @@ import platform
 import torch
 
 
-def check_env(triton=False):
-    """Print Python, versions and device. triton: whether this notebook cannot do without Triton.
+def check_env(triton=False, models=False):
+    """Print Python, versions and device. triton, models: whether this notebook needs Triton, or transformers.
 
-    Raises: RuntimeError with the remedy where Triton is needed and missing, or what the course draws with.
+    Raises: RuntimeError with the remedy where one is needed and missing, or what the course draws with.
     """
     if missing := [name for name in ("ipywidgets", "matplotlib") if importlib.util.find_spec(name) is None]:
         raise RuntimeError(
             f"The notebooks draw with {' and '.join(missing)}, which cannot be imported here: run `make lab`, or "
             "`pip install -e '.[course]'` in the project's folder."
         )
+    if models:
+        try:
+            importlib.import_module("dsa_ref.integrations.transformers")  # it says what it needs, and what is here
+        except ImportError as error:
+            raise RuntimeError(
+                "This notebook loads a model with transformers: run `%pip install 'transformers>=5.23'` in a cell, and "
+                f"restart the kernel. ({error})"
+            ) from error
     has_triton = importlib.util.find_spec("triton") is not None
     print(f"Python {platform.python_version()}, torch {torch.__version__}, NumPy {importlib.metadata.version('numpy')}")
+    if models:
+        print(f"transformers {importlib.metadata.version('transformers')}")
     if torch.cuda.is_available():
         print(f"GPU: {torch.cuda.get_device_name()}")
     else:

@@ -125,7 +125,19 @@ def model(file, record) -> str:
         "times sdpa",
         *(f"{who}, {'GiB' if gpu else 'MiB'}" for who in ("sdpa", "ours")),
     ]
-    return "\n".join([*lines, "", table([*heads, *(f"write: {who}, ms" for who in called[1:])], rows)])
+    lines += ["", table([*heads, *(f"write: {who}, ms" for who in called[1:])], rows)]
+    if record["compiled"]:
+        lines += [
+            "",
+            "*One token as one CUDA graph: the whole forward pass by `torch.compile`, on a static cache.*",
+            "",
+        ]
+        rows = [
+            [name(row["tokens"]), *(cell(row["results"][who], "finer") for who in everyone[1:])]
+            for row in record["compiled"]
+        ]
+        lines.append(table(["tokens", *(f"write: {who}, ms" for who in called[1:])], rows))
+    return "\n".join(lines)
 
 
 def cell(result, what) -> str:
@@ -134,6 +146,8 @@ def cell(result, what) -> str:
         return "no memory" if "out of memory" in result["note"] else "failed"
     if what == "seconds":
         return f"{result['seconds']:.3f}" if result["seconds"] < 1 else f"{result['seconds']:.2f}"
+    if what == "finer":
+        return f"{1e3 * result['seconds']:.2f}"
     if what == "ms":
         return f"{1e3 * result['seconds']:.1f}"
     if what == "GiB":

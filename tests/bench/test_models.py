@@ -7,12 +7,15 @@ import json
 import pytest
 import rungs
 import torch
-from conftest import NEEDS_TRITON
+from conftest import NEEDS_PYTHON_311, NEEDS_TRITON, OLD_PYTHON
 
 import dsa_ref
 from notebooks.maintain import tables
 
-pytestmark = pytest.mark.skipif(not rungs.has_triton(), reason=NEEDS_TRITON)
+pytestmark = [
+    pytest.mark.skipif(not rungs.has_triton(), reason=NEEDS_TRITON),
+    pytest.mark.skipif(OLD_PYTHON, reason=NEEDS_PYTHON_311),
+]
 ALL = ["eager", "sdpa", "ours", "ours_fp8"]
 
 
@@ -166,6 +169,23 @@ def test_memory_that_runs_out_in_a_later_round_or_a_cache(bench, model, options,
     monkeypatch.setattr(timing, "prefill", never)
     row = timing.measure_decode(model, ["sdpa", "ours"], dsa_ref, 1, 16, {})
     assert {result["note"] for result in row["results"].values()} == {"out of memory in the prefill by ours"}
+
+
+def test_a_compiled_step(bench, model, monkeypatch):
+    """On a CPU without its CUDA graph; the same logits as without compilation, or else the error says so."""
+    compiled, own = bench("compiled"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, mode, fullgraph: own(call, backend="eager", fullgraph=fullgraph))
+    monkeypatch.setattr(compiled, "STEPS", 2)
+    row = compiled.measure_compiled(model, ["sdpa", "ours"], dsa_ref, 80, gone := {})
+    assert not gone and [result["verdict"] for result in row["results"].values()] == ["measured"] * 2
+    assert all(result["error"] < 1e-5 for result in row["results"].values())
+    one = row["results"]["ours"]["seconds"]
+    text = tables.cell(row["results"]["ours"], "finer")
+    assert abs(float(text) - 1e3 * one) <= 0.005
+
+    monkeypatch.setattr(torch, "compile", lambda call, mode, fullgraph: lambda token, **given: call(token * 0, **given))
+    row = compiled.measure_compiled(model, ["ours"], dsa_ref, 80, {})
+    assert row["results"]["ours"]["error"] > 1e-3
 
 
 def test_another_error_of_ours_is_a_failure(bench, model, options, monkeypatch, capsys):

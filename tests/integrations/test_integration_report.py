@@ -273,6 +273,12 @@ def refusals():
         "dropout": (fields(attention_dropout=0.1), "attention_dropout must be 0 in a deepseek_v32 model, got 0.1"),
         "rope": (fields(rope_parameters={"rope_type": "linear", "factor": 2}), "rope_type must be default or yarn"),
         "no model": (fields(hidden_act="nonsense"), "must be that of a model transformers can make"),
+        "no experts": (fields(n_routed_experts=0), "must be that of a model transformers can make"),
+        "int8": (
+            fields(dtype="int8"),
+            "dtype in config.json must be that of a float of 16 bits or more, got torch.int8",
+        ),
+        "dtype": (fields(dtype=3), "dtype in config.json must be that of a float of 16 bits or more, got 3"),
         "not transformers'": (fields(vocab_size="many"), "config.json must be one that transformers takes"),
         "quantisation": (fields(quantization_config=3), "quantization_config must be an object, got 3"),
         "no weights": (lambda directory: (directory / "model.safetensors").unlink(), "does not exist (nor model."),

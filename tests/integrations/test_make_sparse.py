@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from tiny_models import FAMILIES, SIZES, T, assert_same, tiny, tokens
+from tiny_models import FAMILIES, FEWER, SIZES, T, assert_same, tiny, tokens
 from transformers import DynamicCache, StaticCache
 
 import dsa_ref
@@ -197,12 +197,6 @@ def test_gradients(family, checkpointing):
     assert not any("indexer" in name for name in got)
     for name in got:
         assert (got[name] - wanted[name]).abs().max() < 1e-4 * wanted[name].abs().max() + 1e-9, name
-
-
-FEWER = {
-    "deepseek_v32": {"num_hidden_layers": 1, "first_k_dense_replace": 1},
-    "glm_moe_dsa": {"num_hidden_layers": 2, "first_k_dense_replace": 2, "indexer_types": ["full", "shared"]},
-}
 
 
 @families

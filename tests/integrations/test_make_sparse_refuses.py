@@ -145,6 +145,24 @@ import dsa_ref.integrations.transformers
     assert said in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("module", ("transformers", "transformers.report", "transformers.attention"))
+def test_no_transformers(module):
+    """Installed, as metadata has it, but an import hook keeps it out: the same error as where it is missing."""
+    code = f"""
+import sys
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "transformers":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hook())
+import dsa_ref.integrations.{module}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    said = "dsa_ref.integrations.transformers needs transformers 5.23 or newer, got none: pip install"
+    assert said in done.stderr.splitlines()[-1]
+
+
 def test_nan_is_refused_as_everywhere():
     """An indexer that meets NaN has no best keys."""
     model = tiny("deepseek_v32")

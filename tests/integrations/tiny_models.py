@@ -33,6 +33,10 @@ SIZES = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+FEWER = {  # layers, for what takes long
+    "deepseek_v32": {"num_hidden_layers": 1, "first_k_dense_replace": 1},
+    "glm_moe_dsa": {"num_hidden_layers": 2, "first_k_dense_replace": 2, "indexer_types": ["full", "shared"]},
+}
 T = 40
 
 

@@ -122,21 +122,21 @@ def test_what_it_cannot_serve(device):
 
 
 TURNS = """
-import sys, time
+import time
 import torch
 import dsa_kernels
 from test_hopper_lightning_select import given
 q_idx, k_idx, w, k_scale = given("cuda", T=5242, S=65_536)
 end = torch.arange(47_179, 47_179 + 5242, dtype=torch.int32, device="cuda")
-start, first = torch.zeros_like(end), None
-began, calls = time.monotonic(), 0
-while time.monotonic() - began < 12:
-    found = dsa_kernels.lightning_select(q_idx, k_idx, w, 2048, k_scale, start, end, variant="hopper").sort(1).values
-    first = found if first is None else first
-    assert torch.equal(found, first), f"call {calls} selected otherwise"
+start = torch.zeros_like(end)
+def select(variant):
+    return dsa_kernels.lightning_select(q_idx, k_idx, w, 2048, k_scale, start, end, variant=variant).sort(1).values
+wanted, calls = select("portable"), 0
+select("hopper")  # compiled
+began = time.monotonic()
+while time.monotonic() - began < 10:
+    assert torch.equal(select("hopper"), wanted), f"call {calls} selected otherwise"
     calls += 1
-portable = dsa_kernels.lightning_select(q_idx, k_idx, w, 2048, k_scale, start, end, variant="portable").sort(1).values
-assert torch.equal(first, portable)
 print(calls)
 """
 
@@ -152,7 +152,7 @@ def test_processes_that_take_turns(device):
     ]
     ended = [process.communicate(timeout=120) for process in processes]
     assert all(process.returncode == 0 for process in processes), [stderr[-2000:] for _, stderr in ended]
-    assert sum(int(stdout) for stdout, _ in ended) > 50
+    assert all(int(stdout) > 10 for stdout, _ in ended), ended
 
 
 def test_a_nan_of_unknown_origin_is_for_the_portable_kernel(device):
@@ -167,7 +167,7 @@ def test_a_nan_of_unknown_origin_is_for_the_portable_kernel(device):
     entries[1, 2, 8] = (0x7FFFFFFF << 32) | int(key[2, 8])
     counts = torch.full((rows, fused.BK.value), 4, dtype=torch.int32, device=device)
     start = torch.zeros(rows, dtype=torch.int32, device=device)
-    out, nan, redo = (torch.full(shape, 7, dtype=torch.int32, device=device) for shape in ((rows, k), rows, rows))
+    out, nan, redo = (torch.full(shape, 7, dtype=torch.int32, device=device) for shape in ((rows, k), (rows,), (rows,)))
     ends = start + 4 * fused.BK.value
     halves = entries.view(torch.int32)
     fused._choose[(rows,)](entries, halves, counts, start, ends, out, nan, redo, k, num_warps=4, maxnreg=128)

@@ -2,9 +2,9 @@
 
 transformers scores every pair of tokens in fp32 for every index head, and masks what was not selected: memory and time
 grow with the square of the length. A sparse model computes the same with the steps of `dsa_ref` or `dsa_kernels`. Its
-weights, its cache, its config and what it saves are transformers' own.
+weights, its cache and what it saves are transformers' own; in its config the attention implementation changes.
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", device_map="cuda")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", device_map="auto")
     make_sparse(model, ops=dsa_kernels)
     model.generate(**inputs)
 """
@@ -20,7 +20,7 @@ from torch import nn
 
 import dsa_ref
 
-from .attention import SPARSE, SparseAttention, register
+from .attention import SPARSE, SparseAttention, check_parts, register
 from .visible import NAME
 
 STEPS = ("hadamard", "quantize", "lightning_select", "sparse_attention")  # of `ops`
@@ -34,16 +34,18 @@ def make_sparse(
     model: a DeepseekV32ForCausalLM or GlmMoeDsaForCausalLM, or anything that holds their attention layers, as PEFT's
     models do. ops: `dsa_ref`, which has gradients, or `dsa_kernels`, which has none and wants a GPU.
     index_fp8: False scores with the model's indexer as transformers has it, in the model's dtype, so that the selection
-    is the same up to rounding; True rotates and quantises its queries and keys as DeepSeek's own code for V3.2 does,
-    which Hopper's kernels score twice as fast or more.
+    is the same up to rounding, and to ties, of which the earliest key is taken; True rotates and quantises its queries
+    and keys as DeepSeek's own code for V3.2 does, which Hopper's kernels score twice as fast or more.
+
+    A query keeps as many keys as its layer's `indexer.index_topk` says, which transformers reads from the config once.
 
     The model then has the attention implementation "dsa": `model.set_attn_implementation("sdpa")` is transformers' own
     attention again, and "dsa" this one. A cache that was filled with index_fp8=True holds rotated keys, and may only be
     continued so. Calling it again changes `ops` and `index_fp8`.
 
     Raises: TypeError for a model without such layers, ops without the steps, an index_fp8 that is no bool; ValueError
-    for ops that cannot be imported by name, an indexer head for FP8 that is no power of two, or layers whose forward
-    somebody has replaced.
+    for ops that cannot be imported by name, an indexer head for FP8 that is no power of two, or layers whose forward,
+    expand_kv or indexer somebody has replaced, or watches with a hook.
     """
     if not isinstance(index_fp8, bool):
         raise TypeError(f"index_fp8 must be a bool, got {index_fp8!r}")
@@ -62,12 +64,15 @@ def make_sparse(
                 f"model must have its own attention, got a layer {layer.layer_idx} whose forward was replaced by "
                 f"{vars(layer)['forward']!r}"
             )
+        check_parts(layer)
     register()
     for layer in layers:
         _become(layer, SPARSE.get(type(layer), type(layer)))
         layer.dsa_ops, layer.dsa_index_fp8 = name, index_fp8
         if layer.config._attn_implementation != NAME:
             layer.dsa_before = layer.config._attn_implementation
+        elif not hasattr(layer, "dsa_before"):  # a config that some other sparse model has, or had
+            layer.dsa_before = "sdpa"  # transformers' own choice
     for config in {id(layer.config): layer.config for layer in layers}.values():
         config._attn_implementation = NAME
     return model

@@ -14,11 +14,11 @@ Source: SPEC sections 2 and 3; transformers 5.23, models/deepseek_v32 and models
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Attention
-from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaAttention
+from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Attention, DeepseekV32Indexer
+from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaAttention, GlmMoeDsaIndexer
 
 from ...nn.decode import product_into
 from ...nn.wrapped import matrix
@@ -69,6 +69,9 @@ class SparseAttention:
         attentions = kwargs.get("output_attentions", False) or self.config.output_attentions
         S = hidden_states.shape[1]
         T = S if cached is None else cached.get_mask_sizes(S, self.layer_idx)[0]
+        shared = kwargs.get("prev_topk_indices")
+        check_parts(self)
+        check_sizes(self, hidden_states, position_embeddings, shared)
         seen = self._check(hidden_states, attention_mask, position_ids, T, attentions)
         latent, turned = self._rows(hidden_states, position_embeddings)
         if cached is not None:
@@ -76,11 +79,13 @@ class SparseAttention:
         latent, turned = latent[:, 0], turned[:, 0]
         keys = self._index_keys(hidden_states, position_embeddings, cached)
         q_latent = self.q_a_layernorm(self.q_a_proj(hidden_states))
-        if self._densely(S, T):
+        k = (shared.shape[2] or T) if self.indexer is None else self.indexer.index_topk  # not the config's: as theirs
+        if self._densely(S, T, k):
             expanded = self.expand_kv(latent[:, None], turned[:, None])
-            y, indices = self.o_proj(self._in_heads(q_latent, expanded, position_embeddings, seen)), None
+            y = self.o_proj(self._in_heads(q_latent, expanded, position_embeddings, seen))
+            indices = y.new_empty((*y.shape[:2], 0), dtype=torch.int32)  # for layers that share: nothing was left out
         else:
-            rows, shared = (latent, turned, keys), kwargs.get("prev_topk_indices")
+            rows = latent, turned, keys
             y, indices = self._sparse(hidden_states, q_latent, rows, position_embeddings, seen, shared)
         return (y, None, indices) if self.shares else (y, None)
 
@@ -99,19 +104,19 @@ class SparseAttention:
             keys = widened(*run(narrow, keys, True, self.dsa_ops), keys.dtype)
         return keys if cached is None else cached.update_indexer(keys, self.layer_idx)
 
-    def _densely(self, S, T):
+    def _densely(self, S, T, k):
         """Whether all keys are attended to in expanded heads: nothing is left out, and it takes fewer FLOPs."""
-        if T > self.config.index_topk:
+        if T > k:
             return False
         expand = self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)  # or absorb, a head and token
         dense = expand * T + S * T * (self.qk_head_dim + self.v_head_dim)
         absorbed = expand * S + S * T * (2 * self.kv_lora_rank + self.qk_rope_head_dim)
         return dense <= absorbed
 
-    def _masked(self, S, T):
+    def _masked(self, S, T, k):
         """Whether the selection becomes a mask over expanded heads: many queries that see little more than they keep,
         and the reference, which gathers rows slower than torch multiplies them. Kernels gather as fast."""
-        return self.dsa_ops == "dsa_ref" and MASKED * S >= T and T <= MASKED * self.config.index_topk
+        return self.dsa_ops == "dsa_ref" and MASKED * S >= T and T <= MASKED * k
 
     def _in_heads(self, q_latent, expanded, position_embeddings, seen, indices=None):
         """Heads [B, S, H · v] by torch's own attention over expanded keys and values: every visible key, or those that
@@ -134,17 +139,16 @@ class SparseAttention:
 
     def _sparse(self, x, q_latent, rows, position_embeddings, seen, shared):
         """Selected keys alone: output [B, S, dim], and the selection int32 [B, S, k], -1 for none, if asked for."""
-        if self.indexer is None and shared is None:
-            raise ValueError("prev_topk_indices must be given to a layer without an indexer, got None")
         latent, turned, keys = rows
         B, S = x.shape[:2]
-        masked = self._masked(S, latent.shape[1])
+        masked = self._masked(S, latent.shape[1], shared.shape[2] if self.indexer is None else self.indexer.index_topk)
         W_UK, W_UV = (None, None) if masked else self._up_projections(latent)
         expanded = self.expand_kv(latent[:, None], turned[:, None]) if masked else None
         outs, lists = [], []
         for b, t in blocks(B, S, NUMBERS_AT_ONCE // self._numbers_a_query()):
             angles = tuple(angle.expand(B, -1, -1)[b, t] for angle in position_embeddings)
-            some = Visible(seen.start[b, t], seen.end[b, t], None if seen.seen is None else seen.seen[b], seen.plain)
+            there = None if seen.seen is None else seen.seen[b]
+            some = seen._replace(start=seen.start[b, t], end=seen.end[b, t], seen=there)
             if self.indexer is not None:
                 indices = self._select(x[b, t], q_latent[b, t], keys[b], angles, some)
             else:
@@ -164,7 +168,7 @@ class SparseAttention:
     def _select(self, x, q_latent, keys, position_embeddings, seen):
         """The index_topk best keys of each query, int32 [B, S, k]; all of them where there are no more."""
         indexer, T = self.indexer, keys.shape[1]
-        if T <= self.config.index_topk:
+        if T <= indexer.index_topk:
             return everything(seen, T)
         q = indexer.wq_b(q_latent).unflatten(-1, (indexer.n_heads, indexer.head_dim))
         cos, sin = (angle[:, :, None] for angle in position_embeddings)
@@ -187,7 +191,7 @@ class SparseAttention:
             seen.start,
             seen.end,
             seen.seen,
-            self.config.index_topk,
+            indexer.index_topk,
             self.dsa_ops,
         )
 
@@ -217,6 +221,9 @@ class SparseAttention:
                 "of a layer by itself are not served"
             )
         seen = mask if isinstance(mask, Visible) else from_mask(mask, *x.shape[:2], T)
+        made_for, wanted = [*seen.start.shape, seen.keys], [*x.shape[:2], T]
+        if made_for != wanted:  # a dict of masks from another call
+            raise ValueError(f"attention_mask must be made for [batch, queries, keys] = {wanted}, got {made_for}")
         if seen.plain and self.layer_idx == 0 and x.shape[1] > 1 and not torch.compiler.is_compiling():
             if position_ids is not None and (position_ids.diff(dim=-1) < 0).any():
                 raise ValueError(
@@ -237,6 +244,7 @@ class SparseGlmMoeDsaAttention(SparseAttention, GlmMoeDsaAttention):
 
 
 SPARSE = {DeepseekV32Attention: SparseDeepseekV32Attention, GlmMoeDsaAttention: SparseGlmMoeDsaAttention}
+INDEXERS = (DeepseekV32Indexer, GlmMoeDsaIndexer)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, half_split: bool) -> Tensor:
@@ -248,7 +256,8 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, half_split: bool) -> Tensor:
     turning, rest = x[..., :R], x[..., R:]
     first, second = turning.chunk(2, dim=-1) if half_split else (turning[..., 0::2], turning[..., 1::2])
     cos, sin = cos[..., : R // 2], sin[..., : R // 2]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat((*turned, rest), dim=-1)
 
 
 def absorbed(nope: Tensor, turned: Tensor, W_UK: Tensor, dtype: torch.dtype) -> Tensor:
@@ -309,6 +318,38 @@ def not_sparse(module, *args, **kwargs) -> NoReturn:
     raise ValueError(NOT_SPARSE)
 
 
+def check_parts(layer: nn.Module) -> None:
+    """Refuse a layer with parts that are never called here, but that somebody wants called instead of transformers'."""
+    if "expand_kv" in vars(layer):
+        raise ValueError(f"expand_kv must be the layer's own, got {layer.expand_kv!r} in layer {layer.layer_idx}")
+    indexer = layer.indexer
+    if indexer is None:
+        return
+    wrong, hook = "", vars(indexer).get("_hf_hook")
+    if type(indexer) not in INDEXERS:
+        wrong = f"a {type(indexer).__name__}"
+    elif indexer._forward_hooks or indexer._forward_pre_hooks:
+        wrong = "one with forward hooks"
+    elif "forward" in vars(indexer) and (hook is None or getattr(hook, "offload", False)):  # accelerate's others pass
+        wrong = f"one whose forward was replaced by {vars(indexer)['forward']!r}"
+    if wrong:
+        raise ValueError(
+            f"indexer must be transformers' own, got {wrong} in layer {layer.layer_idx}: a sparse layer calls its "
+            "projections and its norm, not the indexer itself"
+        )
+
+
+def check_sizes(layer: nn.Module, x: Tensor, position_embeddings: tuple[Tensor, Tensor], shared: Tensor | None) -> None:
+    """Refuse a call without tokens, with angles that are not those of its tokens, or without a selection to share."""
+    (B, S), got = x.shape[:2], list(position_embeddings[0].shape[:-1])
+    if B * S == 0:
+        raise ValueError(f"input_ids must hold a token or more, got [{B}, {S}]")
+    if got not in ([B, S], [1, S]):
+        raise ValueError(f"position_ids must be [{B}, {S}] or [1, {S}], got {got}")
+    if layer.indexer is None and shared is None:
+        raise ValueError("prev_topk_indices must be given to a layer without an indexer, got None")
+
+
 def check_cached_keys(layer, cached) -> None:
     """Refuse a cache whose index keys were rotated where this layer's are not, or the reverse; note which it holds."""
     if cached is None or layer.indexer is None or torch.compiler.is_compiling():
@@ -316,7 +357,7 @@ def check_cached_keys(layer, cached) -> None:
     rows = cached.layers[layer.layer_idx] if layer.layer_idx < len(cached.layers) else None
     rotates = layer.dsa_index_fp8 and layer.config._attn_implementation == NAME
     filled = rows is not None and getattr(rows, "is_indexer_initialized", False)
-    if filled and getattr(rows, "dsa_index_fp8", False) != rotates:
+    if filled and getattr(rows, "dsa_index_fp8", False) != rotates and rows.get_seq_length() > 0:  # 0: it was reset
         raise ValueError(
             f"the cache's index keys must be continued with index_fp8={not rotates} as they began, got "
             f"index_fp8={rotates} and {layer.config._attn_implementation!r}: start a new cache"

@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
+from ...contracts import FLOATS
 from ...nn.block_scales import SCALE, SCALE_INV
 from ...nn.checkpoint import locate
 
@@ -88,9 +89,12 @@ def read_header(file: pathlib.Path) -> dict[str, Stored]:
 def their_config(fields: Mapping) -> PreTrainedConfig:
     """transformers' config of a config.json's fields. Raises ValueError for one that it refuses."""
     try:
-        return MODELS[fields["model_type"]][0].from_dict(copy.deepcopy(dict(fields)))
+        config = MODELS[fields["model_type"]][0].from_dict(copy.deepcopy(dict(fields)))
     except Exception as error:  # whatever its fields lead to
         raise ValueError(f"config.json must be one that transformers takes: {_one_line(error)}") from error
+    if config.dtype is not None and config.dtype not in FLOATS:
+        raise ValueError(f"dtype in config.json must be that of a float of 16 bits or more, got {config.dtype}")
+    return config
 
 
 def wanted_tensors(config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Wanted]:
@@ -101,15 +105,13 @@ def wanted_tensors(config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Wa
     try:
         with torch.device("meta"):
             model = MODELS[config.model_type][1](config)
+        tied = model.all_tied_weights_keys
+        tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        in_files = revert_weight_conversion(model, tensors)
     except Exception as error:
         raise ValueError(f"config.json must be that of a model transformers can make: {_one_line(error)}") from error
-    tied = model.all_tied_weights_keys
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     kept = model._keep_in_fp32_modules_strict | (model._keep_in_fp32_modules if dtype == torch.float16 else set())
-    return {
-        name: Wanted(list(tensor.shape), any(part in name for part in kept))
-        for name, tensor in revert_weight_conversion(model, tensors).items()
-    }
+    return {name: Wanted(list(tensor.shape), any(part in name for part in kept)) for name, tensor in in_files.items()}
 
 
 def read_weights(

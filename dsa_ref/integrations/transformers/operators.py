@@ -1,7 +1,8 @@
 """The three steps that a sparse layer takes from a package: as functions, and as operators for torch.compile.
 
 A package is named by its import name, since an operator takes no module. A compiled graph holds an operator whole: what
-it launches, and what it looks at, is not traced. Nothing here has a gradient under torch.compile.
+it launches, and what it looks at, is not traced. An operator has no gradient: where one is wanted, the step itself
+runs, between two graphs.
 """
 
 import importlib
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from ...contracts import unchecked_values
 from ...quantize import dequantize
+
+MANY = 16  # times one sequence's selected rows, up to which a copy of all is quicker than ten small steps
 
 
 def narrow(x: Tensor, rotate: bool, ops: str) -> tuple[Tensor, Tensor]:
@@ -59,7 +62,7 @@ def attend(q: Tensor, latent: Tensor, turned: Tensor, indices: Tensor, scale: fl
     """
     attention, (B, S, k), (_, T, C) = importlib.import_module(ops).sparse_attention, indices.shape, latent.shape
     with unchecked_values():  # the selection was made here
-        if 2 * S * k > T:
+        if (MANY if B == 1 else 2) * S * k > T:
             rows = torch.cat((latent, turned), dim=-1)
             return torch.stack([attention(q[b], rows[b], indices[b], scale, C)[0] for b in range(B)])
         places = (indices.clamp(min=0).long() + T * torch.arange(B, device=q.device)[:, None, None]).flatten()
@@ -70,13 +73,22 @@ def attend(q: Tensor, latent: Tensor, turned: Tensor, indices: Tensor, scale: fl
 
 
 def run(step: Callable, *args) -> Tensor | tuple[Tensor, ...]:
-    """step(*args); where torch.compile is tracing, its operator."""
-    return OPERATORS[step](*args) if torch.compiler.is_compiling() else step(*args)
+    """step(*args); where torch.compile is tracing, its operator, or a break in the graph for gradients."""
+    if not torch.compiler.is_compiling():
+        return step(*args)
+    wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+    return BREAKS[step](*args) if wanted else OPERATORS[step](*args)
 
 
 OPERATORS = {
     step: torch.library.custom_op(f"dsa_ref_transformers::{step.__name__}", step, mutates_args=())
     for step in (narrow, select, attend)
+}
+BREAKS = {
+    step: torch.compiler.disable(
+        step, reason=f"{step.__name__} in a graph has no gradient: call within torch.no_grad(), or without fullgraph"
+    )
+    for step in OPERATORS
 }
 
 

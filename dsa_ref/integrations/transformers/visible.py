@@ -24,6 +24,7 @@ class Visible(NamedTuple):
     end: Tensor  # int32 [B, S]: one past its last; equal to start where it sees nothing
     seen: Tensor | None  # bool [B, T]: the keys that start and end count; None: all
     plain: bool  # whether each query sees all keys up to its own: nothing is padded or packed
+    keys: int  # T
 
     def mask(self, T: int) -> Tensor:
         """The same as a mask, bool [B, 1, S, T]."""
@@ -42,7 +43,7 @@ class Visible(NamedTuple):
     def contiguous(self) -> "Visible":
         """Itself, contiguous: `generate` asks this of every mask that it makes for a static cache."""
         seen = None if self.seen is None else self.seen.contiguous()
-        return Visible(self.start.contiguous(), self.end.contiguous(), seen, self.plain)
+        return Visible(self.start.contiguous(), self.end.contiguous(), seen, self.plain, self.keys)
 
     def sees_any(self) -> Tensor:
         """bool [B, S]: whether a query sees a key at all; one of left padding does not."""
@@ -69,11 +70,16 @@ def visible(
     """The mask function that `make_sparse` registers: arguments as transformers passes them to its own `sdpa_mask`.
 
     mask_function: of (batch, head, query, key) indices, True where the query may see the key; attention_mask: bool
-    [B, keys so far], False for padding. Raises ValueError where what a query may see is not one run of keys.
+    [B, keys so far], False for padding. Raises ValueError for another shape, and where what a query may see is not one
+    run of keys.
     """
     B, S, T = batch_size, q_length, kv_length
     padding = None
     if attention_mask is not None:
+        if attention_mask.dim() != 2 or len(attention_mask) != B:
+            raise ValueError(
+                f"attention_mask must be [{B}, tokens so far] or [{B}, 1, {S}, {T}], got {list(attention_mask.shape)}"
+            )
         padding = attention_mask.to(device=device, dtype=torch.bool)
         padding = torch.nn.functional.pad(padding, (0, kv_offset + T))[:, kv_offset : kv_offset + T]  # longer, then cut
     if padding is not None and not torch.compiler.is_compiling() and bool(padding.all()):
@@ -85,14 +91,14 @@ def visible(
     end = (own + 1).clamp(max=T)[None].expand(B, S)
     start = torch.zeros(B, S, dtype=torch.int32, device=device)
     if padding is None:
-        return Visible(start, end.int(), None, plain=True)
+        return Visible(start, end.int(), None, plain=True, keys=T)
     if torch.compiler.is_compiling() or _has_holes(padding):
         count = torch.nn.functional.pad(padding.cumsum(-1), (1, 0))
-        return Visible(start, count.gather(1, end).int(), padding, plain=False)
+        return Visible(start, count.gather(1, end).int(), padding, plain=False, keys=T)
     there, first = padding.any(-1, keepdim=True), padding.int().argmax(-1, keepdim=True)
     last = T - padding.flip(-1).int().argmax(-1, keepdim=True)  # one past it
     start, end = torch.where(there, first, 0).expand(B, S), torch.where(there, last, 0).minimum(end)
-    return Visible(start.int(), end.maximum(start).int(), None, plain=False)
+    return Visible(start.int(), end.maximum(start).int(), None, plain=False, keys=T)
 
 
 def from_mask(mask: Tensor, B: int, S: int, T: int) -> Visible:
@@ -104,11 +110,11 @@ def from_mask(mask: Tensor, B: int, S: int, T: int) -> Visible:
         allowed = mask
     elif mask.is_floating_point():
         allowed = mask == 0
-        if not (allowed | (mask <= torch.finfo(mask.dtype).min)).all():
-            raise ValueError(
-                f"attention_mask must hold 0 and {torch.finfo(mask.dtype).min:g} or -inf: sparse attention adds "
-                "nothing else to its logits"
-            )
+        must(
+            (allowed | (mask <= torch.finfo(mask.dtype).min)).all(),
+            f"attention_mask must hold 0 and {torch.finfo(mask.dtype).min:g} or -inf: sparse attention adds nothing "
+            "else to its logits",
+        )
     else:
         raise TypeError(f"attention_mask of rank 4 must be bool or float, got {mask.dtype}")
     allowed, rows = allowed[:, 0].expand(B, S, T), max(1, AT_ONCE // (B * T))
@@ -117,33 +123,41 @@ def from_mask(mask: Tensor, B: int, S: int, T: int) -> Visible:
 
 def from_blocks(blocks: Callable[[], Iterator[Tensor]], B: int, T: int) -> Visible:
     """Ranges of a mask that comes as bool [B, some queries, T], all queries in turn, as often as `blocks` is called."""
-    found = _runs(blocks(), None)
-    if found is not None:
-        return Visible(*found, None, plain=False)
+    start, end, one_run = _runs(blocks(), None)
+    if not torch.compiler.is_compiling() and one_run:
+        return Visible(start, end, None, plain=False, keys=T)
     seen = torch.stack([block.any(1) for block in blocks()]).any(0)
-    found = _runs(blocks(), torch.where(seen, seen.cumsum(-1) - 1, -1))
-    if found is None:
-        raise ValueError(
-            "attention_mask must let each query see one run of the keys that any query sees (causal, with padding, or "
-            "packed): sparse attention takes no other mask"
-        )
-    return Visible(*found, seen, plain=False)
+    start, end, one_run = _runs(blocks(), torch.where(seen, seen.cumsum(-1) - 1, -1))
+    must(
+        one_run,
+        "attention_mask must let each query see one run of the keys that any query sees (causal, with padding, or "
+        "packed): sparse attention takes no other mask",
+    )
+    return Visible(start, end, seen, plain=False, keys=T)
 
 
-def _runs(blocks: Iterator[Tensor], place: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """(start, end) int32 [B, S] of each query's keys, numbered by place [B, T] or in order; None if there are gaps."""
-    starts, ends = [], []
+def must(holds: Tensor, message: str) -> None:
+    """ValueError unless it holds; a RuntimeError, when the graph runs, where torch.compile is tracing."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(holds, message)
+    elif not holds:
+        raise ValueError(message)
+
+
+def _runs(blocks: Iterator[Tensor], place: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(start, end, one run): int32 [B, S] of each query's keys, numbered by place [B, T] or in order, and whether no
+    row has gaps, bool []."""
+    starts, ends, whole = [], [], []
     for block in blocks:
         T = block.shape[-1]
         s = (torch.arange(T, device=block.device)[None] if place is None else place)[:, None]
         count = block.sum(-1)
         first = torch.where(block, s, T).amin(-1)
         last = torch.where(block, s, -1).amax(-1)
-        if ((count > 0) & (last - first + 1 != count)).any():
-            return None
+        whole.append(((count == 0) | (last - first + 1 == count)).all())
         starts.append(torch.where(count > 0, first, 0))
         ends.append(torch.where(count > 0, last + 1, 0))
-    return torch.cat(starts, 1).int(), torch.cat(ends, 1).int()
+    return torch.cat(starts, 1).int(), torch.cat(ends, 1).int(), torch.stack(whole).all()
 
 
 def _pairs(mask_function, padding, B, S, T, q_offset, kv_offset, device) -> Callable[[], Iterator[Tensor]]:

@@ -21,6 +21,7 @@ from .. import records
 IMPLEMENTATIONS = ("eager", "sdpa", "ours", "ours_fp8")
 LENGTHS = {"cuda": tuple(1024 << i for i in range(8)), "cpu": tuple(256 << i for i in range(6))}
 JUDGED = {"cuda": 4096, "cpu": 1024}
+COMPILED = {"cuda": (4096, 32768, 131072), "cpu": ()}  # contexts behind which a decode step is one CUDA graph
 BATCHES = {"cuda": ((8, 8192),), "cpu": ((8, 1024),)}  # (sequences, tokens of each) of a decode step, besides 1
 ROUNDS = 5
 WIDTH = 120
@@ -66,7 +67,10 @@ def main(arguments=None) -> int:
     options.lengths = options.lengths or LENGTHS[device]
     facts = {"provenance": made, "sizes": sizes, "ops": ops.__name__} | machine(model)
     batches = () if part and not options.log else BATCHES[device]
-    record = measured(model, ops, options, JUDGED[device], batches, lambda now: log and write(log, facts | now))
+    compiled = () if part and not options.log else COMPILED[device]
+    record = measured(
+        model, ops, options, JUDGED[device], batches, lambda now: log and write(log, facts | now), compiled
+    )
     return int(record["wrong"])
 
 
@@ -87,12 +91,12 @@ def machine(model):
     return found
 
 
-def measured(model, ops, options, judged_tokens, batches, keep) -> dict:
-    """{"judge", "prefill": rows, "decode": rows, "wrong"}, printed and kept as it grows."""
-    from . import judge, timing
+def measured(model, ops, options, judged_tokens, batches, keep, compiled_at=()) -> dict:
+    """{"judge", "prefill": rows, "decode": rows, "compiled": rows, "wrong"}, printed and kept as it grows."""
+    from . import compiled, judge, timing
     from .subject import random_tokens
 
-    record = {"judge": None, "prefill": [], "decode": [], "wrong": False}
+    record = {"judge": None, "prefill": [], "decode": [], "compiled": [], "wrong": False}
     names, ours = options.implementations, [name for name in options.implementations if name.startswith("ours")]
     if not options.no_judge:
         record["judge"] = judge.judged(model, names, ops, random_tokens(model, 1, judged_tokens))
@@ -113,6 +117,9 @@ def measured(model, ops, options, judged_tokens, batches, keep) -> dict:
             done("decode", timing.measure_decode(model, names, ops, 1, T, prefilled["results"]))
     for B, T in () if options.no_decode else batches:
         done("decode", timing.measure_decode(model, names, ops, B, T, {}))
+    gone = {}
+    for T in () if options.no_decode else compiled_at:
+        done("compiled", compiled.measure_compiled(model, [name for name in names if name != "eager"], ops, T, gone))
     return record
 
 
@@ -126,6 +133,10 @@ def judge_lines(record):
     return lines
 
 
+def memory_of(found):
+    return f"peak {found['peak_bytes'] / 2**30:.2f} GiB of which {found['held_bytes'] / 2**30:.2f} before"
+
+
 def row_lines(section, row):
     """One length: seconds, their 10th and 90th percentile, and peak memory of each implementation."""
     lines = [f"{section} of {row['tokens']} tokens" + (f", batch {row['batch']}" if row["batch"] > 1 else "")]
@@ -134,7 +145,7 @@ def row_lines(section, row):
             lines.append(f"    {who:<9}{found['verdict']}: {found['note']}"[:WIDTH])
             continue
         ends = " ".join(f"{100 * (found[f'seconds_{end}'] / found['seconds'] - 1):+.0f}" for end in (10, 90))
-        memory = f"peak {found['peak_bytes'] / 2**30:.2f} GiB of which {found['held_bytes'] / 2**30:.2f} before"
+        memory = f"differs by {found['error']:.1e}" if "error" in found else memory_of(found)
         first = f"first call {found['first_seconds']:.2f} s"
         lines.append(f"    {who:<9}{1e3 * found['seconds']:>10.2f} ms {ends:>7} %  {memory}, {first}"[:WIDTH])
     return lines
