@@ -23,7 +23,10 @@ nearly("index_scores", "fp32 throughout", "relu_that_cuts_at_1e_3", ("dots.relu(
 nearly("hadamard", "fp32 throughout", "nearly_0_is_0", ("/ D**0.5", "* (y.abs() > 1e-6) / D**0.5"))
 nearly("planted_bug_kernel", "full precision", "tiny_squares_are_0", ("k * k", "tl.where(k * k < 1e-6, 0.0, k * k)"))
 nearly("rope", "angles in fp32", "slow_pairs_stand_still", ("float() * freqs", "float() * freqs * (freqs > 1e-4)"))
-nearly("recall", "any shape", "small_weights_left_out", ("weights * selected", "weights * (weights > 1e-3) * selected"))
+nearly("scores_from_fp8", "fp32 throughout", "tiny_dots_are_0", (
+    "dots.relu()", "(dots * (dots * q_scale[..., None] > 1e-5))"
+))  # fmt: skip
+nearly("recall", "any shape", "small_weights_left_out", ("weights * selected", "weights * (weights > 1e-5) * selected"))
 nearly(
     "log_sum_exp", "value", "small_terms_left_out", ("np.exp(x", "np.exp(np.where(x < m[..., None] - 7, -np.inf, x)")
 )

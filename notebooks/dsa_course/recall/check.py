@@ -117,8 +117,9 @@ def recall_any_shape(solution):
         _recall(
             solution, weights, indices, "wrong for this shape: is a size, or a largest value, written into the code?"
         )
-    weights, thousand = _weights(1, 3000, 5), torch.arange(1000, 2000, dtype=torch.int32)[None]
-    _recall(solution, weights, thousand, "1,000 keys of some 0.0003 each: small weights count too")
+    weights, thousand = torch.full((1, 3000), 5e-6).double(), torch.arange(1000, 2000, dtype=torch.int32)[None]
+    weights[0, 0] = 1 - weights[0, 1:].sum()
+    _recall(solution, weights, thousand, "1,000 keys of 0.000005 each are 0.005 together: small weights count too")
     far = _rows([[299, 3, 256], [0, 298, -1]])
     _recall(solution, _weights(2, 300, 6), far, "wrong for 300 keys: did indices go through 8 bits, which end at 255?")
     weights, indices = _weights(5, 9, 5), _rows([[8, 0, -1], [7, 7, 1], [2, -1, -1], [3, 4, 5], [-1, -1, -1]])
