@@ -149,6 +149,10 @@ def index_scores_fp32_throughout(solution):
             )
             expected = reference(q.double(), k.double(), w.double())
             expect_close(solution(q, k, w), expected, 1e-5, "t s", cause)
+            tiny = solution(q * 2**-20, k, w)
+            expect_shape(tiny, expected.shape)
+            cause = "right for numbers near 1: relu cuts at 0, and at no other number"
+            expect_close(tensor(tiny) * 2**20, expected, 1e-5, "t s", cause)
             q, k = q * 1000, k * 1000
             cause = "right for small numbers: fp16 ends at 65504, float32 does not"
             expect_close(solution(q, k, w), reference(q.double(), k.double(), w.double()), 1e-5, "t s", cause)

@@ -121,7 +121,7 @@ def _expect_programs(solution, cases, cause):
 
 @programs_that_fit.property("registers")
 def programs_that_fit_registers(solution):
-    cases = ((128, 128, 16), (256, 128, 1024), (384, 168, 0), (128, 136, 0), (128, 255, 0))
+    cases = ((128, 128, 16), (256, 128, 1024), (384, 168, 0), (128, 136, 0), (128, 255, 0), (32, 255, 0), (96, 255, 0))
     _expect_programs(solution, cases, "65,536 registers, shared by threads · registers of each program")
 
 

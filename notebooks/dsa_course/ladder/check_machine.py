@@ -11,7 +11,7 @@ measure = Check("measure")  # (card) -> ms of one call that finds nothing in the
 
 # -------------------------------------------------------------------------------------------------------- ring_waits
 
-RINGS = (1, 2, 3, 4, 5)  # places
+RINGS = (1, 2, 3, 4, 5, 13)  # places
 WHY = {
     "filler waits": "round r waits for the end of phase r - 1 of `free`, which has parity (r - 1) mod 2",
     "reader waits": "the bytes of round r end phase r of `full`, which has parity r mod 2",

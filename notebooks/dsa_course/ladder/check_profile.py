@@ -49,6 +49,7 @@ def read_profile_parts(solution):
             },
         }
         _expect_shares(solution, TINY, whole, NAMED, NAMED, "add up the us of a part's kernels", suspects)
+    _expect_shares(solution, TINY[:1], 100.0, NAMED, NAMED, "no kernel is a product here: the part is there, and 0")
 
 
 @read_profile.property("first part that fits")

@@ -340,6 +340,10 @@ def rope_angles_in_fp32(solution):
                 "right near position 0, wrong far away: compute angles in fp32, even for x in bf16 (which keeps 8 bits)"
             )
             expect_close(solution(x, at, FREQS, layout), expected, 2e-2, "t h d", cause)
+    x, at, slow = normal(2, 2, 5, seed=9), torch.tensor([100_000, 7]), torch.tensor([1e-3, 3e-6])
+    cause = "a frequency of 3e-6, V3.2's slowest under YaRN: at position 100,000 its pair has turned by 0.3"
+    for layout in LAYOUTS:
+        expect_close(solution(x, at, slow, layout), reference_rope(x, at, slow, layout), 1e-4, "t h d", cause)
 
 
 # ----------------------------------------------------------------------------------------------------- softmax_scale
@@ -384,7 +388,8 @@ def softmax_scale_yarn_condition(solution):
 
 @softmax_scale.property("m squared")
 def softmax_scale_m_squared(solution):
-    for c in (V32, dataclasses.replace(ODD, rope_factor=8.0), dataclasses.replace(TINY, max_seq_len=4097)):
+    stretched = [dataclasses.replace(ODD, rope_factor=factor) for factor in (8.0, 2.0, 1.25)]
+    for c in (V32, *stretched, dataclasses.replace(TINY, max_seq_len=4097)):
         plain, log = (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5, math.log(c.rope_factor)
         suspects = {
             "YaRN is on here, and m is missing": plain,

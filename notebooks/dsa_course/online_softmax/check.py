@@ -16,6 +16,7 @@ merge_parts = Check("merge_parts")  # merge_parts(out_a, lse_a, out_b, lse_b) ->
 
 BASE_2 = "this is right but for the base: exp2 and log2 where exp and log are asked for"
 EXACT = 1e-9  # float64 throughout
+SMALL = "what is small counts too: drop nothing and round nothing"
 
 
 def _array(*shape, seed):
@@ -52,6 +53,8 @@ def log_sum_exp_value(solution):
         x = _array(*shape, seed=seed)
         for given in (x, strided(x)):
             _expect_lse(solution, given, "not log of the sum of exp over the last axis")
+    steps = -2.0 * np.arange(9)  # the last term is e^-16 of the first
+    _expect_lse(solution, steps, f"the largest logit is 0 here, the others are smaller: {SMALL}")
 
 
 @log_sum_exp.property("large logits")
@@ -65,7 +68,10 @@ def log_sum_exp_large_logits(solution):
 def log_sum_exp_each_rows_own_largest(solution):
     for seed in range(2):
         x = _array(3, 5, seed=seed) + np.array([[1000.0], [0.0], [-1000.0]])
-        _expect_lse(solution, x, "one maximum was used for all rows: the small rows vanish beside the large ones")
+        for given in (x, np.stack((x, x - 2000.0))):
+            _expect_lse(
+                solution, given, "one maximum was used for more than one row: small rows vanish beside large ones"
+            )
 
 
 @log_sum_exp.property("empty rows")
@@ -178,6 +184,11 @@ def online_update_any_order(solution):
             *_, got = _run(solution, list(order))
             for part, axes in enumerate(("h", "h", "h v")):
                 expect_close(got[part], expected[part], EXACT, axes, cause)
+        far = _blocks(seed, H, sizes[:2], V, slope=14.0)  # the lower block before the higher one, and after it
+        for order in (far, far[::-1]):
+            *_, got = _run(solution, order)
+            for part, axes in enumerate(("h", "h", "h v")):
+                expect_close(got[part], _state(far)[part], EXACT, axes, f"one block lies 14 lower: {SMALL}")
 
 
 @online_update.property("large logits")
@@ -204,6 +215,9 @@ def online_update_empty_block(solution):
                 expected = _state(walk[: i + 1])
                 for part, axes in enumerate(("h", "h", "h v")):
                     expect_close(got[part], expected[part], EXACT, axes, cause)
+                none = got[1][expected[1] == 0]
+                what = f"no key so far: got l = {none.max(initial=0.0):g}, expected 0"
+                expect(not none.any(), what, "exactly 0, by which a row without keys is known: exp(-inf) adds nothing")
 
 
 # --- block_attention -----------------------------------------------------------------------------------------------
@@ -257,6 +271,8 @@ def block_attention_any_block_size(solution):
         for block in (13, 1, 4, 5, 12):
             cause = f"13 keys in blocks of {block}: the last, shorter block counts too, and old sums are rescaled"
             _expect_attention(solution, *query_row(seed, H=H), block, cause)
+    row = query_row(3, S=400, n=300, k=300)
+    _expect_attention(solution, *row, 1, "300 keys one by one: right for a few blocks alone")
 
 
 @block_attention.property("large logits")
@@ -360,6 +376,10 @@ def merge_parts_weights(solution):
     (out_a, lse), (out_b, _) = parts
     whole = (out_a + out_b) / 2, lse + np.log(2)
     _expect_merged(solution, [(out_a, lse), (out_b, lse)], whole, "equal lse: each part counts one half")
+    for gap in (5.0, 10.0, 15.0, -5.0, -10.0, -15.0):
+        share = 1 / (1 + np.exp(gap))  # of part a
+        whole = share * out_a + (1 - share) * out_b, lse - np.log(share)
+        _expect_merged(solution, [(out_a, lse), (out_b, lse + gap)], whole, f"lse_b - lse_a is {gap:g}: {SMALL}")
 
 
 @merge_parts.property("large lse")

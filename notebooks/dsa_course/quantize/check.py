@@ -262,3 +262,7 @@ def hadamard_fp32_throughout(solution):
         for given in (x, strided(x)):
             expect_close(solution(given), rotate(x.double()), 3e-6, VECTORS[x.dim()], cause)
             cause = "wrong for tensors that are not contiguous, as after a transpose: reshape, do not view"
+        small = solution(x * 2**-30)
+        expect_shape(small, x.shape)
+        cause = "right for numbers near 1: what is small is turned too, and nothing is cut to 0"
+        expect_close(tensor(small) * 2**30, rotate(x.double()), 3e-6, VECTORS[x.dim()], cause)

@@ -9,7 +9,7 @@ from dsa_ref.index_scores import index_scores
 from dsa_ref.quantize import quantize
 from dsa_ref.testing import overlap
 
-from ..checking import Check, expect_close, expect_number, normal, strided, whole
+from ..checking import Check, expect_close, expect_number, normal, strided, tensor, whole
 
 scores_from_fp8 = Check("scores_from_fp8")  # (q8 [T, Hi, D], q_scale [T, Hi], k8 [S, D], k_scale [S], w) -> [T, S]
 flips = Check("flips")  # flips(selected [T, k], reference [T, k]) -> float
@@ -129,6 +129,9 @@ def scores_from_fp8_fp32_throughout(solution):
         for tensors in (given, tuple(strided(x) for x in given)):
             expect_close(solution(*tensors), expected, 1e-5, "t s", cause)
             cause = "wrong for tensors that are not contiguous, as after a transpose: reshape, do not view"
+        small = solution(*given[:1], given[1] * 2**-40, *given[2:])  # all but the scale stays, so no digit changes
+        cause = "right for queries near 1: relu cuts at 0, and at no other number"
+        expect_close(tensor(small) * 2**40, expected, 1e-5, "t s", cause)
 
 
 # ------------------------------------------------------------------------------------------------------------- flips

@@ -36,7 +36,8 @@ def _recall(solution, weights, indices, cause, suspects=None):
             if abs(got - answer) <= 1e-5:
                 cause = suspicion
         shape = f"T={weights.shape[0]}, S={weights.shape[1]}, k={indices.shape[1]}"
-        expect(False, f"{shape}, first row {indices[0].tolist()}: {unequal(got, expected)}", cause)
+        row = ", ".join(map(str, indices[0, :8].tolist())) + ", ..." * (indices.shape[1] > 8)
+        expect(False, f"{shape}, first row [{row}]: {unequal(got, expected)}", cause)
 
 
 @recall.property("one row")
@@ -116,6 +117,9 @@ def recall_any_shape(solution):
         _recall(
             solution, weights, indices, "wrong for this shape: is a size, or a largest value, written into the code?"
         )
+    weights, thousand = torch.full((1, 3000), 5e-6).double(), torch.arange(1000, 2000, dtype=torch.int32)[None]
+    weights[0, 0] = 1 - weights[0, 1:].sum()
+    _recall(solution, weights, thousand, "1,000 keys of 0.000005 each are 0.005 together: small weights count too")
     far = _rows([[299, 3, 256], [0, 298, -1]])
     _recall(solution, _weights(2, 300, 6), far, "wrong for 300 keys: did indices go through 8 bits, which end at 255?")
     weights, indices = _weights(5, 9, 5), _rows([[8, 0, -1], [7, 7, 1], [2, -1, -1], [3, 4, 5], [-1, -1, -1]])
@@ -162,9 +166,11 @@ def window_selection_last_keys(solution):
     for T, k in ((37, 5), (9, 1), (3, 5)):
         with judging("last keys", "row t keeps keys t - k + 1 to t, its own among them"):
             _by_recency(solution(T, k), T, k)
-    T, k = 2100, 3  # beyond 8 bits, and beyond the whole numbers of bf16 (256) and fp16 (2048)
-    got = tensor(solution(T, k))
-    keys = (torch.arange(T)[:, None] - torch.arange(k)).clamp(min=-1)
-    wrong = (got.sort(dim=1).values != keys.sort(dim=1).values).any(dim=1).nonzero().flatten().tolist()
-    what = f"T={T}, k={k}: row t={wrong[0]}: got {got[wrong[0]].tolist()}" if wrong else ""
-    expect(not wrong, what, "right for short texts: did positions go through 8 or 16 bits?")
+    for T, k in ((2100, 3), (3, 70_000)):  # beyond 8 bits and the whole numbers of bf16 and fp16; beyond 16 bits
+        got = tensor(solution(T, k))
+        expect_shape(got, (T, k))
+        keys = (torch.arange(T)[:, None] - torch.arange(k)).clamp(min=-1)
+        wrong = (got.sort(dim=1).values != keys.sort(dim=1).values).any(dim=1).nonzero().flatten().tolist()
+        row = got[wrong[0]] if wrong else got[0]
+        what = f"T={T}, k={k}: row t={wrong[0]}: got keys {row[row != -1][:4].tolist()}" if wrong else ""
+        expect(not wrong, what, "right for a short text and a small k: did positions go through 8 or 16 bits?")

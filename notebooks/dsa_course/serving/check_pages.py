@@ -319,6 +319,8 @@ def paged_scores_the_sequences_order(solution):
 def paged_scores_last_page(solution):
     for seed, length, page_size, P in ((5, 10, 4, 3), (6, 1, 8, 1), (7, 15, 7, 3)):
         s = _Sequence(seed, length, page_size, P)
+        if length > 1:  # a key of zeros is a key
+            s.k_idx.view(torch.uint8)[s.at(torch.tensor([length // 2]))] = 0
         full = torch.arange(s.used * page_size)
         garbage = s.right()
         garbage[full] = s.of(s.at(full))

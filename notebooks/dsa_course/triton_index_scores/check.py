@@ -111,6 +111,9 @@ def row_sum_kernel_all_tiles(kernel):
         }
         got = _row_sum(kernel, launching.guarded(x), BLOCK=BLOCK)
         launching.expect_result(got, x.sum(1), 0.0, "r", f"loop over the row in tiles of BLOCK, here {BLOCK}", suspects)
+    x = whole(1, 70 * 16, seed=4)
+    got = _row_sum(kernel, launching.guarded(x))
+    launching.expect_result(got, x.sum(1), 0.0, "r", "70 tiles: right for a few tiles alone")
     x = whole(1, LONG, seed=3)
     got = _row_sum(kernel, launching.guarded(x), BLOCK=8192)
     launching.expect_result(got, x.sum(1), 0.0, "r", f"right for short rows alone: {NARROW}")
@@ -270,6 +273,8 @@ def planted_bug_kernel_full_precision(kernel):
     k = 300 * normal(37, 12, seed=4)
     cause = "the numbers, their squares or the sum were rounded to 16 bits: stay with fp32"
     launching.expect_result(_lengths(kernel, k), k.double().square().sum(1), 1e-6, "s", cause)
+    small, cause = _lengths(kernel, k * 2**-20) * 2**40, "right for numbers near 1 alone: nothing is cut to 0"
+    launching.expect_result(small, k.double().square().sum(1), 1e-6, "s", cause)
 
 
 @planted_bug_kernel.property("same tiles")

@@ -247,6 +247,8 @@ def sparse_attention_kernel_several_tiles(kernel):
                 "only the first tile counts": sparse_attention(q, kv, indices[:, :BK].contiguous(), 0.4, 16)[0],
             }
             _expect_attention(kernel, q, kv, indices, 16, cause, suspects, BK=BK)
+    q, kv, indices = _inputs(3, 1, 1, 600, 16, 560)
+    _expect_attention(kernel, q, kv, indices, 16, "560 keys in 35 tiles of 16: right for a few tiles alone")
 
 
 def _for_nothing(row, kv, indices):

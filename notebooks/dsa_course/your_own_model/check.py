@@ -68,11 +68,30 @@ def same_logits_relative(solution):
         before, mask = _batch(seed)
         largest = before[mask.bool()].abs().max()
         for size in (1e3, 1e-3):
-            for share, wanted in ((0.5, True), (2.0, False)):
+            for share, wanted in ((0.5, True), (1.2, False)):
                 after = before * size
                 after[0, 4, 2] += share * TOLERANCE * largest * size
                 case = f"logits up to {float(largest * size):.2g}, one off by {share} of the tolerance"
                 _expect(_answer(solution, before * size, after, mask), wanted, case, cause)
+        low = before - largest  # nothing is above 0
+        after = low.clone()
+        after[0, 4, 2] += 0.5 * TOLERANCE * low[mask.bool()].abs().max()
+        case = "all logits below 0, one off by 0.5 of the tolerance"
+        _expect(_answer(solution, low, after, mask), True, case, f"{cause}, and largest means without the sign")
+        loud = before.clone()
+        loud[1] *= 1e3
+        after = loud.clone()
+        after[0, 4, 2] += 100 * TOLERANCE * largest
+        case = "one sequence with logits a thousand times those of the other, which is off by less than the tolerance"
+        _expect(_answer(solution, loud, after, mask), True, case, f"{cause} of the whole batch")
+        after = before.clone()
+        after[0, 4, 2] = torch.nextafter(after[0, 4, 2], torch.tensor(torch.inf))
+        exactly = (
+            "with tolerance 0 equal numbers are near, <= and not <, and no others: allclose adds an rtol of its own"
+        )
+        for new, wanted in ((before.clone(), True), (after, False)):
+            case = "tolerance 0, the same numbers" if wanted else "tolerance 0, one logit off by its last bit"
+            _expect(_answer(solution, before, new, mask, tolerance=0.0), wanted, case, exactly)
 
 
 @same_logits.property("padding")
@@ -99,6 +118,10 @@ def same_logits_nan(solution):
         after = before.clone()
         after[1, 10, 2] = torch.nan
         _expect(_answer(solution, before, after, mask), False, "a logit became NaN", cause)
+        for infinity in (torch.inf, -torch.inf):
+            after[1, 10, 2] = infinity
+            huge = "an infinite logit is near no number: do not replace it, nor measure by the largest |after|"
+            _expect(_answer(solution, before, after, mask), False, f"a logit became {infinity}", huge)
         after[mask.bool()] = torch.nan
         _expect(_answer(solution, before, after, mask), False, "all logits became NaN", cause)
 
