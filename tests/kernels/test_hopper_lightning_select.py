@@ -1,10 +1,6 @@
 """The fused selection on Hopper: the portable kernels' set, on rows that a sample bounds and on rows that defeat it."""
 
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import rungs
@@ -119,40 +115,6 @@ def test_what_it_cannot_serve(device):
         dsa_kernels.lightning_select(q_idx, k_idx[:24575], w, K, k_scale[:24575], variant="hopper")
     with pytest.raises(ValueError, match="needs float8_e4m3fn, got bfloat16"):
         dsa_kernels.lightning_select(q_idx.float().bfloat16(), k_idx.float().bfloat16(), w, K, variant="hopper")
-
-
-TURNS = """
-import time
-import torch
-import dsa_kernels
-from test_hopper_lightning_select import given
-q_idx, k_idx, w, k_scale = given("cuda", T=5242, S=65_536)
-end = torch.arange(47_179, 47_179 + 5242, dtype=torch.int32, device="cuda")
-start = torch.zeros_like(end)
-def select(variant):
-    return dsa_kernels.lightning_select(q_idx, k_idx, w, 2048, k_scale, start, end, variant=variant).sort(1).values
-wanted, calls = select("portable"), 0
-select("hopper")  # compiled
-began = time.monotonic()
-while time.monotonic() - began < 10:
-    assert torch.equal(select("hopper"), wanted), f"call {calls} selected otherwise"
-    calls += 1
-print(calls)
-"""
-
-
-def test_processes_that_take_turns(device):
-    """Two processes on one GPU, which stops each in the middle of its kernels: see `hopper.select_topk.choose`."""
-    folders = os.pathsep.join([*sys.path, str(pathlib.Path(__file__).parent)])
-    environment = os.environ | {"PYTHONPATH": folders}
-    command = [sys.executable, "-c", TURNS]
-    processes = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    ended = [process.communicate(timeout=120) for process in processes]
-    assert all(process.returncode == 0 for process in processes), [stderr[-2000:] for _, stderr in ended]
-    assert all(int(stdout) > 10 for stdout, _ in ended), ended
 
 
 def test_a_nan_of_unknown_origin_is_for_the_portable_kernel(device):

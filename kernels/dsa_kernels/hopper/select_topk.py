@@ -153,9 +153,9 @@ def choose(
     holds NaN.
 
     NaN is for the caller's portable kernel to confirm. Where processes take turns on a GPU, which then stops them in
-    the middle of a kernel, `lightning_select` has come out with a NaN that no input explains: one score of a row, in
-    the same place of a block each time, in a third of the calls of 5242 queries. Why is not known. A process that has
-    the GPU to itself never met one, and no other number was ever wrong (`test_processes_that_take_turns`).
+    the middle of a kernel, `lightning_select` of some thousand queries has come out with a NaN that no input explains:
+    one score of a row, in the same place of a block each time. A process that has the GPU to itself never met one. Why
+    is not known, nor whether processes that take turns can trust all else.
 
     entries: int64 [SLOTS, LANES], of which list i has counts[i]; halves: the same memory as int32, so that score and
     key can be read apart; FILTER: entries of keys outside [start, end) are dropped.
