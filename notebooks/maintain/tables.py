@@ -113,11 +113,11 @@ def model(file, record) -> str:
         times = f"{found['sdpa']['seconds'] / found['ours']['seconds']:.2f}" if "seconds" in found["sdpa"] else ""
         cells = [name(T), *(cell(found[who], "seconds") for who in everyone), times]
         cells += [cell(found[who], "GiB" if gpu else "MiB") for who in ("sdpa", "ours")]
-        rows.append(cells + [cell(decodes[1, T][who], "ms") for who in everyone[1:]])
+        rows.append(cells + [cell(decodes[1, T][who], "ms") for who in everyone])
     for (B, T), found in decodes.items():
         if B > 1:
             cells = [f"{B} of {name(T)}", *[""] * (len(everyone) + 3)]
-            rows.append(cells + [cell(found[who], "ms") for who in everyone[1:]])
+            rows.append(cells + [cell(found[who], "ms") for who in everyone])
     called = [WHO[who] for who in everyone]
     heads = [
         "tokens",
@@ -125,7 +125,7 @@ def model(file, record) -> str:
         "times sdpa",
         *(f"{who}, {'GiB' if gpu else 'MiB'}" for who in ("sdpa", "ours")),
     ]
-    lines += ["", table([*heads, *(f"write: {who}, ms" for who in called[1:])], rows)]
+    lines += ["", table([*heads, *(f"write: {who}, ms" for who in called)], rows)]
     if record["compiled"]:
         lines += [
             "",
