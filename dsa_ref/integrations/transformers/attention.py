@@ -72,7 +72,7 @@ class SparseAttention:
         shared = kwargs.get("prev_topk_indices")
         check_parts(self)
         check_sizes(self, hidden_states, position_embeddings, shared)
-        seen = self._check(hidden_states, attention_mask, position_ids, T, attentions)
+        seen = self._what_is_seen(hidden_states, attention_mask, position_ids, T, attentions)
         latent, turned = self._rows(hidden_states, position_embeddings)
         if cached is not None:
             latent, turned = cached.update(latent, turned, self.layer_idx)
@@ -206,7 +206,7 @@ class SparseAttention:
         head = 2 * self.qk_head_dim + 2 * self.kv_lora_rank + self.qk_rope_head_dim + self.v_head_dim
         return self.num_heads * head
 
-    def _check(self, x, mask, position_ids, T, attentions) -> Visible:
+    def _what_is_seen(self, x, mask, position_ids, T, attentions) -> Visible:
         """What the queries may see, and errors for what a sparse layer does not compute."""
         if attentions:
             raise ValueError(
