@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, FEWER, SIZES, T, assert_same, tiny, tokens
 from transformers import DynamicCache, StaticCache
+from transformers.models.deepseek_v32 import modeling_deepseek_v32
 
 import dsa_ref
 from dsa_ref.integrations.transformers import attention as sparse
@@ -160,6 +161,21 @@ def test_generation_goes_on_after_an_answer(family):
     wanted = turns()
     make_sparse(model)
     assert_same(turns(), wanted, mask)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+def test_rope_has_the_bits_of_transformers(dtype):
+    """Rounded otherwise, an indexer's keys select other tokens; fused products would be noticed here."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 50, 4, 16, generator=draw).to(dtype)
+    angles = torch.randn(2, 50, 8, generator=draw).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    turns = {True: modeling_deepseek_v32.apply_rotary_pos_emb}
+    turns[False] = modeling_deepseek_v32.apply_rotary_pos_emb_interleave
+    for half_split, theirs in turns.items():
+        wanted, _ = theirs(x, x, cos, sin, unsqueeze_dim=2)
+        assert torch.equal(sparse.turn(x, cos[:, :, None], sin[:, :, None], half_split), wanted)
+        assert not torch.equal(sparse.turn(x, cos[:, :, None], sin[:, :, None], not half_split), wanted)
 
 
 @families

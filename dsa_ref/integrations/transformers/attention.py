@@ -256,7 +256,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, half_split: bool) -> Tensor:
     turning, rest = x[..., :R], x[..., R:]
     first, second = turning.chunk(2, dim=-1) if half_split else (turning[..., 0::2], turning[..., 1::2])
     cos, sin = cos[..., : R // 2], sin[..., : R // 2]
-    # Each product is rounded by itself, as there: in bf16 fused ones would select other keys at 2 % of the positions.
+    # Each product is rounded by itself, as there, so that bf16 has the same bits; fused ones would select other keys.
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
