@@ -32,6 +32,9 @@ from .select_topk import select_topk
 from .sparse_attention import sparse_attention
 from .warm import warm
 
+# isort: split
+from . import autograd as autograd  # last: it makes operators of the steps
+
 __all__ = [
     "append_index",
     "append_latents",
