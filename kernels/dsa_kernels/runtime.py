@@ -17,6 +17,7 @@ from . import cards, interpreter
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take; fp64 is the reference's alone
 FEWEST_FOR_HOPPER = 512  # queries, for `index_scores` and `lightning_select`; a block of Hopper's kernels takes eight
 SCORES_AT_ONCE = 1 << 28  # of `lightning_select`: 1 GiB of fp32
+GRADIENTS_AT_ONCE = 1 << 31  # bytes of `sparse_attention_backward`: probabilities and rows between its kernels
 REDONE_AT_ONCE = 1 << 27  # of its flagged rows, while lists of a fused kernel may still be in memory
 # The steps that can read e4m3 as bytes.
 WIDENED = ("index_scores", "lightning_select", "paged_index_scores", "paged_sparse_attention")
