@@ -169,9 +169,7 @@ def _indexer_loss(
             check_scale_in_base_2(scale)
         check_runnable(True, q_idx=q_idx, k_idx=k_idx, w=w, q=q, kv=kv)
     start, end = row_ranges(len(q_idx), len(k_idx), q_idx.device, start, end)
-    loss, rows, *found = loss_and_gradients(
-        q_idx, k_idx, w, q, kv, scale, indices, start, end, lse, target, wanted
-    )
+    loss, rows, *found = loss_and_gradients(q_idx, k_idx, w, q, kv, scale, indices, start, end, lse, target, wanted)
     return loss, rows, *(found if wanted else (x.new_empty(0) for x in (q_idx, k_idx, w)))
 
 
@@ -227,9 +225,7 @@ def _keep_mha(ctx, inputs, output):
 def _of_mha(ctx, dout, dlse):
     q, k, v, indices, start, end, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    grads = torch.ops.dsa_kernels.mha_attention_backward(
-        q, k, v, ctx.scale, indices, start, end, out, lse, dout, dlse
-    )
+    grads = torch.ops.dsa_kernels.mha_attention_backward(q, k, v, ctx.scale, indices, start, end, out, lse, dout, dlse)
     return *grads, None, None, None, None
 
 

@@ -39,7 +39,11 @@ def head_inputs(device, Dv=12):
 
 
 def turning(device):
-    return normal(T, H, DI, seed=5, device=device).requires_grad_(), torch.arange(T, device=device), torch.rand(4, device=device)
+    return (
+        normal(T, H, DI, seed=5, device=device).requires_grad_(),
+        torch.arange(T, device=device),
+        torch.rand(4, device=device),
+    )
 
 
 def index_side(device):
