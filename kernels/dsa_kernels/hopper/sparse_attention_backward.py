@@ -11,7 +11,7 @@ The passes take so many queries at a time as `runtime.GRADIENTS_AT_ONCE` allows,
 card's multiprocessors whole times: each program has a multiprocessor to itself, and takes as long as all others.
 
 Of a pair, over 128 heads: 704,512 FLOPs; P and dS 512 bytes, written and read; its row 1152 bytes, written and read. At
-the speed that tensor cores reach in practice both take about as long. `python -m dsa_bench sparse_attention_backward`
+the speed that tensor cores reach in practice both take about as long. `python -m dsa_bench.training`
 measures it; the chapter kernels/book/sparse_attention_backward.md has the clocks, the bytes, and what did not help.
 
 Read `backward_shared` first: what the warpgroups share, and how they wait for each other.
