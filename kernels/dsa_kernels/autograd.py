@@ -11,7 +11,7 @@ it (for tracing), and what its gradient is. What an operator launches, and what 
     rope, hadamard      the step itself: with turned angles, and as it is, since that matrix is its own inverse
     lightning_select, rotate_quantize, quantize    none: a choice has no derivative, and rounding counts as one
 
-A policy of selective checkpointing saves `torch.ops.dsa_kernels.lightning_select.default`, and no key is selected twice.
+A policy of selective checkpointing that saves `torch.ops.dsa_kernels.lightning_select.default` selects no key twice.
 Second derivatives, but for the linear steps, and forward mode are refused: only dsa_ref computes them.
 """
 
