@@ -67,19 +67,19 @@ def stage_backward(
         return language, None
     total, part = torch.zeros((), device=tokens.device), share / len(record)
     for block, step in zip(model.layers, record, strict=True):
-        probe = step.get("probe")  # of ops that hand their probabilities on: what the pass above left there
-        loss = part * _indexer_loss(block.self_attn, step, None if probe is None else probe.grad, own_selection)
+        target = step["probe"].grad if "probe" in step else None  # left there by the pass above, where ops can
+        loss = part * _indexer_loss(block.self_attn, step, target, own_selection)
         loss.backward()
         total += loss.detach()
     return language, total
 
 
-def _forward(model, tokens, stage) -> tuple[Tensor | None, list[dict]]:
-    """The language loss and what the layers recorded, of windows side by side that do not see each other."""
+def _forward(model, tokens, stage) -> tuple[Tensor | None, list[dict] | None]:
+    """The language loss, and what the layers recorded for the indexers; the windows do not see each other."""
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {STAGES}, got {stage!r}")
     n, length = tokens.shape[0], tokens.shape[1] - 1
-    record = []
+    record = None if stage == "dense" else []
     logits = model(
         tokens[:, :-1].flatten(),
         torch.arange(length, device=tokens.device).repeat(n),
@@ -95,7 +95,8 @@ def _indexer_loss(layer: DSALayer, step: dict, target: Tensor | None = None, own
     side, start, indices = (step["q_idx"], step["k_idx"], step["w"]), step["start"], step.get("indices")
     if target is not None:
         return loss(*side, None, None, None, indices, start, target=target)
+    lse = step["lse"]  # over the same keys, but where the selection is made here
     if own_selection:
         scored = (tensor.detach() for tensor in side)
-        indices = layer.ops.lightning_select(*scored, layer.config.index_topk, start=start)
-    return loss(*side, step["q"], step["kv"], layer.config.softmax_scale, indices, start)
+        indices, lse = layer.ops.lightning_select(*scored, layer.config.index_topk, start=start), None
+    return loss(*side, step["q"], step["kv"], layer.config.softmax_scale, indices, start, lse=lse)

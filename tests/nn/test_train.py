@@ -131,6 +131,27 @@ def test_each_side_learns_from_its_own_loss(stage):
             assert torch.allclose(mine, 0.25 * alone, rtol=1e-3, atol=1e-5 * alone.abs().max().item())
 
 
+def test_the_target_comes_out_of_attentions_backward_pass():
+    """With ops that hand it on, the indexer's loss gets it in place of q and kv; others give the same gradients."""
+    given, tokens = [], windows("seen")(0)
+
+    def watched(*arguments, **named):
+        given.append([argument is None for argument in arguments[3:6]] + [named.get("target") is None])
+        return dsa_ref.indexer_loss(*arguments, **named)
+
+    def without_probe(q, kv, indices, scale, v_dim):
+        return dsa_ref.sparse_attention(q, kv, indices, scale, v_dim)
+
+    got = []
+    for change in ({}, {"sparse_attention": without_probe}):
+        model = looking_model(ops=types.SimpleNamespace(**vars(dsa_ref) | {"indexer_loss": watched} | change))
+        stage_backward(model, tokens, "sparse")
+        got.append([*gradients(model, False), *gradients(model, True)])
+    assert given == [[True, True, True, False]] * 2 + [[False, False, False, True]] * 2
+    for one, other in zip(*got, strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5 * other.abs().max().item())
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_micro_batches_change_nothing(stage):
     """Also where they are not of one size, so that their means must be weighed."""
