@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from dsa_ref.training import needle
 from dsa_ref.training.corpus import load_corpus
 from dsa_ref.training.data import Data
 from dsa_ref.training.needle import ANSWER, DEFINITION, LINE, QUERY, WIDTH, needle_windows, needles_found, plant
@@ -39,6 +40,12 @@ def test_what_is_planted(count, least, most):
     for seed in range(5):
         after, pairs = plant(TEXT, random.Random(seed), count, least, most)
         check(TEXT, after, pairs, count, least, most or len(TEXT) - LINE)
+
+
+def test_keys_are_distinct_though_there_are_few(monkeypatch):
+    monkeypatch.setattr(needle, "ALPHABET", b"ab")
+    after, pairs = plant(TEXT, random.Random(0), 16)
+    check(TEXT, after, pairs, 16, LINE, len(TEXT))
 
 
 def test_a_wrong_plant_is_found():

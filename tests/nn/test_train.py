@@ -72,6 +72,7 @@ def test_each_stage_moves_its_own_weights(stage, moves):
     for inside, old, moved in zip((False, True), before, moves, strict=True):
         changed = [not torch.equal(a, b) for a, b in zip(old, indexer_parameters(model, inside), strict=True)]
         assert all(changed) if moved else not any(changed)
+        assert all(parameter.requires_grad == moved for parameter in indexer_parameters(model, inside))
     assert [(row[0] is not None, row[1] is not None) for row in rows] == [(stage != "warm-up", stage != "dense")] * 2
 
 
@@ -179,6 +180,22 @@ def test_a_bf16_model_learns_from_steps_that_bf16_cannot_hold():
     for name, parameter in model.named_parameters():
         master = optimizer.masters[name]
         assert master.dtype == torch.float32 and torch.equal(parameter, master.bfloat16())
+
+
+def test_an_optimizer_goes_on_where_another_stopped():
+    models, moments = [tiny_model(), tiny_model(), tiny_model()], {}
+    for model, until in zip(models, (5, 3), strict=False):
+        optimizer = MasterAdamW(model, master_weights(model), "dense", 5)
+        data = windows("dense")
+        while optimizer.done < until:
+            stage_backward(model, data(optimizer.done), "dense")
+            optimizer.add_gradients()
+            optimizer.step()
+        moments = optimizer.moments()
+    later = MasterAdamW(models[2], optimizer.masters, "dense", 5)
+    later.restore(3, moments)
+    train_stage(models[2], "dense", windows("dense"), 5, later)
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[2].parameters(), strict=True))
 
 
 def test_gradients_add_up_in_fp32():

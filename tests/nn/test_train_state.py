@@ -164,7 +164,8 @@ def test_a_state_comes_back_as_it_was(tmp_path):
 def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
     save_state(tmp_path / "s", {"a": torch.zeros(2)}, {"options": {}})
 
-    def full(*_, **__):
+    def full(_, path, **__):
+        path.write_bytes(b"half of it")
         raise SafetensorError("Error while serializing: No space left on device (os error 28)")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
