@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from ..indexer_loss import indexer_loss
 from ..nn.model import ModelConfig, SmallModel, load_small_model, save_small_model
 from ..records import output_file, positive, provenance, regular_file, replacing, write_log
-from .corpus import load_corpus
-from .evaluate import check_length, held_out_loss, held_out_windows
+from .corpus import check_length, held_out_windows, load_corpus
+from .evaluate import held_out_loss
 
 STAGES = ("dense", "warm-up", "sparse")
 PEAK_RATES = {"dense": 2e-3, "warm-up": 2e-3, "sparse": 3e-4}
