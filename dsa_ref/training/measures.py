@@ -5,10 +5,8 @@ window. In the first k places every key can be selected, so what tells regimes a
 """
 
 import itertools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,16 +35,6 @@ def position_edges(length: int, k: int) -> list[int]:
     return [*edges[:-1], length]
 
 
-def read_packed(model: SmallModel, windows: Tensor, attention: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tokens int64 [n, L + 1], logits fp32 [n, L, vocab_size]) of windows uint8 [N, L + 1], n at a time."""
-    for part in windows.split(WINDOWS_AT_ONCE):
-        tokens = part.long()
-        n, length = tokens.shape[0], tokens.shape[1] - 1
-        positions = torch.arange(length, device=tokens.device).repeat(n)
-        logits = model(tokens[:, :-1].flatten(), positions, attention=attention)
-        yield tokens, logits.unflatten(0, (n, length))
-
-
 @torch.no_grad()
 def losses_by_position(model: SmallModel, windows: Tensor, attention: str, edges: Sequence[int]) -> list[list[float]]:
     """Mean next-byte loss in nats of each part of each window, uint8 [n, L + 1]: [n][parts].
@@ -54,8 +42,12 @@ def losses_by_position(model: SmallModel, windows: Tensor, attention: str, edges
     edges: as `position_edges` gives them for L; attention as for `DSALayer`.
     """
     rows = []
-    for tokens, logits in read_packed(model, windows, attention):
-        losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    for tokens in windows.split(WINDOWS_AT_ONCE):
+        tokens = tokens.long()
+        n, length = tokens.shape[0], tokens.shape[1] - 1
+        positions = torch.arange(length, device=tokens.device).repeat(n)
+        logits = model(tokens[:, :-1].flatten(), positions, attention=attention)
+        losses = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none").unflatten(0, (n, length))
         parts = [losses[:, first:last].mean(dim=1) for first, last in itertools.pairwise(edges)]
         rows += torch.stack(parts, dim=1).tolist()
     return [[round(value, DIGITS) for value in row] for row in rows]
@@ -166,9 +158,12 @@ def paired_ratio(losses: Sequence[Sequence[float]], control: Sequence[Sequence[f
     Paired: both were measured on the same windows, so the error is that of the differences alone.
     Raises: ValueError for other shapes, or fewer than two windows.
     """
-    ours, theirs = np.array(losses, dtype=np.float64), np.array(control, dtype=np.float64)
-    if ours.shape != theirs.shape or ours.ndim != 2 or len(ours) < 2:
-        raise ValueError(f"losses must have the shape [n, parts] of control, n >= 2, got {ours.shape}, {theirs.shape}")
-    ratio = ours.mean(axis=0) / theirs.mean(axis=0)
-    spread = (ours - ratio * theirs).std(axis=0, ddof=1) / theirs.mean(axis=0) / math.sqrt(len(ours))
-    return list(zip(ratio.tolist(), spread.tolist(), strict=True))
+    ours, theirs = (torch.tensor(table, dtype=torch.float64, device="cpu") for table in (losses, control))
+    if ours.shape != theirs.shape or ours.dim() != 2 or len(ours) < 2:
+        shapes = list(ours.shape), list(theirs.shape)
+        raise ValueError(
+            f"losses must have the shape [n, parts] of control, n at least 2, got {shapes[0]}, {shapes[1]}"
+        )
+    ratio = ours.mean(dim=0) / theirs.mean(dim=0)
+    error = (ours - ratio * theirs).std(dim=0) / theirs.mean(dim=0) / len(ours) ** 0.5
+    return list(zip(ratio.tolist(), error.tolist(), strict=True))

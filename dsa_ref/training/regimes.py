@@ -3,6 +3,8 @@
 A regime changes one of four things: what the warm-up looks at, where the selection comes from (another
 `lightning_select` among the layer's `ops`), the indexer's module, or a size. All else, the data and its order too, is
 the same for every regime.
+
+Source: DeepSeek-V3.2-Exp report, section 2.1.1, for DSA; SPEC section 5. The other regimes are ours.
 """
 
 import dataclasses
@@ -11,12 +13,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..nn.layer import STEPS, Ops
 from ..nn.model import ModelConfig, SmallModel
 from ..nn.parts import Indexer
 from ..precision import exact
 from ..testing import window_selection
+from .loop import Losses
+from .stages import stage_backward, stage_loss
 
 ROWS_AT_ONCE = 2048  # of the oracle's and the random selection's scores, which stand as a whole for each sequence
 ALSO_USED = ("dense_attention", "indexer_loss", "select_topk", "hadamard", "quantize")  # where `ops` has them
@@ -39,9 +44,16 @@ class Regime:
     sizes: tuple[tuple[str, int], ...] = ()
 
     @property
-    def learns_to_select(self) -> bool:
-        """Whether the last stage trains the indexer."""
+    def scores(self) -> bool:
+        """Whether the regime's indexer selects, and so has something to learn."""
         return self.attention == "sparse" and self.selection == "indexer"
+
+    @property
+    def backward(self) -> Callable[[SmallModel, Tensor, str, float], Losses]:
+        """How the gradients of the last stage come about, as `stages.stage_backward`."""
+        if not self.scores:
+            return language_backward
+        return joint_backward if self.indexer is AttachedIndexer else stage_backward
 
 
 class AttachedIndexer(Indexer):
@@ -64,6 +76,23 @@ class LinearIndexer(Indexer):
         q, k, w = super().forward(x, q_latent)
         u = torch.einsum("th,thd->td", w, q.float()).to(q.dtype)
         return torch.stack((u, -u), dim=1), k, torch.tensor((1.0, -1.0), device=w.device).expand(len(w), 2)
+
+
+def language_backward(model: SmallModel, tokens: Tensor, stage: str, share: float = 1.0) -> Losses:
+    """`stage_backward` of the language loss alone, for a selection that has nothing to learn."""
+    n, length = tokens.shape[0], tokens.shape[1] - 1
+    positions = torch.arange(length, device=tokens.device).repeat(n)
+    logits = model(tokens[:, :-1].flatten(), positions, attention="dense" if stage == "dense" else "sparse")
+    loss = share * F.cross_entropy(logits, tokens[:, 1:].flatten())
+    loss.backward()
+    return loss.detach(), None
+
+
+def joint_backward(model: SmallModel, tokens: Tensor, stage: str, share: float = 1.0) -> Losses:
+    """`stage_backward` as one pass over the sum of both losses: where the indexer is attached, they share a graph."""
+    language, indexer = stage_loss(model, tokens, stage)
+    (share * (language + indexer)).backward()
+    return share * language.detach(), share * indexer.detach()
 
 
 def steps(ops: Ops, **changed: Callable) -> types.SimpleNamespace:
