@@ -12,34 +12,32 @@ the same command is given again. `results` reads the log.
 import argparse
 import dataclasses
 import functools
-import importlib
-import importlib.util
 import json
 import math
 import pathlib
 import statistics
 import sys
 import time
+import zlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-import dsa_ref
-
 from .. import records
 from ..nn.layer import Ops
 from ..nn.model import ModelConfig, SmallModel, load_small_model, save_small_model
-from ..records import output_file, positive
+from ..records import positive, regular_file
 from .corpus import held_out_windows, load_corpus
 from .data import Data
 from .loop import Losses, train_stage
 from .measures import losses_by_position, needles_by_distance, position_edges, precision_overlaps, recall_by_layer
-from .needle import needle_windows
+from .needle import LINE, needle_windows
 from .optimizer import PEAK_RATES, MasterAdamW, master_weights
 from .regimes import REGIMES, make_model, steps, without_hadamard
 from .results import merged, report
 from .stages import stage_backward
+from .train import DTYPES, NOT_FINISHED, check_options, course_config, deterministic
 
 PROGRAM = "dsa_ref.training.compare"
 CURVE = 50  # losses of each stage in the record
@@ -51,8 +49,8 @@ class Plan:
     """What is the same for all regimes of a run, and what a log must have been made with to be continued.
 
     steps: of the dense stage, the warm-up and the last stage; pairs: needles in a training window; windows: how many
-    held-out ones a regime is judged by, needles: how many pairs in each of as many others; recall: (windows, rows of
-    each) for recall; dtype: what the model computes in.
+    held-out ones a regime is judged by, and how many others with `asked` needles each; recall: (windows, rows of each)
+    for recall; ops: the package that trains; dtype: a key of `train.DTYPES`.
     """
 
     seed: int = 0
@@ -60,16 +58,12 @@ class Plan:
     length: int = 8192
     batch: int = 8
     steps: tuple[int, int, int] = (1500, 150, 250)
-    pairs: int = 8
+    pairs: int = 16
     windows: int = 64
-    needles: int = 8
+    asked: int = 8
     recall: tuple[int, int] = (8, 128)
-    dtype: str = "bfloat16"
-    kernels: bool = False
-
-    def fields(self) -> dict:
-        """As they stand in a log."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+    ops: str = "dsa_ref"
+    dtype: str = "fp32"
 
 
 class Comparison:
@@ -90,14 +84,16 @@ class Comparison:
         micro: int | None = None,
     ) -> None:
         attention = dataclasses.replace(config.attention, index_topk=plan.k, index_fp8=False)
-        attention = dataclasses.replace(attention, max_seq_len=max(plan.length, attention.max_seq_len))
         self.plan, self.ops, self.device, self.micro = plan, ops, torch.device(device), micro
         self.config = dataclasses.replace(config, attention=attention)
         self.edges = position_edges(plan.length, plan.k)
         self.data = Data(corpus, plan.length, plan.batch, plan.seed, plan.pairs, device)
         self.windows = held_out_windows(held_out, plan.windows, plan.length).to(device)
         self.few = held_out_windows(held_out, plan.recall[0], plan.length).to(device)
-        self.needles = needle_windows(held_out, plan.windows, plan.length, plan.needles, least=plan.k + 1)
+        self.needles = needle_windows(held_out, plan.windows, plan.length, plan.asked, least=max(LINE, plan.k + 1))
+        text = f"{len(corpus)} bytes, CRC {zlib.crc32(corpus.numpy()):08x}"  # another Python's library is another
+        about = {**dataclasses.asdict(plan), "sizes": dataclasses.asdict(self.config), "text": text}
+        self.about = json.loads(json.dumps(about))  # as it stands in a log
 
     def dense_stage(self) -> tuple[SmallModel, dict]:
         """The model that every regime begins with, and the record of its training."""
@@ -136,7 +132,7 @@ class Comparison:
         return found
 
     def _placed(self, model) -> SmallModel:
-        return model.to(self.device, getattr(torch, self.plan.dtype))
+        return model.to(self.device, DTYPES[self.plan.dtype])
 
     def _judged(self, model, attention) -> dict:
         """Losses by window and position, and the needles found by distance."""
@@ -196,27 +192,24 @@ def run(
     origin: dict,
     names: list[str],
     ends: float = math.inf,
-    given: pathlib.Path | None = None,
+    given: SmallModel | None = None,
     say: Callable[[str], None] = print,
 ) -> bool:
     """Do what the log lacks, regime by regime; whether all of `names` are done now.
 
     origin: the provenance; ends: no regime begins that would not be over by then, on time.monotonic()'s clock; given:
-    the dense model's file, in place of training one. state: a folder, which keeps the dense model and that of DSA.
+    the dense model, in place of training one. state: a folder, which keeps the dense model and that of DSA.
 
-    Raises: ValueError where the log is one of another plan or commit, or the state has lost the dense model.
+    Raises: as `unfinished`, and ValueError where the state has lost the dense model.
     """
-    plan = comparison.plan
-    entry = unfinished(log, plan, origin) or {
-        "seed": plan.seed, "plan": plan.fields(), "edges": comparison.edges, "provenance": origin, "regimes": {}
-    }  # fmt: skip
+    about = {"seed": comparison.plan.seed, "plan": comparison.about, "edges": comparison.edges, "provenance": origin}
+    entry = unfinished(log, comparison, origin) or {**about, "regimes": {}}
     dense = state / "dense.safetensors"
-    if "before" not in entry:
+    if "start" not in entry:
         if given is None:
-            model, entry["before"] = comparison.dense_stage()
+            model, entry["start"] = comparison.dense_stage()
         else:
-            model = load_small_model(given)
-            entry["before"] = {"from": given.name}
+            model, entry["start"] = given, {"stages": []}
         keep(model, dense, index_fp8=False)
         records.write(log, {"runs": [entry]})
     elif not dense.exists():
@@ -246,40 +239,28 @@ def keep(model: SmallModel, path: pathlib.Path, index_fp8: bool) -> None:
         save_small_model(model, new)
 
 
-def unfinished(log: pathlib.Path, plan: Plan, origin: dict) -> dict | None:
+def unfinished(log: pathlib.Path, comparison: Comparison, origin: dict) -> dict | None:
     """The run that a log holds, None without a log.
 
-    Raises: ValueError where it has another plan or was made by other code.
+    Raises: ValueError where it is no log of this program, has another plan or was made by other code.
     """
     if not log.exists():
         return None
-    (entry,) = json.loads(log.read_text(encoding="utf-8"))["runs"]
-    made, now = (
-        {"commit": entry["provenance"]["commit"], **entry["plan"]},
-        {"commit": origin["commit"], **plan.fields()},
-    )
-    if other := [name for name in now if made.get(name) != now[name]]:
-        told = ", ".join(f"{name} {made.get(name)}, not {now[name]}" for name in other)
-        raise ValueError(f"log must be that of a run with the same options to be continued, got {log} with {told}")
+    try:
+        (entry,) = json.loads(log.read_text(encoding="utf-8"))["runs"]
+        made = {"commit": entry["provenance"]["commit"], **entry["plan"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"log must be that of one run of this program, or a new one, got {log}: {error!r}") from error
+    now = {"commit": origin["commit"], **comparison.about}
+    if other := [f"{name} {made.get(name)}, not {now[name]}" for name in now if made.get(name) != now[name]]:
+        raise ValueError(f"log must be that of the same options and code to go on, got {log} with {', '.join(other)}")
     return entry
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train and judge the regimes of one seed, or merge logs; arguments as on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--log", type=output_file, required=True, help="where the figures go, as JSON; continued")
-    parser.add_argument("--merge", type=pathlib.Path, nargs="+", help="only put these logs, of other seeds, into --log")
-    parser.add_argument("--state", type=pathlib.Path, help="folder for the models; default: --log's, with .state")
-    parser.add_argument("--from", dest="given", type=pathlib.Path, help="the dense model, instead of training one")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing that would end after so many")
-    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES), help="which; default: all")
-    parser.add_argument("--steps", type=positive, nargs=3, default=Plan.steps, metavar=("DENSE", "WARM", "LAST"))
-    for name in ("k", "length", "batch", "windows"):
-        parser.add_argument(f"--{name}", type=positive, default=getattr(Plan, name))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--micro", type=positive, help="windows at a time, to save memory")
-    parser.add_argument("--kernels", action="store_true", help="train through dsa_kernels")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    began = time.monotonic()
+    parser = make_parser()
     options = parser.parse_args(arguments)
     if options.merge:
         try:
@@ -289,34 +270,60 @@ def main(arguments: list[str] | None = None) -> None:
         records.write_log(PROGRAM, options.log, record)
         print(report(record["runs"]))
         return
-    if options.k >= options.length:
-        parser.error(f"--k must be below --length {options.length}, else no row has a choice, got {options.k}")
-    if importlib.util.find_spec("safetensors") is None:
-        parser.error("safetensors must be installed to keep the models: pip install safetensors")
-    try:
-        torch.empty(0, device=options.device)
-    except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
-        parser.error(f"--device must be one that torch can use here, got {options.device}: {error}")
-    ends = time.monotonic() + 60 * options.minutes
+    options.state = options.state or options.log.with_suffix(".state")
+    ops = check_options(parser, options)
     origin = records.provenance(PROGRAM, arguments, options.device)
-    fields = {name: getattr(options, name) for name in ("seed", "k", "length", "batch", "windows", "kernels")}
-    plan = Plan(steps=tuple(options.steps), **fields)
-    state = options.state or options.log.with_suffix(".state")
-    try:
-        state.mkdir(parents=True, exist_ok=True)
-        unfinished(options.log, plan, origin)
-        if options.given is not None:
-            load_small_model(options.given)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    torch.set_float32_matmul_precision("high")
-    ops = importlib.import_module("dsa_kernels") if options.kernels else dsa_ref
-    comparison = Comparison(plan, ModelConfig(), ops, *load_corpus(), options.device, options.micro)
-    say = functools.partial(print, file=sys.stderr, flush=True)
-    done = run(comparison, options.log, state, origin, options.regimes, ends, options.given, say)
+    names = {field.name for field in dataclasses.fields(Plan)} & vars(options).keys()
+    with deterministic():
+        try:
+            plan = Plan(**{name: getattr(options, name) for name in names})
+            config = course_config(plan.k, plan.length)
+            comparison = Comparison(plan, config, ops, *load_corpus(), options.device, options.micro)
+            comparison.data.windows("dense", 0)  # whether the needles fit
+            unfinished(options.log, comparison, origin)
+            options.state.mkdir(parents=True, exist_ok=True)
+            given = options.given and load_small_model(options.given)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        ends = began + 60 * options.minutes if options.minutes else math.inf
+        say = functools.partial(print, file=sys.stderr, flush=True)
+        try:
+            done = run(comparison, options.log, options.state, origin, options.regimes, ends, given, say)
+        except (OSError, FloatingPointError) as error:  # a full disk, for one: the log before is whole
+            sys.exit(f"{parser.prog}: error: {error}")
     print(report(json.loads(options.log.read_text(encoding="utf-8"))["runs"]))
     if not done:
-        say("stopped by --minutes: give the same command again to go on")
+        say(f"--minutes {options.minutes:g} would be over before the next regime is: run it again to go on")
+        sys.exit(NOT_FINISHED)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--log", type=regular_file, required=True, help="where the figures go, as JSON; it goes on from there")
+    add("--merge", type=pathlib.Path, nargs="+", metavar="LOG", help="put these logs, of other seeds, into --log")
+    add("--state", type=pathlib.Path, help="a folder for the models (default: --log's name, with .state)")
+    add("--from", dest="given", type=pathlib.Path, metavar="MODEL", help="the dense model, in place of training one")
+    add("--minutes", type=float, help="begin no regime that would end later, and end with exit code 75")
+    add("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES), metavar="REGIME",
+        help=f"which: {', '.join(REGIMES)} (default: all)")  # fmt: skip
+    add("--steps", type=positive, nargs=3, default=Plan.steps, metavar=("DENSE", "WARM", "LAST"),
+        help=f"optimizer steps of each stage (default {' '.join(map(str, Plan.steps))})")  # fmt: skip
+    add("--length", type=positive, default=Plan.length, help="bytes a window (default %(default)s)")
+    add("--k", type=positive, default=Plan.k, help="keys selected (default %(default)s)")
+    add("--batch", type=positive, default=Plan.batch, help="windows a step (default %(default)s)")
+    add("--micro", type=positive, help="windows at a time, to save memory (default: all of a step)")
+    add("--pairs", type=int, default=Plan.pairs, help="needles a window (default %(default)s)")
+    add("--windows", type=positive, default=Plan.windows, help="held-out windows to judge by (default %(default)s)")
+    add("--asked", type=positive, default=Plan.asked, help="needles asked for in each (default %(default)s)")
+    add("--seed", type=int, default=Plan.seed, help="of weights, windows and needles (default %(default)s)")
+    add("--kernels", action="store_const", dest="ops", const="dsa_kernels", default=Plan.ops,
+        help="run the steps of dsa_kernels, not of dsa_ref: for a GPU")  # fmt: skip
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
+    add("--dtype", choices=DTYPES, help="of what the models compute with (default bf16 on a GPU, fp32 on a CPU)")
+    parser.set_defaults(weights=None)  # for `check_options`
+    return parser
 
 
 if __name__ == "__main__":
