@@ -130,7 +130,10 @@ class Run:
         """A row of the log, and the line of progress."""
         (then, first), now, cuda = self.row, time.monotonic(), self._device().type == "cuda"
         seconds = (now - then) / (self.done - first)
-        values = {f"{name}_loss": None if loss is None else round(loss.item(), 5) for name, loss in zip(LOSSES, losses, strict=True)}
+        values = {
+            f"{name}_loss": None if loss is None else round(loss.item(), 5)
+            for name, loss in zip(LOSSES, losses, strict=True)
+        }
         row = {
             "stage": self.stage,
             "step": self.done,

@@ -1,6 +1,6 @@
 """Train the small model and its indexer as the report trains V3.2: dense, then the indexer alone, then both, sparse.
 
-    python -m dsa_ref.training.train --kernels --weights small_model.safetensors --log small_model.json --state run.state
+    python -m dsa_ref.training.train --kernels --weights small_model.safetensors --log log.json --state run.state
     python -m dsa_ref.training.train --weights w.safetensors --log log.json --steps 2 2 2 --batch 2 --length 256 --k 32
 
 The first trains the course's model through the kernels, in minutes on a GPU; the second shows the mechanics on a CPU.
@@ -76,9 +76,9 @@ def deterministic() -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> None:
     """Train all stages, write the weights and the figures; arguments as on the command line."""
     began = time.monotonic()
-    parser = make_parser()
+    parser = _make_parser()
     options = parser.parse_args(arguments)
-    ops = check_options(parser, options)
+    ops = _check_options(parser, options)
     session = provenance(PROGRAM, arguments, options.device)
     show = Show(sys.stderr.isatty())
     with deterministic():
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
             corpus, held_out = load_corpus()
             data = Data(corpus, options.length, options.batch, options.seed, options.pairs, options.device)
             data.windows(STAGES[0], 0)  # whether the needles fit
-            measure = make_measure(held_out.to(options.device), options)
+            measure = _make_measure(held_out.to(options.device), options)
             torch.manual_seed(options.seed)
             with torch.device("cpu"):  # the same weights for every device
                 model = SmallModel(course_config(options.k, options.length), ops).float()
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
             check_space(needs)
             run = Run(
                 model.to(options.device), data, dict(zip(STAGES, options.steps, strict=True)),
-                fixed_options(options, model.config, corpus), measure, show, options.state, options.save_every,
+                _fixed_options(options, model.config, corpus), measure, show, options.state, options.save_every,
                 options.log_every, options.micro, DTYPES[options.dtype], session,
                 began + 60 * options.minutes if options.minutes else float("inf"),
             )  # fmt: skip
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(str(error))
         try:
             result = run.run()
-            finish(run, options, ops, result, measure, session)
+            _finish(run, options, ops, result, measure, session)
         except OutOfTime:
             show.say(f"--minutes {options.minutes:g} are over at step {run.done} of {run.stage}: run it again to go on")
             sys.exit(NOT_FINISHED)
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(f"{parser.prog}: error: at step {run.done} of {run.stage}: {error}")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -141,7 +141,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> types.ModuleType:
+def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> types.ModuleType:
     """End with what is wrong, before any work; fill in --dtype; the package that `options.ops` names."""
     files = {"--weights": options.weights, "--log": options.log, "--state": options.state}
     named = [(option, path.resolve()) for option, path in files.items() if path is not None]
@@ -174,7 +174,7 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         parser.error(f"--kernels needs a package that can be imported: {error}")
 
 
-def fixed_options(options: argparse.Namespace, config: ModelConfig, corpus: torch.Tensor) -> dict:
+def _fixed_options(options: argparse.Namespace, config: ModelConfig, corpus: torch.Tensor) -> dict:
     """What decides about the bits that come out, and must be equal to go on from a state."""
     names = "steps batch micro length k pairs seed windows log_every ops dtype".split()
     return {
@@ -186,7 +186,7 @@ def fixed_options(options: argparse.Namespace, config: ModelConfig, corpus: torc
     }
 
 
-def make_measure(held_out: torch.Tensor, options: argparse.Namespace):
+def _make_measure(held_out: torch.Tensor, options: argparse.Namespace):
     """measure(model, stage): held-out loss, and the share of needles found that lie more than k bytes back."""
     windows = held_out_windows(held_out, options.windows, options.length)
     least = max(LINE, options.k + 1)
@@ -204,7 +204,7 @@ def make_measure(held_out: torch.Tensor, options: argparse.Namespace):
     return measure
 
 
-def finish(run: Run, options: argparse.Namespace, ops: types.ModuleType, result: dict, measure, session: dict) -> None:
+def _finish(run: Run, options: argparse.Namespace, ops: types.ModuleType, result: dict, measure, session: dict) -> None:
     """Write the weights, measure what a reader gets, and write the log."""
     config = run.model.config
     run.model.config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, index_fp8=True))
