@@ -24,7 +24,7 @@ from .loop import Losses
 from .stages import stage_backward, stage_loss
 
 ROWS_AT_ONCE = 2048  # of the oracle's and the random selection's scores, which stand as a whole for each sequence
-ALSO_USED = ("dense_attention", "indexer_loss", "select_topk", "hadamard", "quantize")  # where `ops` has them
+ALSO_USED = ("dense_attention", "mha_attention", "indexer_loss", "hadamard", "quantize")  # where `ops` has them
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,16 +24,17 @@ PRECISIONS = ("FP8", "FP8 without Hadamard")  # of the DSA model, whose own entr
 class Row:
     """What one regime of one run comes to, beyond k bytes of context.
 
-    loss: nats a byte; ratio, error: the loss over the control's, and its standard error over windows, paired; worst:
-    the largest ratio of a part of the window; needles: the share that is found; recall: the attention mass that the
-    selection keeps, over the most that k keys could, mean over layers, after training; None where nothing is selected.
+    loss: nats a byte; needles: the share that is found. ratio, error: the loss over the control's, and its standard
+    error over windows, paired; worst: the largest ratio of a part of the window; None for the control itself. recall:
+    the attention mass that the selection keeps, over the most that k keys could, mean over layers, after training; None
+    where nothing is selected or it was not looked at.
     """
 
     loss: float
-    ratio: float
-    error: float
-    worst: float
     needles: float
+    ratio: float | None = None
+    error: float | None = None
+    worst: float | None = None
     recall: float | None = None
 
 
@@ -64,17 +65,14 @@ def row(run: dict, name: str) -> Row:
     """What a regime, or one of `PRECISIONS`, comes to. Raises: KeyError where the run has not got that far."""
     regimes = run["regimes"]
     entry = regimes["DSA"]["precision"][name] if name in PRECISIONS else regimes[name]
-    control = regimes[CONTROL]["loss"]
+    loss = statistics.fmean(window for (window,) in beyond(run, entry["loss"]))
+    found = Row(loss, sum(entry["needles"]["found"]) / sum(entry["needles"]["asked"]))
+    if name == CONTROL:
+        return found
+    control, recall = regimes[CONTROL]["loss"], entry.get("recall", {}).get("after")
     ((ratio, error),) = paired_ratio(beyond(run, entry["loss"]), beyond(run, control))
-    recall = entry.get("recall", {}).get("after")
-    return Row(
-        loss=statistics.fmean(window for (window,) in beyond(run, entry["loss"])),
-        ratio=ratio,
-        error=error,
-        worst=max(ratio for ratio, _ in paired_ratio(entry["loss"], control)[1:]),
-        needles=sum(entry["needles"]["found"]) / sum(entry["needles"]["asked"]),
-        recall=recall and share(recall),
-    )
+    worst = max(ratio for ratio, _ in paired_ratio(entry["loss"], control)[1:])
+    return dataclasses.replace(found, ratio=ratio, error=error, worst=worst, recall=recall and share(recall))
 
 
 def share(recall: dict[str, list[float]]) -> float:
@@ -103,7 +101,7 @@ def spread(values: list[float | None], digits: int = 4) -> str:
 def report(runs: list[dict]) -> str:
     """All regimes as lines of text, for a terminal."""
     lines = [f"beyond k, seeds {', '.join(str(run['seed']) for run in runs)}"]
-    columns = {"loss": 4, "ratio": 4, "error": 4, "worst": 4, "needles": 3, "recall": 3}
+    columns = {"loss": 4, "ratio": 4, "error": 4, "worst": 4, "needles": 3, "recall": 3}  # digits
     lines.append(f"{'':22}" + "".join(f"{name:28}" for name in columns))
     for name, found in rows(runs).items():
         cells = [spread([getattr(one, column) for one in found], digits) for column, digits in columns.items()]
