@@ -64,8 +64,10 @@ class DSALayer(nn.Module):
     """V3.2's attention layer on packed tokens [T, dim].
 
     ops: the package whose `rope`, `rotate_quantize`, `lightning_select` and `sparse_attention` run (`dsa_ref` or
-    `dsa_kernels`); what has no kernel always runs in the reference. Where it also has the small steps of `decode`, they
-    run in calls that keep no gradient: see `prefill`.
+    `dsa_kernels`, which both train); what has no kernel always runs in the reference. "dense" runs `mha_attention` of
+    an ops that has it and no `dense_attention`, which takes fewer FLOPs. Where ops also has the small steps of
+    `decode`, they run in calls that keep no gradient: see `prefill`.
+    Under torch's activation checkpointing, of either kind, keys are selected once.
     indexer: False for a layer that shares another layer's selection and has no indexer (`DSAConfig.has_indexer`).
 
     Submodules may be wrapped (adapters, hooks, shards) as long as kv_b_proj stays linear without a bias: see `wrapped`.
@@ -111,8 +113,10 @@ class DSALayer(nn.Module):
         record: a list that receives one dict of the steps' inputs and outputs: "q_idx", "k_idx", "w" (with the query's
         scale), "k_scale" (or None), "kv" and "start" as `lightning_select` and `sparse_attention` take them; "indices"
         [T, min(index_topk, keys so far)] but for "dense"; "q", the absorbed query [T, H, D], or for "mha" in its place
-        "q_heads" [T, H, nope + rope]; "lse" [T, H]. A layer without an indexer leaves out the first four. Under
-        activation checkpointing, which runs the layer again for the gradients, a step is recorded once; it needs
+        "q_heads" [T, H, nope + rope]; "lse" [T, H]; in a sparse step that gradients pass through, "probe", fp32 like
+        indices, whose .grad holds after the language loss's backward pass the target that `indexer_loss` takes (where
+        `ops.sparse_attention` has a probe). A layer without an indexer leaves out the first four. Under activation
+        checkpointing, which runs the layer again for the gradients, a step is recorded once; it needs
         use_reentrant=False. Tensors of FP8 cannot be unpickled, which is torch's own limit: pickle their
         `.view(torch.uint8)`, or use torch.save.
 
@@ -173,13 +177,14 @@ class DSALayer(nn.Module):
         start = self._row_starts(positions, cache).to(torch.int32)
         q_latent = self.q_a_layernorm(self.q_a_proj(x))
         q_heads, kv = self._queries(q_latent, positions), self._latents(x, positions)
-        q_idx, k_idx, w, q_scale, k_scale = [None] * 5 if self.indexer is None else self._index(x, q_latent, positions)
+        indexing = self.indexer is not None and (attention != "dense" or recording or cache is not None)
+        q_idx, k_idx, w, q_scale, k_scale = self._index(x, q_latent, positions) if indexing else [None] * 5
         if cache is not None:
             kv, k_idx, k_scale = cache.append(kv, k_idx, k_scale)
             if q_idx is not None:
                 q_idx = q_idx.to(k_idx.dtype)  # wider only inside autocast
         step = {"kv": kv, "start": start}
-        if self.indexer is not None:
+        if indexing:
             weights = w if q_scale is None else w * q_scale  # a positive scale may cross the relu
             step |= {"q_idx": q_idx, "k_idx": k_idx, "w": weights, "k_scale": k_scale}
         if attention != "dense" and self.indexer is not None:

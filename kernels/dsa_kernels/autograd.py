@@ -28,20 +28,7 @@ from .mha_attention import attend, gradients
 from .rotate_quantize import hadamard, quantize, rope, rotate_quantize
 from .runtime import FLOATS, check_runnable
 from .sparse_attention import sparse_attention
-
-
-def sparse_attention_backward(q, kv, indices, scale, v_dim, out, lse, dout, dlse=None, sums="sorted", variant=None):
-    """Stand-in until w17-back is merged."""
-    rows, there = kv.float()[indices.clamp(min=0).long()], (indices >= 0)[:, None]
-    logits = torch.einsum("thd,tkd->thk", q.float(), rows) * scale - lse.clamp(min=-1e30)[..., None]
-    P = logits.exp().masked_fill(~there, 0.0)
-    delta = (out.float() * dout).sum(-1) - (0 if dlse is None else dlse)
-    dS = P * (torch.einsum("thv,tkv->thk", dout.float(), rows[..., :v_dim]) - delta[..., None]) * scale
-    dq = torch.einsum("thk,tkd->thd", dS, rows).to(q.dtype)
-    shares = torch.einsum("thk,thd->tkd", dS, q.float())
-    shares[..., :v_dim] += torch.einsum("thk,thv->tkv", P, dout.float())
-    dkv = torch.zeros(kv.shape, device=kv.device).index_add_(0, indices.clamp(min=0).flatten().long(), shares.flatten(0, 1))
-    return dq, dkv.to(kv.dtype), P.mean(1)
+from .sparse_attention_backward import sparse_attention_backward
 
 
 def operator(name: str, run: Callable):
@@ -146,7 +133,7 @@ def _of_attention(ctx, dout, dlse):
         q, kv, indices, ctx.scale, ctx.v_dim, out, lse, torch.zeros_like(out) if dout is None else dout, dlse,
         ctx.variant,
     )  # fmt: skip
-    return dq, dkv, None, None, None, target, None
+    return dq, dkv, None, None, None, target if ctx.needs_input_grad[5] else None, None
 
 
 attention = operator("sparse_attention", _sparse_attention)

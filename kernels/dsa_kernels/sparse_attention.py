@@ -175,7 +175,7 @@ def sparse_attention(
     """
     if dispatched():
         return torch.ops.dsa_kernels.sparse_attention(q, kv, indices, scale, v_dim, probe, variant)
-    check_sparse_attention(q, kv, indices, scale, v_dim, FLOATS)
+    check_sparse_attention(q, kv, indices, scale, v_dim, FLOATS, probe)
     (T, H, D), k = q.shape, indices.shape[1]
     check_scale_in_base_2(scale)
     check_runnable(True, q=q, kv=kv)
