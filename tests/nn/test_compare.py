@@ -28,6 +28,7 @@ TEXT = torch.frombuffer(bytearray(SOURCE), dtype=torch.uint8)
 K, LENGTH = 8, 72
 CONFIG = ModelConfig(n_layers=2, hidden_dim=32, attention=dataclasses.replace(TINY, index_fp8=False, index_topk=K))
 PLAN = Plan(k=K, length=LENGTH, batch=2, steps=(2, 2, 2), pairs=1, windows=3, asked=1, recall=(2, 16))
+SHORT = dataclasses.replace(PLAN, steps=(1, 1, 1))
 
 
 def lively_weights():
@@ -311,13 +312,23 @@ def test_a_regime_that_runs_another_s_code_is_found(monkeypatch):
     assert (calls["KL on all keys"], calls["KL on a selection"]) != CODE["DSA"][:2]
 
 
-def test_every_regime_sees_the_same_windows(entries):
-    """The first step of the last stage has the same loss for all whose model and selection have not moved yet."""
-    first = {name: entry["stages"][-1]["curve"][0]["language"] for name, (entry, _) in entries.items()}
-    assert first["DSA"] == first["attached"] and len(set(first.values())) > 5
-    comparison = compared()
-    drawn = [comparison.data.windows("sparse", 0), compared().data.windows("sparse", 0)]
-    assert torch.equal(*drawn) and not torch.equal(drawn[0], comparison.data.windows("warm-up", 0))
+def test_the_last_stage_has_the_same_windows_and_rate_in_every_regime(monkeypatch):
+    """The control's too, which is a dense stage; the warm-ups and the dense model's training have others."""
+    seen, train = [], compare.train_stage
+
+    def spy(model, stage, windows, steps, optimizer, *rest):
+        seen.append((windows(0).tolist(), windows(1).tolist(), optimizer.peak))
+        return train(model, stage, windows, steps, optimizer, *rest)
+
+    monkeypatch.setattr(compare, "train_stage", spy)
+    comparison = compared(plan=SHORT)
+    comparison.dense_stage()
+    for name in ("dense", "window", "DSA", "own warm-up"):
+        comparison.regime(name, WEIGHTS)
+    before, control, window, warm_up, sparse, own, own_sparse = seen
+    assert control == window == sparse == own_sparse and warm_up == own
+    for i, j in itertools.combinations((before, control, warm_up), 2):
+        assert i[0] != j[0] and i[0] != i[1]
 
 
 def test_the_warm_up_leaves_the_model_alone_and_the_control_its_indexer():
@@ -414,7 +425,6 @@ def test_the_error_of_a_ratio_is_that_of_paired_differences():
 
 ORIGIN = {"commit": "abc", "command": "python -m dsa_ref.training.compare"}
 NAMES = ["dense", "window", "DSA"]
-SHORT = dataclasses.replace(PLAN, steps=(1, 1, 1))
 
 
 def timeless(run):
