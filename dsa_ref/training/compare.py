@@ -31,7 +31,14 @@ from ..records import positive, regular_file
 from .corpus import held_out_windows, load_corpus
 from .data import Data
 from .loop import Losses, train_stage
-from .measures import losses_by_position, needles_by_distance, position_edges, precision_overlaps, recall_by_layer
+from .measures import (
+    DIGITS,
+    losses_by_position,
+    needles_by_distance,
+    position_edges,
+    precision_overlaps,
+    recall_by_layer,
+)
 from .needle import LINE, needle_windows
 from .optimizer import PEAK_RATES, MasterAdamW, master_weights
 from .regimes import REGIMES, make_model, steps, without_hadamard
@@ -115,7 +122,8 @@ class Comparison:
             look = functools.partial(recall_by_layer, model, self.few[:2], plan.k, plan.recall[1], "dense")
             entry["stages"].append(self._train(model, "warm-up", "warm-up", plan.steps[1], backward, look))
             entry["recall"]["after warm-up"] = recall("dense")
-            entry["loss after warm-up"] = losses_by_position(model, self.windows, "sparse", self.edges)
+            losses = losses_by_position(model, self.windows, "sparse", self.edges)
+            entry["loss after warm-up"] = [round(statistics.fmean(part), DIGITS) for part in zip(*losses, strict=True)]
         entry["stages"].append(self._train(model, regime.attention, "sparse", plan.steps[2], regime.backward))
         if regime.attention == "sparse":
             entry["recall"]["after"] = recall("sparse")

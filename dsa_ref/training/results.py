@@ -15,7 +15,7 @@ import statistics
 from .. import records
 from .measures import paired_ratio
 
-RECORD = "training_h100.json"
+RECORDS = ("training_h200.json", "training_h100.json")  # in `figures/`, one for each card that trained
 CONTROL = "dense"  # the regime that losses are compared with
 PRECISIONS = ("FP8", "FP8 without Hadamard")  # of the DSA model, whose own entry is in bf16
 
@@ -50,8 +50,17 @@ def merged(logs: list[dict]) -> dict:
     return {"runs": runs}
 
 
-def read_runs(name: str | os.PathLike = RECORD) -> list[dict]:
-    """The runs of a record in `figures/` (`records.read`), by seed. Raises: FileNotFoundError."""
+def recorded() -> list[str]:
+    """Which of `RECORDS` are there."""
+    return [name for name in RECORDS if (records.figures_folder() / name).is_file()]
+
+
+def read_runs(name: str | os.PathLike | None = None) -> list[dict]:
+    """The runs of a record, by seed. name: as for `records.read`; None for the first of `RECORDS` that is there.
+
+    Raises: FileNotFoundError where there is none.
+    """
+    name = next(iter(recorded()), RECORDS[0]) if name is None else name
     return records.read(name)["runs"]
 
 

@@ -22,6 +22,7 @@ from dsa_ref.training.compare import Comparison, Plan
 from dsa_ref.training.needle import Pair
 from dsa_ref.training.regimes import REGIMES, SELECTIONS, joint_backward, make_model, steps
 from dsa_ref.training.stages import indexer_parameters, stage_backward, stage_loss
+from notebooks.maintain import tables
 
 SOURCE = pathlib.Path(contextlib.__file__).read_bytes()[:12_000] + pathlib.Path(json.__file__).read_bytes()[:6000]
 TEXT = torch.frombuffer(bytearray(SOURCE), dtype=torch.uint8)
@@ -541,6 +542,20 @@ def test_runs_merge_by_seed(tmp_path, capsys):
     other["plan"]["k"] = 16
     with pytest.raises(ValueError, match="all runs must have one plan"):
         results.merged([{"runs": [a_run()]}, {"runs": [other]}])
+
+
+def test_the_readme_s_table_is_of_all_seeds():
+    runs = [a_run(0, 1.1), a_run(1, 1.2)]
+    for run in runs:
+        run["plan"] |= {"steps": [1, 2, 3], "batch": 8, "length": 32, "windows": 2}
+        run["provenance"] = {"device": "H", "torch": "2", "triton": "3", "command": "python -m x --seed 0"}
+    text = tables.regimes("training_x.json", runs)
+    (line,) = [line for line in text.splitlines() if line.startswith("| DSA |")]
+    ratios = [row.ratio for row in results.rows(runs)["DSA"]]
+    assert f"| {sum(ratios) / 2:.4f} ({ratios[0]:.4f} to {ratios[1]:.4f}) |" in line
+    assert f"| 0.250 (0.250 to 0.250) | {0.9:.3f} (0.900 to 0.900) |" in line
+    assert "| dense | 2.5000 (2.5000 to 2.5000) |  |  |  |" in text and "seeds 0, 1" in text
+    assert "| DSA, FP8 without Hadamard |" in text
 
 
 def test_a_regime_that_a_run_lacks_has_no_row():
