@@ -168,7 +168,7 @@ def regimes(file, runs) -> str:
     lines = [
         f"*{made['device']}, torch {made['torch']}, triton {made['triton']} ([`{file}`](figures/{file}),",
         f"`{made['command']}`); seeds {', '.join(str(run['seed']) for run in runs)}, {dense} steps of dense",
-        f"training, {warm} of warm-up and {last} of the last stage, of {plan['batch']} windows of {plan['length']} bytes",
+        f"training, {warm} of warm-up, {last} of the last stage, of {plan['batch']} windows of {plan['length']} bytes",
         f"each; k = {plan['k']}, {plan['windows']} held-out windows. Mean, and range over the seeds.*",
         "",
     ]
