@@ -93,8 +93,11 @@ def _dense_attention(q, kv, scale, v_dim, start=None, end=None):
     return _back(out, q, q.dtype), _back(lse, q)
 
 
-def _indexer_loss(q_idx, k_idx, w, q, kv, scale, indices=None, start=None, end=None):
-    return torch.tensor(_call(dsa_ref.indexer_loss_loops, q_idx, k_idx, w, q, kv, scale, indices, start, end))
+def _indexer_loss(
+    q_idx, k_idx, w, q, kv, scale, indices=None, start=None, end=None, lse=None, target=None, reduction="mean"
+):
+    given = (q_idx, k_idx, w, q, kv, scale, indices, start, end, lse, target, reduction)
+    return torch.tensor(_call(dsa_ref.indexer_loss_loops, *given))
 
 
 def _paged_index_scores(q_idx, index_pages, w, page_table, lengths):

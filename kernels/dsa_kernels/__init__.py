@@ -33,6 +33,9 @@ from .sparse_attention import sparse_attention
 from .sparse_attention_backward import sparse_attention_backward
 from .warm import warm
 
+# isort: split
+from . import autograd as autograd  # last: it makes operators of the steps
+
 __all__ = [
     "append_index",
     "append_latents",
