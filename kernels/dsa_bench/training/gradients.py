@@ -11,7 +11,7 @@ import dsa_ref
 from dsa_ref import V32
 
 from .. import inputs
-from ..cases import K, V
+from ..cases import K
 from . import losses, peers
 from .checks import check_gradients, check_target
 from .run import Call, Case
@@ -19,9 +19,9 @@ from .run import Call, Case
 SUMS = ("sorted", "atomic")
 
 
-def backward_flops(H, selected):
+def backward_flops(H, selected, config=V32):
     """FLOPs of attention's backward with H heads over `selected` (query, key) pairs in MQA mode."""
-    return 2 * H * (3 * V32.latent_dim + 2 * V) * selected
+    return 2 * H * (3 * config.latent_dim + 2 * config.kv_lora_rank) * selected
 
 
 def attention_gradients(T, S, H, k=K, config=V32, device="cuda", seed=0):
@@ -48,16 +48,15 @@ def gradient_case(T, S, H, k=K, config=V32, device="cuda"):
     q, kv, indices, scale, out, lse, dout = given = attention_gradients(T, S, H, k, config, device)
     wanted, wanted_target = wanted_gradients(q, kv, indices, scale, dout)
     v_dim = config.kv_lora_rank
-    work = backward_flops(H, int((indices >= 0).sum()))
+    selected = int((indices >= 0).sum())
+    work = backward_flops(H, selected, config)
 
     def check(result):
         *gradients, target = result
         return f"{check_gradients(gradients, wanted)}, {check_target(target, wanted_target)}"
 
     def ours(sums):
-        return lambda: dsa_kernels.sparse_attention_backward(
-            q, kv, indices, scale, v_dim, out, lse, dout, sums=sums
-        )
+        return lambda: dsa_kernels.sparse_attention_backward(q, kv, indices, scale, v_dim, out, lse, dout, sums=sums)
 
     calls = {sums: Call(ours(sums), check, work) for sums in SUMS}
     theirs = {
@@ -74,4 +73,4 @@ def gradient_case(T, S, H, k=K, config=V32, device="cuda"):
         calls[who] = Call(dense, dense.check, dense.work, ours=False)
     if H == config.n_heads:
         calls |= losses.sparse_calls(T, S, q, kv, indices, scale, lse, wanted_target, config, device)
-    return Case(calls, against="sorted", facts={"pairs": work // (2 * H * (3 * config.latent_dim + 2 * v_dim))})
+    return Case(calls, against="sorted", facts={"pairs": selected})

@@ -4,8 +4,11 @@ None is a requirement; what cannot serve raises `Missing`, whose text says why. 
 package: their files are looked for in the folder that the environment variable DSA_TILELANG_EXAMPLES names.
 """
 
+import contextlib
 import functools
+import hashlib
 import importlib
+import importlib.metadata
 import math
 import os
 import pathlib
@@ -28,6 +31,18 @@ CAUSAL, AT_THE_END = "max_kv_i = s_i\n", "max_kv_i = s_i + S_kv - S\n"
 CHUNK = 1024  # queries of torch's autograd at once
 DENSE = ("dense MHA, cuDNN", "dense MHA, flash")
 CHECKED_HEADS = 2
+
+
+def versions():
+    """{package: version} of what is installed, and {file: the start of its SHA-256} of TileLang's kernels."""
+    found = {"cudnn": torch.backends.cudnn.version()}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["tilelang"] = importlib.metadata.version("tilelang")
+    for name in (EXAMPLE, MILES):
+        path = pathlib.Path(os.environ.get(FOLDER_VARIABLE, ""), name)
+        if path.is_file():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return found
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """One case of training from its inputs to its figures: judge, repeat, weigh, time, relate.
 
 A call is judged by its own check first. Then it is repeated, its results compared bit by bit; weighed: what torch's
-allocator held at most beyond inputs and outputs; and timed with the others of its case, in turn, round by round. What is
-wrong is timed, too, and says so; what fails costs itself alone.
+allocator held at most beyond inputs and outputs; and timed with the others of its case, in turn, round by round. What
+is wrong is timed, too, and says so; what fails costs itself alone.
 """
 
 import dataclasses
@@ -51,12 +51,12 @@ def tensors(result):
     return [part for part in (result if isinstance(result, (tuple, list)) else [result]) if part is not None]
 
 
-def same_bits(call, repeats=REPEATS, seconds=REPEAT_SECONDS):
+def same_bits(call):
     """{"repeats": how often it was called again, "equal": how often each bit of each result was the first call's}."""
     first = [part.detach().clone() for part in tensors(call())]
     made = equal = 0
     began = time.perf_counter()
-    while made < repeats and time.perf_counter() - began < seconds:
+    while made < REPEATS and time.perf_counter() - began < REPEAT_SECONDS:
         again = tensors(call())
         equal += all(torch.equal(_bits(a), _bits(b)) for a, b in zip(first, again, strict=True))
         made += 1
@@ -82,8 +82,8 @@ def measure_case(make, name, ceilings, rounds, only_ours=False, watch=memory_bey
     """The record of one case: {"case", "against", "facts", "results": {who: record}}, whatever fails in it.
 
     A result has verdict, note and ours; where it ran, repeats and equal, memory_bytes, ms, ms_10, ms_90, timed; with
-    work, also rate (TFLOP/s) and of_ceiling (of bf16); and times, times_10, times_90: how many times as long it takes as
-    the call that it is set against, in the same rounds.
+    work, also rate (TFLOP/s) and of_ceiling (of bf16); and times, times_10, times_90: how many times as long it takes
+    as the call that it is set against, in the same rounds.
     """
     row = {"case": name, "against": "", "facts": {}, "results": {}}
     case = None
@@ -107,7 +107,11 @@ def measure_case(make, name, ceilings, rounds, only_ours=False, watch=memory_bey
                 row["results"][who] |= {"times": times, "times_10": low, "times_90": high}
     except Exception as error:  # the other cases are still to be measured
         traceback.print_exc()
-        row["results"]["the case"] = {"verdict": "failed", "note": f"{type(error).__name__}: {error}"[:300], "ours": True}
+        row["results"]["the case"] = {
+            "verdict": "failed",
+            "note": f"{type(error).__name__}: {error}"[:300],
+            "ours": True,
+        }
     del case
     free()
     return row

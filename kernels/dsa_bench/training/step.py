@@ -1,4 +1,4 @@
-"""One training step of a V3.2-shaped layer, forward and backward, by its three ways to attend and by the reference.
+"""One training step of a V3.2-shaped layer, forward and backward: sparse, dense, and sparse by the reference.
 
 A sparse step makes the language loss's gradients, takes the indexer's target out of that pass, and teaches the indexer
 by the KL over the selected keys; a dense one has the language loss alone. A step is timed as Python calls it.
@@ -50,10 +50,10 @@ class Step:
         """{name: gradient}, of the weights that have one."""
         self.layer.zero_grad(set_to_none=True)
         self.x.grad = None
-        record = []
+        record = [] if self.attention == "sparse" else None
         y = self.layer(self.x, self.positions, attention=self.attention, record=record)
         y.backward(self.dy)
-        if self.attention == "sparse":
+        if record:
             teach(self.layer, record[0])
         found = {name: weight.grad for name, weight in self.layer.named_parameters() if weight.grad is not None}
         return found | {"x": self.x.grad}
@@ -69,12 +69,11 @@ def teach(layer, step):
 
 
 def step_case(T, config=CONFIG, device="cuda"):
-    """Ours sparse, ours dense, and the reference's sparse step, which is also what ours is checked against."""
+    """Ours sparse and dense, and the reference's sparse step, whose gradients ours are checked against."""
     layers = {ops: training_layer(config, ops, device) for ops in (dsa_kernels, dsa_ref)}
     steps = {
         "sparse": Step(layers[dsa_kernels], "sparse", T),
         "dense": Step(layers[dsa_kernels], "dense", T),
-        "mha": Step(layers[dsa_kernels], "mha", T),
         "sparse, reference": Step(layers[dsa_ref], "sparse", T),
     }
     wanted = {}
@@ -90,7 +89,5 @@ def step_case(T, config=CONFIG, device="cuda"):
         return judged
 
     why = "eager: as Python calls it"
-    calls = {
-        who: Call(step, check(step), ours="reference" not in who, eager=why) for who, step in steps.items()
-    }
+    calls = {who: Call(step, check(step), ours="reference" not in who, eager=why) for who, step in steps.items()}
     return Case(calls, against="sparse", facts={"tokens": T})
