@@ -2,7 +2,7 @@
 
 `warm` compiles beforehand what a layer can need.
 
-`dense_attention` and `indexer_loss` have no kernel.
+`dense_attention` has no kernel.
 
 Compiled on a GPU of compute capability 8.0 or newer, interpreted on a CPU; `mode()` says which.
 
@@ -22,6 +22,7 @@ from dsa_ref.version import __version__ as __version__
 from .append import append_index, append_latents, index_queries, place_tokens, rms_norm, turn_into
 from .head_weights import head_weights
 from .index_scores import index_scores
+from .indexer_loss import indexer_loss
 from .lightning_select import lightning_select
 from .mha_attention import mha_attention
 from .paged_index_scores import paged_index_scores
@@ -43,6 +44,7 @@ __all__ = [
     "head_weights",
     "index_queries",
     "index_scores",
+    "indexer_loss",
     "lightning_select",
     "merge_parts",
     "mha_attention",

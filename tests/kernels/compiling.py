@@ -120,6 +120,20 @@ def small_steps(size, dtype, fp8, T=3, page=64):
     )
 
 
+def indexer_loss(size, dtype, kind, k=2048, T=256, S=4096):
+    """kind: "warm-up", "sparse" with attention's side, or "target" with its target; forward and gradients."""
+    (heads, dim), (H, D, _) = INDEXER[size], ATTENTION[size]
+    indexer = [
+        torch.zeros(*shape, dtype=dtype, requires_grad=True) for shape in ((T, heads, dim), (S, dim), (T, heads))
+    ]
+    attention = None, None, None
+    if kind != "target":
+        attention = torch.zeros(T, H, D, dtype=dtype), torch.zeros(S, D, dtype=dtype), 0.1
+    indices = None if kind == "warm-up" else torch.arange(k, dtype=torch.int32).repeat(T, 1)
+    target = torch.zeros(T, k) if kind == "target" else None
+    dsa_kernels.indexer_loss(*indexer, *attention, indices, target=target)
+
+
 MANY = 401  # rows: twice a card's multiprocessors and more
 LONG = (1 << 18) + 16  # keys
 # A launch with the same types, tiles and options as one for 8.0 is the same program on these cards: of what Triton asks
@@ -175,6 +189,13 @@ CASES = [  # those with "hopper" are for cards of compute capability 9.0
     (select_topk, "listed", 2048, MANY),
     (select_topk, "sampled", 2048),
     (select_topk, "sampled", 8192, 2, LONG),
+    *(
+        (indexer_loss, size, dtype, kind)
+        for size in INDEXER
+        for dtype in (BF16, FP16, FP32)
+        for kind in ("warm-up", "sparse")
+    ),
+    (indexer_loss, SMALL, BF16, "target", 256),
 ]
 
 

@@ -1,0 +1,146 @@
+"""Both equations of the indexer's loss with their gradients, in blocks of rows: nothing of size [T, S] is ever held.
+
+A block of rows goes through four kernels: p, attention's mean probability of each pair, unless it is given
+(`teach.attention`); the rows' losses and log-sum-exps; dI = softmax(I) - p with dq_idx and w's gradient; dk_idx
+(`teach.kl`). The forward pass computes the gradients too where they are wanted, so that p is computed once; the
+backward pass multiplies them by what comes from above. No float atomics: repeats give the same bits.
+"""
+
+import torch
+from torch import Tensor
+
+from dsa_ref.contracts import check_indexer_loss, row_ranges, values_readable
+
+from .runtime import FLOATS, cdiv, check_runnable
+from .sorted_sums import add_rows, sort_by_key
+from .sparse_attention import check_scale_in_base_2
+from .teach import attention, kl
+from .teach.walk import ALIGN
+
+PAIRS_AT_ONCE = 1 << 26  # of a block of rows: p and dI, in fp32 256 MiB each
+ROWS_AT_ONCE = 1 << 29  # numbers in the rows of dk_idx that the sparse stage adds up: in bf16 1 GiB
+
+
+def indexer_loss(
+    q_idx: Tensor, k_idx: Tensor, w: Tensor, q: Tensor | None, kv: Tensor | None, scale: float | None,
+    indices: Tensor | None = None, start: Tensor | None = None, end: Tensor | None = None, lse: Tensor | None = None,
+    target: Tensor | None = None, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    """`dsa_ref.indexer_loss` on tensor cores, a scalar in fp32. Differentiable in q_idx, k_idx and w alone, once.
+
+    q_idx [T, Hi, Di] and k_idx [S, Di], one dtype of bf16, fp16 and fp32; w: float [T, Hi]: the indexer's side.
+    q [T, H, D], kv [S, D], scale: attention's side, likewise; lse: fp32 [T, H] over the same keys, or None.
+    indices: None for the warm-up, int32 [T, k], distinct within a row, for the sparse stage.
+    start, end: int32 [T], default causal; a selected key outside a row's range is left out of that row.
+    target: fp32 [T, k] (needs indices), p itself; q, kv, scale and lse are None then.
+    reduction: "mean" over the rows with at least one key, or the "sum" over them. With no such row the loss is 0.
+    Products of bf16 and fp16 inputs use those types, their gradients bf16; fp32 goes without TF32; sums are fp32. The
+    same inputs give the same bits, gradients included. Memory beyond inputs and gradients: 0.5 GiB in the warm-up, some
+    1 to 2 GiB in the sparse stage, whatever T and S are.
+    NaN in a key reaches the gradients of rows that cannot see it where a query close by can; so does NaN in a query.
+
+    Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does. Source:
+    DeepSeek-V3.2-Exp report, equations 3 and 4; SPEC section 5.
+    """
+    check_indexer_loss(q_idx, k_idx, w, q, kv, scale, indices, start, end, lse, target, reduction, FLOATS)
+    start, end = row_ranges(len(q_idx), len(k_idx), q_idx.device, start, end)
+    q, kv, lse, target = (None if x is None else x.detach() for x in (q, kv, lse, target))
+    if scale is not None:
+        check_scale_in_base_2(scale)
+    with torch.no_grad():  # these may require a gradient
+        check_runnable(q_idx=q_idx, k_idx=k_idx, w=w, q=q, kv=kv, lse=lse, target=target)
+    total, rows = _Loss.apply(q_idx, k_idx, w, q, kv, scale, indices, start, end, lse, target)
+    return total if reduction == "sum" else total / rows.clamp(min=1)
+
+
+class _Loss(torch.autograd.Function):
+    """(sum of the rows' losses, rows with a key)."""
+
+    @staticmethod
+    def forward(ctx, q_idx, k_idx, w, *others):
+        wanted = any(ctx.needs_input_grad[:3])
+        total, rows, *gradients = loss_and_gradients(q_idx, k_idx, w, *others, wanted)
+        if wanted:
+            ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(rows)
+        return total, rows
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream, _):
+        return *((x * upstream).to(x.dtype) for x in ctx.saved_tensors), *(None,) * 8
+
+
+@torch.no_grad()
+def loss_and_gradients(q_idx, k_idx, w, q, kv, scale, indices, start, end, lse, target, wanted):
+    """(sum of the rows' losses, number of rows with a key, dq_idx, dk_idx, dw), the last three None unless `wanted`.
+
+    Arguments are checked, start and end are there. Gradients are those of the sum, in the types of their inputs.
+    """
+    q_idx, k_idx, w, start, end = (x.contiguous() for x in (q_idx, k_idx, w, start, end))
+    q, kv, lse, target, indices = (None if x is None else x.contiguous() for x in (q, kv, lse, target, indices))
+    (T, _, Di), S = q_idx.shape, len(k_idx)
+    if indices is not None and indices.shape[1] > S:
+        indices, target = _without_gaps(indices, target, S)
+    kl_of_rows = torch.empty(T, dtype=torch.float32, device=q_idx.device)
+    alive = torch.empty(T, dtype=torch.int32, device=q_idx.device)
+    dq, dw = (torch.empty_like(q_idx), torch.empty_like(w)) if wanted else (None, None)
+    dk = torch.zeros(S, Di, dtype=torch.float32, device=q_idx.device) if wanted else None
+    if indices is None:
+        width, per_row = _width(start, end, S), 0
+    else:
+        width, per_row = indices.shape[1], indices.shape[1] * Di if wanted else 0
+    at_once = max(1, min(PAIRS_AT_ONCE // width, ROWS_AT_ONCE // per_row if per_row else T))
+    for first in range(0, T, at_once):
+        part = slice(first, first + at_once)
+        here = q_idx[part], k_idx, w[part], None if indices is None else indices[part], start[part], end[part]
+        p = _target(q, kv, scale, *here[3:], lse, part, width) if target is None else target[part]
+        kl_of_rows[part], lse_of_scores, mass, alive[part] = kl.rows(*here, p)
+        if wanted:
+            row = here, p, lse_of_scores, mass, dq[part], dw[part]
+            _add_sparse(*row, dk) if indices is not None else _add_dense(*row, dk)
+    dk = None if dk is None else dk.to(k_idx.dtype)
+    return kl_of_rows.sum(), alive.sum(), dq, dk, dw
+
+
+def _width(start, end, S):
+    """Columns of a buffer that holds each row's range (see `teach.walk`): of all S keys where ranges cannot be read."""
+    longest = S
+    if len(start) and values_readable(start):
+        longest = int((end - start // ALIGN * ALIGN).amax())
+    return max(1, cdiv(longest, ALIGN)) * ALIGN
+
+
+def _target(q, kv, scale, indices, start, end, lse, part, width):
+    """p of the rows `part`, [rows, width]."""
+    q = q[part]
+    if lse is None:
+        lse = attention.log_sum_exp(q, kv, scale, indices, start, end)
+    else:
+        lse = lse[part]
+    p = torch.empty(len(q), width, dtype=torch.float32, device=q.device)
+    attention.mean_probability(q, kv, scale, indices, start, end, lse, p)
+    return p
+
+
+def _add_dense(here, p, lse, mass, dq, dw, dk):
+    q_idx, k_idx, w, _, start, end = here
+    dscores = torch.empty_like(p)
+    kl.queries(*here, p, lse, mass, dq, dw, dscores, None)
+    kl.keys(q_idx, k_idx, w, start, end, dscores, dk)
+
+
+def _add_sparse(here, p, lse, mass, dq, dw, dk):
+    q_idx, _, _, indices, start, end = here
+    (T, k), S = indices.shape, len(dk)
+    exact = q_idx.dtype == torch.float32
+    rows = torch.empty(T * k, dk.shape[1], dtype=torch.float32 if exact else torch.bfloat16, device=dk.device)
+    kl.queries(*here, p, lse, mass, dq, dw, None, rows)
+    seen = (indices >= start[:, None]) & (indices < end[:, None])
+    add_rows(rows, *sort_by_key(torch.where(seen, indices, -1).flatten(), S), dk)
+
+
+def _without_gaps(indices, target, width):
+    """Lists of more places than there are keys, and their targets, in `width` places."""
+    places = (indices < 0).byte().argsort(dim=1, stable=True)[:, :width]
+    return indices.gather(1, places), None if target is None else target.gather(1, places)
