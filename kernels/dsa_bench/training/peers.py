@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import math
 import os
 import pathlib
@@ -70,12 +71,15 @@ def _imported(path):
         text = text.replace(CAUSAL, AT_THE_END)
     copy = pathlib.Path(tempfile.mkdtemp(), f"dsa_bench_{path.name}")  # its source is read while it compiles
     copy.write_text(text)
+    spec = importlib.util.spec_from_file_location(copy.stem, copy)
+    module = sys.modules[copy.stem] = importlib.util.module_from_spec(spec)
     before = list(sys.path)
-    sys.path[:0] = [str(copy.parent), str(path.parent)]
+    sys.path.insert(0, str(path.parent))  # it imports its neighbours
     try:
-        return importlib.import_module(copy.stem)
+        spec.loader.exec_module(module)
     finally:
         sys.path[:] = before
+    return module
 
 
 class TileLang:
