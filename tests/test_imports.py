@@ -176,6 +176,12 @@ TABLE = [
         "dsa_ref.contracts dsa_kernels.runtime dsa_kernels.rounding dsa_kernels/step",
         "torch triton",
     ),
+    Row(  # gradients live here alone; the steps call its operators by name
+        "dsa_kernels.autograd",
+        "dsa_ref.contracts dsa_kernels.runtime dsa_kernels/step dsa_kernels.mha_attention "
+        "dsa_kernels.sparse_attention_backward",
+        "torch",
+    ),
     Row(  # it calls the steps
         "dsa_kernels.warm",
         "dsa_ref.config dsa_ref.contracts dsa_kernels.runtime dsa_kernels/step dsa_kernels.append "
@@ -188,7 +194,7 @@ TABLE = [
         "dsa_ref.version dsa_kernels.runtime dsa_kernels/step dsa_kernels.sparse_attention_backward "
         "dsa_kernels.append dsa_kernels.head_weights "
         "dsa_kernels.mha_attention dsa_kernels.paged_index_scores dsa_kernels.paged_select "
-        "dsa_kernels.paged_sparse_attention dsa_kernels.warm",
+        "dsa_kernels.paged_sparse_attention dsa_kernels.warm dsa_kernels.autograd",
         "",
     ),
     # the bench, which knows the reference as a user does

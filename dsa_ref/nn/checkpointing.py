@@ -74,8 +74,8 @@ def recorded_before(record: list[dict], step: dict) -> bool:
 def selected_once(select: Callable[[], Tensor]) -> Tensor:
     """select(), or, where torch's checkpoint repeats a pass, what the same call of that pass selected.
 
-    Calls are told apart by their order, in which a repeated pass must make the same ones. Other libraries' checkpointing
-    selects again.
+    Calls are told apart by their order, in which a repeated pass must make the same ones. Under other libraries'
+    checkpointing a repeated pass selects again.
     """
     passes, repeated = ([], []) if torch.compiler.is_compiling() else _checkpoints()
     found = None
@@ -98,18 +98,18 @@ class _Kept:
 
 
 def _checkpoints() -> tuple[list[_Kept], list[tuple[_Kept, object]]]:
-    """Of the torch checkpoints that this call is inside of: those that make their pass, and, with the backward pass
-    that it serves, those that repeat it."""
+    """Of the torch checkpoints that this call is inside of: those that make their pass, and those that repeat it, each
+    with the backward pass for which it does."""
     passes, repeated, frame = [], [], sys._getframe()
     while frame is not None:
-        code, inside = frame.f_code, frame.f_locals if frame.f_code in _CODES else {}
-        if code is _FIRST and inside.get("gen") is not None and inside["gen"].gi_frame is not None:
-            passes.append(_kept(inside["gen"].gi_frame.f_locals["new_frame"]))
-        elif code is _FIRST_REENTRANT:
-            passes.append(_kept(inside["ctx"]))
+        code = frame.f_code
+        if code is _FIRST_REENTRANT:
+            passes.append(_kept(frame.f_locals["ctx"]))
         elif code is _AGAIN_REENTRANT:
-            repeated.append((_kept(inside["ctx"]), torch._C._current_graph_task_id()))
-        elif code.co_name == "unpack_hook" and code.co_filename == torchs.__file__ and "frame" in frame.f_locals:
+            repeated.append((_kept(frame.f_locals["ctx"]), torch._C._current_graph_task_id()))
+        elif code is _FIRST and "gen" in frame.f_locals:  # not reentrant; the generator made the object
+            passes.append(_kept(frame.f_locals["gen"].gi_frame.f_locals["new_frame"]))
+        elif code.co_name == _AGAIN and code.co_filename == torchs.__file__ and "frame" in frame.f_locals:
             repeated.append((_kept(frame.f_locals["frame"]), frame.f_locals["gid"]))
         frame = frame.f_back
     return passes, repeated
@@ -125,4 +125,4 @@ _FIRST, _FIRST_REENTRANT, _AGAIN_REENTRANT = (
     inspect.unwrap(function).__code__
     for function in (checkpoint, CheckpointFunction.forward, CheckpointFunction.backward)
 )
-_CODES = {_FIRST, _FIRST_REENTRANT, _AGAIN_REENTRANT}
+_AGAIN = "unpack_hook"  # a function inside of a method, which has no other handle

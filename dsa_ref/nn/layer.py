@@ -201,9 +201,9 @@ class DSALayer(nn.Module):
             q, k, v = self._decompressed(q_heads, kv)
             with known:
                 out, step["lse"] = mha_attention(q, k, v, c.softmax_scale, step["indices"], start)
-        elif attention == "dense" and self._dense_by_heads():
+        elif attention == "dense" and hasattr(self.ops, "mha_attention") and not hasattr(self.ops, "dense_attention"):
             q, k, v = self._decompressed(q_heads, kv)
-            # A cache holds one sequence: causal is all there is. Values of start are read, as they save the mask.
+            # A cache holds one sequence: causal is all there is. Values of start are read, as they save a mask.
             ranges = start if cache is None else None
             out, step["lse"] = self.ops.mha_attention(q, k, v, c.softmax_scale, None, ranges)
             if recording:  # for the indexer's target alone, which is a constant
@@ -217,9 +217,9 @@ class DSALayer(nn.Module):
                 if attention == "dense":
                     u, step["lse"] = dense_attention(step["q"], kv, scale, v_dim, start)
                 else:
-                    step |= self._probe(step) if recording else {}
-                    probe = (step["probe"],) if "probe" in step else ()
-                    u, step["lse"] = self.ops.sparse_attention(step["q"], kv, step["indices"], scale, v_dim, *probe)
+                    probe = self._probe(step) if recording else {}
+                    u, step["lse"] = self.ops.sparse_attention(step["q"], kv, step["indices"], scale, v_dim, **probe)
+                    step |= probe
             out = torch.einsum("thc,hvc->thv", u, W_UV)
         return self.o_proj(out.flatten(1)), step
 
@@ -228,12 +228,8 @@ class DSALayer(nn.Module):
         nope, turned = q_heads.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1)
         return torch.cat((torch.einsum("thn,hnc->thc", nope, W_UK), turned), dim=-1).to(dtype)
 
-    def _dense_by_heads(self) -> bool:
-        """Whether `ops` has dense attention in MHA mode alone, as the kernels do, which need fewer FLOPs for it."""
-        return hasattr(self.ops, "mha_attention") and not hasattr(self.ops, "dense_attention")
-
     def _probe(self, step) -> dict:
-        """{"probe": zeros that will receive the indexer's target}, where a backward pass can come and `ops` knows it."""
+        """{"probe": what will receive the indexer's target}, where a backward pass can come and `ops` knows probes."""
         learns = torch.is_grad_enabled() and (step["q"].requires_grad or step["kv"].requires_grad)
         if not learns or "probe" not in inspect.signature(self.ops.sparse_attention).parameters:
             return {}

@@ -1,8 +1,11 @@
-"""The steps of DSA as Triton kernels, with the names, signatures and contracts of `dsa_ref`, only faster. No gradients.
+"""The steps of DSA as Triton kernels, with the names, signatures and contracts of `dsa_ref`, only faster.
+
+What takes part in training is differentiable, once: `sparse_attention`, `mha_attention`, `indexer_loss`, `rope` and
+`hadamard`. These steps, the selection and the quantisation are operators of torch.library, too: see `autograd`.
 
 `warm` compiles beforehand what a layer can need.
 
-`dense_attention` has no kernel.
+`dense_attention` has no kernel: `mha_attention` computes the same from decompressed heads.
 
 Compiled on a GPU of compute capability 8.0 or newer, interpreted on a CPU; `mode()` says which.
 

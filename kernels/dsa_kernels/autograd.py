@@ -21,13 +21,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dsa_ref.contracts import check_mha_attention, unchecked_values
+from dsa_ref.contracts import check_indexer_loss, check_mha_attention, row_ranges, unchecked_values
 
+from .indexer_loss import loss_and_gradients
 from .lightning_select import lightning_select
 from .mha_attention import attend, gradients
 from .rotate_quantize import hadamard, quantize, rope, rotate_quantize
 from .runtime import FLOATS, check_runnable
-from .sparse_attention import sparse_attention
+from .sparse_attention import check_scale_in_base_2, sparse_attention
 from .sparse_attention_backward import sparse_attention_backward
 
 
@@ -152,6 +153,46 @@ operator("sparse_attention_backward", _sparse_attention_backward).register_fake(
     )
 )
 
+# The indexer's loss ---------------------------------------------------------------------------------------------------
+
+
+def _indexer_loss(
+    q_idx: Tensor, k_idx: Tensor, w: Tensor, q: Tensor | None, kv: Tensor | None, scale: float | None,
+    indices: Tensor | None, start: Tensor | None, end: Tensor | None, lse: Tensor | None, target: Tensor | None,
+    wanted: bool, reduction: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(sum of the rows' losses, rows with a key, gradients of the sum, which are empty unless wanted). reduction: to be
+    checked like everything else, or None where all is checked: values are read for the sizes of blocks, too."""
+    if reduction is not None:
+        check_indexer_loss(q_idx, k_idx, w, q, kv, scale, indices, start, end, lse, target, reduction, FLOATS)
+        if scale is not None:
+            check_scale_in_base_2(scale)
+        check_runnable(True, q_idx=q_idx, k_idx=k_idx, w=w, q=q, kv=kv)
+    start, end = row_ranges(len(q_idx), len(k_idx), q_idx.device, start, end)
+    loss, rows, *found = loss_and_gradients(q_idx, k_idx, w, q, kv, scale, indices, start, end, lse, target, wanted)
+    return loss, rows, *(found if wanted else (x.new_empty(0) for x in (q_idx, k_idx, w)))
+
+
+def _fake_loss(q_idx, k_idx, w, *others):
+    wanted = others[-2]
+    shapes = [x.shape if wanted else (0,) for x in (q_idx, k_idx, w)]
+    found = (x.new_empty(shape) for x, shape in zip((q_idx, k_idx, w), shapes, strict=True))
+    return q_idx.new_empty((), dtype=torch.float32), q_idx.new_empty((), dtype=torch.int64), *found
+
+
+def _keep_gradients(ctx, inputs, output):
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _of_loss(ctx, dloss, *_):
+    return *((x * dloss).to(x.dtype) for x in ctx.saved_tensors), *(None,) * 10
+
+
+teacher = operator("indexer_loss", _indexer_loss)
+teacher.register_fake(_fake_loss)
+teacher.register_autograd(first_order("indexer_loss", _of_loss), setup_context=_keep_gradients)
+
 # MHA mode -------------------------------------------------------------------------------------------------------------
 
 
@@ -184,9 +225,7 @@ def _keep_mha(ctx, inputs, output):
 def _of_mha(ctx, dout, dlse):
     q, k, v, indices, start, end, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    grads = torch.ops.dsa_kernels.mha_attention_backward(
-        q, k, v, ctx.scale, indices, start, end, out, lse, dout, dlse
-    )
+    grads = torch.ops.dsa_kernels.mha_attention_backward(q, k, v, ctx.scale, indices, start, end, out, lse, dout, dlse)
     return *grads, None, None, None, None
 
 

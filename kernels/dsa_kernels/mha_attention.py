@@ -124,6 +124,7 @@ def served_by_flash(q, v):
 
 
 def widened(x, width):
+    """x [T, H, columns] with zeros in the columns up to `width`."""
     return F.pad(x, (0, width - x.shape[2])) if x.shape[2] < width else x
 
 

@@ -105,7 +105,11 @@ def test_the_target_comes_out_of_the_backward_pass(device):
 def test_a_probe_is_recorded_where_gradients_pass(device):
     layer = make_layer(dsa_kernels, device)
     x, positions = tokens(layer)
-    for enabled, ops, attention in ((False, dsa_kernels, "sparse"), (True, dsa_kernels, "dense"), (True, NO_PROBE, "sparse")):
+    for enabled, ops, attention in (
+        (False, dsa_kernels, "sparse"),
+        (True, dsa_kernels, "dense"),
+        (True, NO_PROBE, "sparse"),
+    ):
         layer.ops, record = ops, []
         with torch.set_grad_enabled(enabled):
             layer(x, positions, attention=attention, record=record)
@@ -150,7 +154,9 @@ def counted(layer):
         return calls[-1]
 
     names = [name for name in dir(layer.ops) if not name.startswith("__")]
-    layer.ops = types.SimpleNamespace(**{name: getattr(layer.ops, name) for name in names} | {"lightning_select": counting})
+    layer.ops = types.SimpleNamespace(
+        **{name: getattr(layer.ops, name) for name in names} | {"lightning_select": counting}
+    )
     return calls
 
 
