@@ -102,7 +102,7 @@ class TileLang:
 class Gathered:
     """Sparse attention's backward by torch's autograd through a gather: (dq, dkv).
 
-    Called, it runs the backward of graphs that were made before, CHUNK queries each; `whole` makes them, too.
+    Called, it runs the backward of graphs that were made before, CHUNK queries each; `whole` makes them anew.
     """
 
     eager = "eager: autograd's graphs were made before"
@@ -134,7 +134,6 @@ class Gathered:
         return self._backward(self.graphs, keep=True)
 
     def whole(self):
-        self.graphs = None
         return self._backward(self._forward(), keep=False)
 
 
