@@ -108,25 +108,26 @@ class Gathered:
     eager = "eager: autograd's graphs were made before"
 
     def __init__(self, q, kv, indices, scale, out, lse, dout):
-        self.q, self.kv = (tensor.detach().clone().requires_grad_() for tensor in (q, kv))
+        self.q = [part.detach().clone().requires_grad_() for part in q.split(CHUNK)]
+        self.kv = kv.detach().clone().requires_grad_()
         self.indices, self.scale, self.dout, self.graphs = indices, scale, dout, None
 
     def _forward(self):
         v_dim, graphs = self.dout.shape[2], []
         with torch.enable_grad():
-            for q, indices in zip(self.q.split(CHUNK), self.indices.split(CHUNK), strict=True):
+            for q, indices in zip(self.q, self.indices.split(CHUNK), strict=True):
                 rows = F.embedding(indices.clamp(min=0), self.kv)
                 logits = (q @ rows.mT * self.scale).masked_fill((indices < 0)[:, None], -torch.inf)
                 graphs.append(logits.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ rows[..., :v_dim])
         return graphs
 
     def _backward(self, graphs, keep):
-        dq, dkv = torch.zeros_like(self.q), torch.zeros_like(self.kv, dtype=torch.float32)
-        for out, dout in zip(graphs, self.dout.split(CHUNK), strict=True):
-            of_q, of_kv = torch.autograd.grad(out, (self.q, self.kv), dout, retain_graph=keep)
-            dq += of_q
+        dq, dkv = [], torch.zeros_like(self.kv, dtype=torch.float32)
+        for q, out, dout in zip(self.q, graphs, self.dout.split(CHUNK), strict=True):
+            of_q, of_kv = torch.autograd.grad(out, (q, self.kv), dout, retain_graph=keep)
+            dq.append(of_q)
             dkv += of_kv
-        return dq, dkv.to(self.kv.dtype)
+        return torch.cat(dq), dkv.to(self.kv.dtype)
 
     def __call__(self):
         if self.graphs is None:
