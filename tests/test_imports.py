@@ -125,8 +125,8 @@ TABLE = [
     ),
     Row(
         "dsa_kernels.hopper.*",
-        "dsa_ref.config dsa_ref.contracts dsa_kernels.cards dsa_kernels.runtime dsa_kernels.topk.* "
-        "dsa_kernels.hopper.*",
+        "dsa_ref.config dsa_ref.contracts dsa_kernels.cards dsa_kernels.runtime dsa_kernels.key_sums "
+        "dsa_kernels.topk.* dsa_kernels.hopper.*",
         "torch triton",
     ),
     Row(
@@ -149,9 +149,11 @@ TABLE = [
     ),
     Row(
         "dsa_kernels.sparse_attention_backward",
-        "dsa_ref.contracts dsa_kernels.cards dsa_kernels.runtime dsa_kernels.rounding dsa_kernels/step",
+        "dsa_ref.contracts dsa_kernels.cards dsa_kernels.runtime dsa_kernels.rounding dsa_kernels.key_sums "
+        "dsa_kernels/step",
         "torch triton",
     ),
+    Row("dsa_kernels.key_sums", "dsa_kernels.runtime dsa_kernels.rounding", "torch triton"),
     Row(
         "dsa_kernels.lightning_select",
         "dsa_ref.contracts dsa_kernels.runtime dsa_kernels.flagged dsa_kernels/step",

@@ -1,19 +1,18 @@
-"""The gradient of attention over gathered rows, the same bits each time, in three kernels for some queries at a time.
+"""The gradient of attention over gathered rows, the same bits each time, in four kernels for some queries at a time.
 
-    query pass   one query and up to 64 of its heads: S, P from the log-sum-exp, dP, dS; dq; P and dS go to memory
-    key pass     one query, some of its keys, some columns, all heads: the rows Pᵀ · dout + dSᵀ · q, one a place
-    sums         one key: the rows of all places that hold it, in their order, added up in fp32
+    weights    one query and up to 64 of its heads: S, P from the log-sum-exp, dP and dS; P and dS go to memory
+    queries    the same heads, some columns: dq = dS · kv
+    keys       one query, some of its places, some columns, all heads: the rows Pᵀ · dout + dSᵀ · q, one a place
+    sums       one key: the rows of all places that hold it, in their order, added up in fp32 (`key_sums`)
 
-A key's gradient is a sum over all queries that selected it. Added up by atomics it would depend on who comes first; so
-each place of each list writes a row of its own, a stable sort of the lists says which places hold a key, and one
-program adds them up in that order. `sums="atomic"` saves the rows' memory and the sort, and gives up the same bits.
+`key_sums` says why rows are written, and not added to dkv at once. `sums="atomic"` does that: it saves the rows' memory
+and the sort, and gives up the same bits.
 
-The memory of P, dS and rows is bounded by `runtime.GRADIENTS_AT_ONCE`: so many queries go through the three kernels
+The memory of P, dS and rows is bounded by `runtime.GRADIENTS_AT_ONCE`: so many queries go through the four kernels
 together, and between one lot and the next the sums are kept in fp32.
 
-Cost at V3.2's sizes: 2 · 128 · (3 · 576 + 2 · 512) FLOPs a selected pair. Of a pair P and dS take 512 bytes, written
-once and read five times, and its row 1152, written and read. `hopper/sparse_attention_backward.py` is the faster
-variant for these sizes.
+Cost at V3.2's sizes: 2 · 128 · (3 · 576 + 2 · 512) FLOPs a selected pair. Of a pair P and dS take 512 bytes, and its
+row 1152. `hopper/sparse_attention_backward.py` is the faster variant for these sizes.
 """
 
 import torch
@@ -22,84 +21,84 @@ import triton.language as tl
 
 from dsa_ref.contracts import check_sparse_attention_backward
 
-from . import cards, runtime
+from . import runtime
 from .index_scores import TRITON_NAMES
+from .key_sums import deltas, sum_rows
 from .rounding import round_to
 from .runtime import FLOATS, INTERPRETED, cdiv, check_runnable, dot_dtype, hopper_variant, next_power_of_2
 from .sparse_attention import check_scale_in_base_2, packed
 
 
 @triton.jit
-def _delta(out_ptr, dout_ptr, dlse_ptr, delta_ptr, n, V, R: tl.constexpr, VP: tl.constexpr, HAS_DLSE: tl.constexpr):
-    """What the softmax's gradient subtracts, of R rows and heads at a time."""
-    r = tl.program_id(0) * R + tl.arange(0, R)
-    v = tl.arange(0, VP)
-    place, mask = r.to(tl.int64)[:, None] * V + v[None, :], (r < n)[:, None] & (v < V)[None, :]
-    out = tl.load(out_ptr + place, mask, 0.0).to(tl.float32)
-    delta = tl.sum(out * tl.load(dout_ptr + place, mask, 0.0).to(tl.float32), axis=1)
-    if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + r, r < n, 0.0)
-    tl.store(delta_ptr + r, delta, r < n)
-
-
-@triton.jit
-def _query_pass(
-    q_ptr, kv_ptr, indices_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, p_ptr, ds_ptr, sums_ptr, scale, H, D, V, k,
-    LIST: tl.constexpr, VP: tl.constexpr, RP: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr,
-    STAGES: tl.constexpr,
+def _weights(
+    q_ptr, kv_ptr, indices_ptr, dout_ptr, lse_ptr, delta_ptr, p_ptr, ds_ptr, sums_ptr, scale, H, D, V, k,
+    LIST: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq of BH heads; P and dS [heads, k] of the places up to the list's last index; P summed over the BH heads."""
+    """P and dS / scale [heads, k] of BH heads, for the places up to the list's last index; P summed over the heads."""
     t, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    h, v = block * BH + tl.arange(0, BH), tl.arange(0, VP)
-    r = V + tl.arange(0, max(RP, 1))
-    mask_v, mask_r = (h < H)[:, None] & (v < V)[None, :], (h < H)[:, None] & (r < D)[None, :]
+    h, d = block * BH + tl.arange(0, BH), tl.arange(0, BD)
     row = (t * H + h)[:, None]
-    q_v = tl.load(q_ptr + row * D + v[None, :], mask_v, 0.0).to(DOT)
-    dout = tl.load(dout_ptr + row * V + v[None, :], mask_v, 0.0).to(DOT)
     lse = tl.load(lse_ptr + t * H + h, h < H, float("-inf"))
     some = (lse != float("-inf"))[:, None]  # else P is 0: a row without keys, and heads beyond H
     lse = lse * 1.4426950408889634
     delta = tl.load(delta_ptr + t * H + h, h < H, 0.0)
-    dq_v = tl.zeros([BH, VP], tl.float32)
-    if RP > 0:
-        q_r = tl.load(q_ptr + row * D + r[None, :], mask_r, 0.0).to(DOT)
-        dq_r = tl.zeros([BH, RP], tl.float32)
-
-    used = tl.zeros([], tl.int32)
-    for j0 in range(0, k, LIST):
-        j = j0 + tl.arange(0, LIST)
-        s = tl.load(indices_ptr + t * k + j, j < k, -1)
-        used = tl.maximum(used, tl.max(tl.where(s >= 0, j + 1, 0), axis=0))
-
-    for j0 in tl.range(0, used, BK, num_stages=STAGES):
+    for j0 in range(0, _used(indices_ptr + t * k, k, LIST), BK):
         j = j0 + tl.arange(0, BK)
         s = tl.load(indices_ptr + t * k + j, j < k, -1)
         there = s >= 0
         kv_row = kv_ptr + s.to(tl.int64)[:, None] * D
-        kv_v = tl.load(kv_row + v[None, :], there[:, None] & (v < V)[None, :], 0.0).to(DOT)
-        logits = tl.dot(q_v, tl.trans(kv_v), input_precision="ieee")
-        if RP > 0:
-            kv_r = tl.load(kv_row + r[None, :], there[:, None] & (r < D)[None, :], 0.0).to(DOT)
-            logits += tl.dot(q_r, tl.trans(kv_r), input_precision="ieee")
+        logits = tl.zeros([BH, BK], tl.float32)
+        dp = tl.zeros([BH, BK], tl.float32)
+        for c0 in tl.range(0, D, BD, num_stages=STAGES):
+            c = c0 + d
+            q = tl.load(q_ptr + row * D + c[None, :], (h < H)[:, None] & (c < D)[None, :], 0.0).to(DOT)
+            kv = tl.load(kv_row + c[None, :], there[:, None] & (c < D)[None, :], 0.0).to(DOT)
+            logits += tl.dot(q, tl.trans(kv), input_precision="ieee")
+            dout = tl.load(dout_ptr + row * V + c[None, :], (h < H)[:, None] & (c < V)[None, :], 0.0).to(DOT)
+            value = tl.where((c < V)[None, :], kv, tl.zeros([BK, BD], DOT))  # not 0 · an infinite key
+            dp += tl.dot(dout, tl.trans(value), input_precision="ieee")
         seen = there[None, :] & some
         p = tl.where(seen, tl.exp2(logits * (scale * 1.4426950408889634) - lse[:, None]), 0.0)
-        dp = tl.dot(dout, tl.trans(kv_v), input_precision="ieee")
-        ds = round_to(tl.where(seen, p * (dp - delta[:, None]), 0.0), p_ptr.dtype.element_ty)
+        ds = tl.where(seen, p * (dp - delta[:, None]), 0.0)
         place, mask = row * k + j[None, :], (h < H)[:, None] & (j < k)[None, :]
         tl.store(p_ptr + place, round_to(p, p_ptr.dtype.element_ty), mask)
-        tl.store(ds_ptr + place, ds, mask)
+        tl.store(ds_ptr + place, round_to(ds, ds_ptr.dtype.element_ty), mask)
         tl.store(sums_ptr + (t * tl.num_programs(1) + block) * k + j, tl.sum(p, axis=0), j < k)
-        dq_v += tl.dot(ds.to(DOT), kv_v, input_precision="ieee")
-        if RP > 0:
-            dq_r += tl.dot(ds.to(DOT), kv_r, input_precision="ieee")
-
-    tl.store(dq_ptr + row * D + v[None, :], round_to(dq_v * scale, dq_ptr.dtype.element_ty), mask_v)
-    if RP > 0:
-        tl.store(dq_ptr + row * D + r[None, :], round_to(dq_r * scale, dq_ptr.dtype.element_ty), mask_r)
 
 
 @triton.jit
-def _key_pass(
+def _used(list_ptr, k, LIST: tl.constexpr):
+    """How many places a list has up to its last index."""
+    used = tl.zeros([], tl.int32)
+    for j0 in range(0, k, LIST):
+        j = j0 + tl.arange(0, LIST)
+        used = tl.maximum(used, tl.max(tl.where(tl.load(list_ptr + j, j < k, -1) >= 0, j + 1, 0), axis=0))
+    return used
+
+
+@triton.jit
+def _queries(
+    kv_ptr, indices_ptr, ds_ptr, dq_ptr, scale, H, D, k,
+    LIST: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """BD columns of dq of BH heads."""
+    t = tl.program_id(0).to(tl.int64)
+    h, d = tl.program_id(1) * BH + tl.arange(0, BH), tl.program_id(2) * BD + tl.arange(0, BD)
+    row = (t * H + h)[:, None]
+    dq = tl.zeros([BH, BD], tl.float32)
+    for j0 in tl.range(0, _used(indices_ptr + t * k, k, LIST), BK, num_stages=STAGES):
+        j = j0 + tl.arange(0, BK)
+        s = tl.load(indices_ptr + t * k + j, j < k, -1)
+        kv_row = kv_ptr + s.to(tl.int64)[:, None] * D
+        kv = tl.load(kv_row + d[None, :], (s >= 0)[:, None] & (d < D)[None, :], 0.0).to(DOT)
+        ds = tl.load(ds_ptr + row * k + j[None, :], (h < H)[:, None] & (s >= 0)[None, :], 0.0).to(DOT)
+        dq += tl.dot(ds, kv, input_precision="ieee")
+    mask = (h < H)[:, None] & (d < D)[None, :]
+    tl.store(dq_ptr + row * D + d[None, :], round_to(dq * scale, dq_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _keys(
     q_ptr, indices_ptr, dout_ptr, p_ptr, ds_ptr, rows_ptr, scale, H, D, V, k,
     BK: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DOT: tl.constexpr, ATOMIC: tl.constexpr,
 ):  # fmt: skip
@@ -129,77 +128,6 @@ def _key_pass(
         else:
             place, mask = (t * k + j)[:, None] * D + d[None, :], there[:, None] & (d < D)[None, :]
             tl.store(rows_ptr + place, round_to(total, rows_ptr.dtype.element_ty), mask)
-
-
-@triton.jit
-def _sum_rows(
-    rows_ptr, order_ptr, bounds_ptr, kept_ptr, dkv_ptr, D,
-    R: tl.constexpr, DP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """The rows of one key's places, R at a time. kept: fp32 [S, D], the sums so far unless FIRST, and after, unless
-    LAST: then they are rounded to dkv."""
-    s, d, i = tl.program_id(0).to(tl.int64), tl.arange(0, DP), tl.arange(0, R)
-    last = tl.load(bounds_ptr + s + 1)
-    total = tl.zeros([R, DP], tl.float32)
-    for at in range(tl.load(bounds_ptr + s), last, R):
-        row = tl.load(order_ptr + at + i, at + i < last, 0).to(tl.int64)
-        mask = (at + i < last)[:, None] & (d < D)[None, :]
-        total += tl.load(rows_ptr + row[:, None] * D + d[None, :], mask, 0.0).to(tl.float32)
-    whole = tl.sum(total, axis=0)
-    if not FIRST:
-        whole += tl.load(kept_ptr + s * D + d, d < D, 0.0)
-    if LAST:
-        tl.store(dkv_ptr + s * D + d, round_to(whole, dkv_ptr.dtype.element_ty), d < D)
-    else:
-        tl.store(kept_ptr + s * D + d, whole, d < D)
-
-
-def places_of_keys(indices, S):
-    """Which places of the lists [T, k] hold key s: order[bounds[s] : bounds[s + 1]], numbers t · k + j, ascending.
-
-    order int32 [T · k], bounds int32 [S + 1].
-    """
-    keys, order = indices.reshape(-1).sort(stable=True)  # -1 first
-    bounds = torch.searchsorted(keys, torch.arange(S + 1, dtype=torch.int32, device=keys.device), out_int32=True)
-    return order.int(), bounds
-
-
-def sum_rows(rows, order, bounds, kept, dkv, first, last):
-    """Launch `_sum_rows` for all keys: rows [places, D]."""
-    S, D = dkv.shape
-    DP = next_power_of_2(D)
-    R = next_power_of_2(min(len(order), 4096)) if INTERPRETED else max(1, min(8, 8192 // DP))
-    _sum_rows[(S,)](rows, order, bounds, kept, dkv, D, R=R, DP=DP, FIRST=first, LAST=last, num_warps=4)
-
-
-def deltas(out, dout, dlse):
-    """fp32 [T, H]: sum of out · dout over the value, less dlse."""
-    T, H, V = out.shape
-    delta = torch.empty(T, H, dtype=torch.float32, device=out.device)
-    VP = next_power_of_2(V)
-    R = next_power_of_2(T * H) if INTERPRETED else max(1, min(8, 4096 // VP))
-    _delta[(cdiv(T * H, R),)](
-        out.contiguous(), dout.contiguous(), delta if dlse is None else dlse.contiguous(), delta, T * H, V,
-        R=R, VP=VP, HAS_DLSE=dlse is not None, num_warps=4,
-    )  # fmt: skip
-    return delta
-
-
-def tiles(card, H, VP, RP, size):
-    """(BH, BK) of the query pass, the largest whose q, dout and two tiles of keys fit that card's shared memory.
-
-    Arguments, and the error: as `sparse_attention.tiles`.
-    """
-    BH, BK = max(16, min(next_power_of_2(H), 16 if size == 4 else 64)), 64 if size == 2 else 32 if VP <= 128 else 16
-
-    def shared_memory():
-        return (BH * (2 * VP + RP) + 2 * BK * (VP + RP) + 4 * BH * BK) * size + 1024
-
-    while shared_memory() > card.shared_memory:
-        if BH == BK == 16:
-            raise ValueError(cards.too_wide("q", f"16 heads and 16 keys of {VP + RP} columns", shared_memory(), card))
-        BH, BK = (BH // 2, BK) if BH > BK else (BH, BK // 2)
-    return BH, BK
 
 
 def sparse_attention_backward(
@@ -238,60 +166,62 @@ def sparse_attention_backward(
     check_runnable(q=q, kv=kv, out=out, lse=lse, dout=dout, dlse=dlse)
     hopper = hopper_variant("sparse_attention_backward", variant, "hopper", q, v_dim)
     T, S, k = len(q), len(kv), indices.shape[1]
-    dq, dkv = (
-        torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        torch.empty(kv.shape, dtype=q.dtype, device=q.device),
-    )
+    dq, dkv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, kv))
     if T == 0:
         return dq, dkv.zero_(), torch.empty(0, k, dtype=torch.float32, device=q.device)
     lists = packed(indices, S) if k > S else indices.contiguous()
-    target = torch.zeros(lists.shape, dtype=torch.float32, device=q.device)
+    target = torch.empty(lists.shape, dtype=torch.float32, device=q.device)
+    q, kv, out, lse, dout = (x.contiguous() for x in (q, kv, out, lse, dout))
+    delta = deltas(out, dout, None if dlse is None else dlse.contiguous())
     launch = hopper.sparse_attention_backward if hopper else launch_portable
-    launch(q, kv, lists, scale, v_dim, out, lse, dout, dlse, sums, dq, dkv, target)
+    launch(q, kv, lists, scale, v_dim, lse, dout, delta, sums == "sorted", dq, dkv, target)
     if k > S:
         places = (indices >= 0).cumsum(dim=1, dtype=torch.int32) - 1
         target = target.gather(1, places.clamp(min=0).long()).masked_fill_(indices < 0, 0.0)
     return dq, dkv, target
 
 
-def launch_portable(q, kv, lists, scale, v_dim, out, lse, dout, dlse, sums, dq, dkv, target):
-    """Write dq, dkv and target, which is 0, of checked arguments."""
+def launch_portable(q, kv, lists, scale, v_dim, lse, dout, delta, sorted_sums, dq, dkv, target):
+    """Write dq, dkv and target of checked and contiguous arguments. delta: `key_sums.deltas`."""
     (T, H, D), S, k, V = q.shape, len(kv), lists.shape[1], v_dim
-    q, kv, dout, lse = q.contiguous(), kv.contiguous(), dout.contiguous(), lse.contiguous()
-    delta = deltas(out, dout, dlse)
-    VP, RP = max(16, next_power_of_2(V)), max(16, next_power_of_2(D - V)) if D > V else 0
     if INTERPRETED:  # few large tiles
-        BH, BK = max(16, next_power_of_2(H)), max(16, min(512, next_power_of_2(k)))
-        key_tile = BK, max(16, next_power_of_2(D)), BH
+        BH, BK, BD = (max(16, next_power_of_2(n)) for n in (H, min(512, k), D))
+        of_weights, of_queries, of_keys = (BH, BK, BD), (BH, BK, BD), (BH, BK, BD)
+    elif q.itemsize == 2:
+        BH = max(16, min(64, next_power_of_2(H)))
+        of_weights, of_queries, of_keys = (BH, 64, 64), (BH, 64, 128), (32, 64, 128)
     else:
-        BH, BK = tiles(cards.card_of(q), H, VP, RP, q.itemsize)
-        key_tile = (64, 128, 32) if q.itemsize == 2 else (32, 32, 16)
-    sorted_sums, narrow = sums == "sorted", q.dtype == torch.bfloat16
+        of_weights, of_queries, of_keys = (16, 32, 32), (16, 32, 32), (16, 32, 32)
+    list_places = min(next_power_of_2(k), 65536 if INTERPRETED else 2048)
+    dot = getattr(tl, TRITON_NAMES[dot_dtype(q)])
+    narrow = q.dtype == torch.bfloat16
     row_bytes = D * (2 if narrow else 4) + 16 if sorted_sums else 0  # with the sort's keys and places
     n = max(1, min(T, runtime.GRADIENTS_AT_ONCE // (k * (2 * H * q.itemsize + row_bytes))))
     new = {"dtype": torch.float32, "device": q.device}
     p, ds = (torch.empty(n, H, k, dtype=q.dtype, device=q.device) for _ in range(2))
-    of_heads = torch.zeros(n, cdiv(H, BH), k, **new)
     rows = torch.empty(n * k, D, dtype=q.dtype if narrow else torch.float32, device=q.device) if sorted_sums else None
     kept = torch.zeros(S, D, **new) if n < T or not sorted_sums else dkv
-    dot = getattr(tl, TRITON_NAMES[dot_dtype(q)])
-    for first in range(0, T, n):
-        some = slice(first, min(T, first + n))
-        m = some.stop - first
-        _query_pass[(m, cdiv(H, BH))](
-            q[some], kv, lists[some], dout[some], lse[some], delta[some], dq[some], p, ds, of_heads, scale, H, D, V, k,
-            LIST=min(next_power_of_2(k), 65536 if INTERPRETED else 2048), VP=VP, RP=RP, BH=BH, BK=BK, DOT=dot, STAGES=2,
-            num_warps=8 if VP * BH > 16384 else 4,
+    for start in range(0, T, n):
+        some = slice(start, min(T, start + n))
+        m, some_q, some_dout, some_lists = some.stop - start, q[some], dout[some], lists[some]
+        BH, BK, BD = of_weights
+        sums = torch.zeros(m, cdiv(H, BH), k, **new)  # behind a list's end, nobody writes
+        _weights[(m, cdiv(H, BH))](
+            some_q, kv, some_lists, some_dout, lse[some], delta[some], p, ds, sums, scale, H, D, V, k,
+            LIST=list_places, BH=BH, BK=BK, BD=BD, DOT=dot, STAGES=3, num_warps=4,
         )  # fmt: skip
-        torch.sum(of_heads[:m], dim=1, out=target[some]).div_(H)
-        BK2, BD, BH2 = key_tile
-        _key_pass[(m, cdiv(k, BK2), cdiv(D, BD))](
-            q[some], lists[some], dout[some], p, ds, rows if sorted_sums else kept, scale, H, D, V, k,
-            BK=BK2, BD=BD, BH=BH2, DOT=dot, ATOMIC=not sorted_sums, num_warps=4,
+        torch.sum(sums, dim=1, out=target[some]).div_(H)
+        BH, BK, BD = of_queries
+        _queries[(m, cdiv(H, BH), cdiv(D, BD))](
+            kv, some_lists, ds, dq[some], scale, H, D, k,
+            LIST=list_places, BH=BH, BK=BK, BD=BD, DOT=dot, STAGES=3, num_warps=4,
+        )  # fmt: skip
+        BH, BK, BD = of_keys
+        _keys[(m, cdiv(k, BK), cdiv(D, BD))](
+            some_q, some_lists, some_dout, p, ds, rows if sorted_sums else kept, scale, H, D, V, k,
+            BK=BK, BD=BD, BH=BH, DOT=dot, ATOMIC=not sorted_sums, num_warps=4,
         )  # fmt: skip
         if sorted_sums:
-            order, bounds = places_of_keys(lists[some], S)
-            sum_rows(rows, order, bounds, kept, dkv, first == 0, some.stop == T)
-        of_heads.zero_()
+            sum_rows(rows, some_lists, kept, dkv, start == 0, some.stop == T)
     if not sorted_sums:
         dkv.copy_(kept)

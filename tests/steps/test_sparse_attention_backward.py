@@ -68,8 +68,7 @@ def check(ops, given, tolerance, wanted=None, **options):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("seed", (0, 1))
-@pytest.mark.parametrize("sums", ("sorted", "atomic"))
+@pytest.mark.parametrize("seed, sums", ((0, "sorted"), (1, "atomic")))
 def test_against_autograd(ops, device, poisoned, small_blocks, shape, seed, sums):
     check(ops, inputs(*shape, seed, device=device), 5e-6, sums=sums)
 
