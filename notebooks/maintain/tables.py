@@ -21,6 +21,8 @@ SHAPES = {  # a step of h200.json and h100.json -> (what it is called here, its 
 }
 
 MODELS = ("models_h200.json", "models_h100.json", "models_cpu.json")  # those that are there have a table
+TRAINING = ("training_kernels_h200.json", "training_kernels_h100.json")  # likewise
+DENSE = ("dense MHA, cuDNN", "dense MHA, flash")
 WHO = {"eager": "eager", "sdpa": "sdpa", "ours": "ours", "ours_fp8": "FP8"}
 
 
@@ -80,6 +82,58 @@ def decode() -> str:
         dsa, saved, fewer = row["results"]["DSA"]["warm_us"], row["saved"]["warm"], row["bytes"]["times"]
         rows.append([row["case"], f"{dsa:.0f}", f"{saved['dense_us']:.0f}", f"{saved['times']:.2f}", f"{fewer:.2f}"])
     return table(["context", "DSA, µs", "dense, µs", "times quicker", "times fewer bytes"], rows)
+
+
+def training_kernels() -> str:
+    """The kernels of training, two tables for each of the records that are there."""
+    files = [file for file in TRAINING if (records.figures_folder() / file).is_file()]
+    return "\n\n".join(trained(file, records.read(file)["steps"]) for file in files)
+
+
+def trained(file, steps) -> str:
+    """The backward beside what others have, then the losses and a layer's step, from one record of a card."""
+    made = next(iter(steps.values()))["provenance"]
+    found = {(step, row["case"]): row["results"] for step, record in steps.items() for row in record["rows"]}
+    others = {"TileLang": "TileLang, ms", "TileLang, miles": "miles, ms", "torch, gather": "autograd, ms"}
+    rows = []
+    for (step, case), results in found.items():
+        if step == "backward":
+            ours = results["sorted"]
+            right = [results[who]["ms"] for who in others if results.get(who, {}).get("verdict") == "right"]
+            times = f"{min(right) / ours['ms']:.2f}" if right and "ms" in ours else ""
+            cells = [milliseconds(results.get(who)) for who in ("sorted", "atomic", *others, *DENSE)]
+            more = [f"{ours['rate']:.0f}", f"{ours['memory_bytes'] / 2**30:.1f}"] if "ms" in ours else ["", ""]
+            rows.append([case, cells[0], *more, *cells[1:5], times, *cells[5:]])
+    heads = ["queries x keys", "ours, ms", "TFLOP/s", "GiB", "by atomics, ms", *others.values(), "times"]
+    lines = [
+        f"*{made['device']}, torch {made['torch']}, triton {made['triton']}",
+        f"([`{file}`](figures/{file}), `{made['command']}`).*",
+        "",
+        table([*heads, *(f"{who}, ms" for who in DENSE)], rows),
+        "",
+    ]
+    rows = []
+    for (step, case), results in found.items():
+        against = {"backward": "sorted", "warm-up": next((who for who in DENSE if "ms" in results.get(who, {})), "")}
+        called = {"backward": "sparse attention's backward", "warm-up": f"{against['warm-up']}, backward"}
+        for who, result in results.items():
+            if step != "layer" and not who.startswith("KL"):
+                continue
+            base = results.get(against.get(step, "sparse"), {})
+            times = f"{result['ms'] / base['ms']:.2f}" if "ms" in result and "ms" in base else ""
+            memory = f"{result['memory_bytes'] / 2**30:.1f}" if "ms" in result else ""
+            name = who if step != "layer" else f"a layer's step, {who}"
+            rows.append([f"{name}, {case}", milliseconds(result), times, called.get(step, "the sparse step"), memory])
+    return "\n".join([*lines, table(["", "ms", "times", "of", "GiB"], rows)])
+
+
+def milliseconds(result) -> str:
+    """A time, with what is wrong with it; or why there is none."""
+    if result is None:
+        return ""
+    if "ms" not in result:
+        return result["verdict"]
+    return f"{result['ms']:.2f}" + ("" if result["verdict"] == "right" else ", wrong")
 
 
 def models() -> str:
@@ -182,7 +236,14 @@ def regimes(file, runs) -> str:
     return "\n".join([*lines, table(heads, rows)])
 
 
-TABLES = {"layer": layer, "kernels": kernels, "decode": decode, "models": models, "training": training}
+TABLES = {
+    "layer": layer,
+    "kernels": kernels,
+    "decode": decode,
+    "training_kernels": training_kernels,
+    "models": models,
+    "training": training,
+}
 
 
 def written(text) -> str:
