@@ -122,6 +122,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(blocks, "pairs_at_once", lambda tensor: 300)
     if rungs.has_triton():
         monkeypatch.setattr("dsa_kernels.runtime.SCORES_AT_ONCE", 300)
+        monkeypatch.setattr("dsa_kernels.runtime.GRADIENTS_AT_ONCE", 30_000)
 
 
 class SkipAccount:

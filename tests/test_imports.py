@@ -30,6 +30,7 @@ STEPS = (
     "indexer_loss"
 ).split()
 DECODE = "paged_index_scores paged_select paged_sparse_attention".split()  # in dsa_kernels; dsa_ref.decode has all
+BACKWARD = "sparse_attention_backward"  # a gradient of a step, in both packages
 OWN_FILE = "head_weights mha_attention warm".split()  # in dsa_kernels; in dsa_ref they stand beside other steps
 
 
@@ -53,9 +54,12 @@ TABLE = [
     Row("dsa_ref.contracts dsa_ref.blocks", "dsa_ref.config dsa_ref.arguments dsa_ref.contracts", "torch"),
     Row(
         "dsa_ref/step",
-        "dsa_ref.config dsa_ref.products dsa_ref.contracts dsa_ref.blocks dsa_ref/step",
+        "dsa_ref.config dsa_ref.products dsa_ref.contracts dsa_ref.blocks dsa_ref.sparse_attention_backward "
+        "dsa_ref/step",
         "numpy torch",
     ),
+    # sparse attention's gradient, which that step hands to autograd where a probe asks for the probabilities
+    Row("dsa_ref.sparse_attention_backward", "dsa_ref.products dsa_ref.contracts dsa_ref.blocks", "numpy torch"),
     # serving: layouts, whose pages they are, a layer's pools, and the decode steps on them
     Row("dsa_ref.paged", "dsa_ref.contracts dsa_ref/step", "numpy torch"),
     Row("dsa_ref.append", "dsa_ref.contracts dsa_ref.precision dsa_ref.paged dsa_ref/step", "numpy torch"),
@@ -75,8 +79,8 @@ TABLE = [
     Row("dsa_ref.records", "", "torch"),
     Row(
         "dsa_ref",
-        "dsa_ref.version dsa_ref.config dsa_ref.contracts dsa_ref/step dsa_ref.paged dsa_ref.page_table "
-        "dsa_ref.paged_cache dsa_ref.append dsa_ref.decode dsa_ref.nn",
+        "dsa_ref.version dsa_ref.config dsa_ref.contracts dsa_ref/step dsa_ref.sparse_attention_backward "
+        "dsa_ref.paged dsa_ref.page_table dsa_ref.paged_cache dsa_ref.append dsa_ref.decode dsa_ref.nn",
         "",
     ),
     Row(
@@ -132,6 +136,11 @@ TABLE = [
         "torch triton",
     ),
     Row(
+        "dsa_kernels.sparse_attention_backward",
+        "dsa_ref.contracts dsa_kernels.cards dsa_kernels.runtime dsa_kernels.rounding dsa_kernels/step",
+        "torch triton",
+    ),
+    Row(
         "dsa_kernels.lightning_select",
         "dsa_ref.contracts dsa_kernels.runtime dsa_kernels.flagged dsa_kernels/step",
         "torch",
@@ -164,7 +173,8 @@ TABLE = [
     ),
     Row(
         "dsa_kernels",
-        "dsa_ref.version dsa_kernels.runtime dsa_kernels/step dsa_kernels.append dsa_kernels.head_weights "
+        "dsa_ref.version dsa_kernels.runtime dsa_kernels/step dsa_kernels.sparse_attention_backward "
+        "dsa_kernels.append dsa_kernels.head_weights "
         "dsa_kernels.mha_attention dsa_kernels.paged_index_scores dsa_kernels.paged_select "
         "dsa_kernels.paged_sparse_attention dsa_kernels.warm",
         "",
@@ -187,7 +197,7 @@ TABLE = [
 ]
 PUBLIC = ("dsa_bench",)  # may take from a package of the reference only what its __all__ names
 DYNAMIC = {"import_module", "__import__"}  # to be called directly, so that what is imported can be read off
-SHADOWED = {f"{package}.{step}" for package in ("dsa_ref", "dsa_kernels") for step in STEPS}  # there, the function
+SHADOWED = {f"{package}.{step}" for package in ("dsa_ref", "dsa_kernels") for step in (*STEPS, BACKWARD)}
 SHADOWED |= {f"dsa_kernels.{step}" for step in DECODE + OWN_FILE}
 
 

@@ -7,7 +7,9 @@ Source: DeepSeek-V3.2-Exp report, section 2 and appendix A; SPEC sections 2, 3 a
 """
 
 import contextlib
+import functools
 import importlib
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -33,6 +35,7 @@ from .checkpointing import (
     NEEDS_NON_REENTRANT,
     inside_reentrant_checkpoint,
     recorded_before,
+    selected_once,
     will_be_repeated,
 )
 from .decode import check_decode, decode_step, recorded
@@ -42,7 +45,7 @@ from .wrapped import matrix
 
 STEPS = ("rope", "rotate_quantize", "lightning_select", "sparse_attention")  # of `ops`
 ATTENTION = ("sparse", "mha", "dense")
-RECORDED = ("q_idx", "k_idx", "w", "k_scale", "q", "q_heads", "kv", "start", "indices", "lse")  # in this order
+RECORDED = ("q_idx", "k_idx", "w", "k_scale", "q", "q_heads", "kv", "start", "indices", "lse", "probe")  # in this order
 
 
 class Ops(Protocol):
@@ -126,7 +129,7 @@ class DSALayer(nn.Module):
             if serves(self, x, attention):
                 y, step = prefill_step(self, x, positions, cache, indices, record is not None)
             else:
-                y, step = self._attend(x, positions, cache, attention, indices)
+                y, step = self._attend(x, positions, cache, attention, indices, record is not None)
             if cache is not None and will_be_repeated(y):
                 raise ValueError(CACHE_REPEATED)
             if record is not None and not recorded_before(record, step):
@@ -164,7 +167,7 @@ class DSALayer(nn.Module):
                 record.append(recorded(step))
         return y
 
-    def _attend(self, x, positions, cache, attention, indices) -> tuple[Tensor, dict]:
+    def _attend(self, x, positions, cache, attention, indices, recording) -> tuple[Tensor, dict]:
         """`forward` on checked arguments: the output, and the step as `record` gets it."""
         c = self.config
         start = self._row_starts(positions, cache).to(torch.int32)
@@ -182,7 +185,8 @@ class DSALayer(nn.Module):
         if attention != "dense" and self.indexer is not None:
             scored = (tensor.detach() for tensor in (q_idx, k_idx, weights))
             k = min(c.index_topk, len(k_idx))  # a list has no more places than there are keys
-            step["indices"] = self.ops.lightning_select(*scored, k, k_scale=k_scale, start=start)
+            select = functools.partial(self.ops.lightning_select, *scored, k, k_scale=k_scale, start=start)
+            step["indices"] = selected_once(select)
         elif attention != "dense":
             step["indices"] = indices
         # What was made here needs no check; of shared indices nobody has looked yet whether one stands twice in a row.
@@ -192,18 +196,44 @@ class DSALayer(nn.Module):
             q, k, v = self._decompressed(q_heads, kv)
             with known:
                 out, step["lse"] = mha_attention(q, k, v, c.softmax_scale, step["indices"], start)
+        elif attention == "dense" and self._dense_by_heads():
+            q, k, v = self._decompressed(q_heads, kv)
+            # A cache holds one sequence: causal is all there is. Values of start are read, as they save the mask.
+            ranges = start if cache is None else None
+            out, step["lse"] = self.ops.mha_attention(q, k, v, c.softmax_scale, None, ranges)
+            if recording:  # for the indexer's target alone, which is a constant
+                with torch.no_grad():
+                    step["q"] = self._absorbed(q_heads, self._up_projections(kv)[0], kv.dtype)
         else:
             W_UK, W_UV = self._up_projections(kv)
             scale, v_dim = c.softmax_scale, c.kv_lora_rank
-            nope, turned = q_heads.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
-            step["q"] = torch.cat((torch.einsum("thn,hnc->thc", nope, W_UK), turned), dim=-1).to(kv.dtype)
+            step["q"] = self._absorbed(q_heads, W_UK, kv.dtype)
             with known:
                 if attention == "dense":
                     u, step["lse"] = dense_attention(step["q"], kv, scale, v_dim, start)
                 else:
-                    u, step["lse"] = self.ops.sparse_attention(step["q"], kv, step["indices"], scale, v_dim)
+                    step |= self._probe(step) if recording else {}
+                    probe = (step["probe"],) if "probe" in step else ()
+                    u, step["lse"] = self.ops.sparse_attention(step["q"], kv, step["indices"], scale, v_dim, *probe)
             out = torch.einsum("thc,hvc->thv", u, W_UV)
         return self.o_proj(out.flatten(1)), step
+
+    def _absorbed(self, q_heads, W_UK, dtype) -> Tensor:
+        """MQA mode's queries [T, H, D]: their nope part in the latents' space."""
+        nope, turned = q_heads.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1)
+        return torch.cat((torch.einsum("thn,hnc->thc", nope, W_UK), turned), dim=-1).to(dtype)
+
+    def _dense_by_heads(self) -> bool:
+        """Whether `ops` has dense attention in MHA mode alone, as the kernels do, which need fewer FLOPs for it."""
+        return hasattr(self.ops, "mha_attention") and not hasattr(self.ops, "dense_attention")
+
+    def _probe(self, step) -> dict:
+        """{"probe": zeros that will receive the indexer's target}, where a backward pass can come and `ops` knows it."""
+        learns = torch.is_grad_enabled() and (step["q"].requires_grad or step["kv"].requires_grad)
+        if not learns or "probe" not in inspect.signature(self.ops.sparse_attention).parameters:
+            return {}
+        indices = step["indices"]
+        return {"probe": torch.zeros(indices.shape, device=indices.device, requires_grad=True)}
 
     def _apply(self, fn, recurse=True):
         """Move or cast the weights; RoPE's frequencies follow to the device but stay fp32, whatever the weights are."""

@@ -30,7 +30,11 @@ from .paged_sparse_attention import merge_parts, paged_sparse_attention
 from .rotate_quantize import hadamard, quantize, rope, rotate_quantize
 from .select_topk import select_topk
 from .sparse_attention import sparse_attention
+from .sparse_attention_backward import sparse_attention_backward
 from .warm import warm
+
+# isort: split
+from . import autograd as autograd  # last: it makes operators of the steps
 
 __all__ = [
     "append_index",
@@ -53,6 +57,7 @@ __all__ = [
     "rotate_quantize",
     "select_topk",
     "sparse_attention",
+    "sparse_attention_backward",
     "turn_into",
     "warm",
 ]
