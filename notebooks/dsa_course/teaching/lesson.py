@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from dsa_ref.index_scores import index_scores
-from dsa_ref.indexer_loss import indexer_loss
 from dsa_ref.select_topk import select_topk
 from dsa_ref.testing import attention_recall
 from dsa_ref.training.corpus import is_held_out, library_files
@@ -49,10 +48,9 @@ def look(model, step, byte, k, text=TEXT) -> dict:
     model(torch.tensor(list(text)), attention="dense", record=record)
     seen = {"step": step, "kl": [], "recall": [], "selected": [], "guess": [], "attention": []}
     for layer in record:
-        index_side = layer["q_idx"], layer["k_idx"], layer["w"]
-        seen["kl"].append(float(indexer_loss(*index_side, layer["q"], layer["kv"], scale)))
-        weights, scores = attention_weights(layer, scale), index_scores(*index_side)
-        selected = select_topk(scores, k)
+        weights, scores = attention_weights(layer, scale), index_scores(layer["q_idx"], layer["k_idx"], layer["w"])
+        selected, log_guess = select_topk(scores, k), scores.log_softmax(dim=1).masked_fill(weights == 0, 0.0)
+        seen["kl"].append(float((torch.xlogy(weights, weights) - weights * log_guess).sum(dim=1).mean()))
         seen["recall"].append(attention_recall(weights[k:], selected[k:]))
         seen["selected"].append(selected[byte])
         seen["guess"].append(scores[byte, : byte + 1].softmax(dim=0))
