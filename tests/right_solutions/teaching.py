@@ -113,11 +113,13 @@ def without_gradients_first(layer, stage, k):
     with torch.no_grad():
         h = layer.normed(layer.x)
         latent = layer.latent(h)
-        p = layer.target(*layer.attention_side(h, latent))
+        attention_side = layer.attention_side(h, latent)
     scores = layer.scores(h, latent)
+    with torch.no_grad():
+        indices = None if stage == "warm-up" else layer.select(scores, k)
+        p = layer.target(*attention_side, indices)
     if stage == "warm-up":
         return layer.kl(p, scores)
-    indices = layer.select(scores, k)
     h = layer.normed(layer.x)
     language = layer.language(layer.x, *layer.attention_side(h, layer.latent(h)), indices)
     return layer.kl(p, scores, indices) + language
@@ -134,5 +136,5 @@ def by_requires_grad(layer, stage, k):
     q, kv = layer.attention_side(h, latent)
     scores = layer.scores(h.detach(), latent.detach())
     indices = None if stage == "warm-up" else layer.select(scores, k)
-    loss = layer.kl(layer.target(q.detach(), kv.detach()), scores, indices)
+    loss = layer.kl(layer.target(q.detach(), kv.detach(), indices), scores, indices)
     return loss if stage == "warm-up" else loss + layer.language(layer.x, q, kv, indices)

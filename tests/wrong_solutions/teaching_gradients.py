@@ -143,10 +143,10 @@ def loss(layer, stage, k, cut=("h", "latent", "p"), language=None, select=True, 
     scores = layer.scores(h.detach() if "h" in cut else h, latent.detach() if "latent" in cut else latent)
     if "scores" in cut:
         scores = scores.detach().requires_grad_()
-    p = layer.target(q, kv)
-    p = p.detach() if "p" in cut else p
     indices = layer.select(scores, k)
-    total = layer.kl(p, scores, indices if stage == "sparse" and select else None)
+    looks_at = indices if stage == "sparse" and select else None
+    p = layer.target(q, kv, looks_at)
+    total = layer.kl(p.detach() if "p" in cut else p, scores, looks_at)
     if (stage == "sparse") if language is None else language:
         total = total + layer.language(layer.x, q, kv, indices if attend else None)
     return total
@@ -234,7 +234,19 @@ def straight_through(layer, stage, k):
     indices = layer.select(scores, k)
     soft = scores.softmax(dim=1).sum(dim=0)[:, None]
     language = layer.language(layer.x, q, kv * (1.0 + soft - soft.detach()), indices)
-    return layer.kl(layer.target(q, kv).detach(), scores, indices) + language
+    return layer.kl(layer.target(q, kv, indices).detach(), scores, indices) + language
+
+
+@wrong("lesson_loss", "sparse: the indexer learns from KL alone")
+def the_dense_target(layer, stage, k):
+    if stage == "warm-up":
+        return lesson_loss_of(layer, stage, k)
+    h = layer.normed(layer.x)
+    latent = layer.latent(h)
+    q, kv = layer.attention_side(h, latent)
+    scores = layer.scores(h.detach(), latent.detach())
+    indices = layer.select(scores, k)
+    return layer.kl(layer.target(q, kv).detach(), scores, indices) + layer.language(layer.x, q, kv, indices)
 
 
 @wrong("lesson_loss", "sparse: the model learns from language alone")

@@ -284,8 +284,8 @@ def lesson_loss_sparse_the_indexer(solution):
             (_none, "the indexer gets no gradient: nothing flows through the selection, so the KL has to teach it"),
             (
                 _always,
-                "not the gradient of the KL on the selected keys: it was taken on every key, or the language loss "
-                "reaches the indexer too",
+                "not the gradient of the KL on the selected keys: it, or p, was taken on every key, or the language "
+                "loss reaches the indexer too",
             ),
         ]
         _expect_same(got, right, _of_indexer(got), "sparse", causes)

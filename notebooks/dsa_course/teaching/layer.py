@@ -79,13 +79,13 @@ class OpenLayer:
         """The k best of each row, int32 [T, k], -1 where there are fewer."""
         return select_topk(scores.detach(), k)
 
-    def target(self, q, kv):
-        """p [T, S]: attention's weights, the mean over heads."""
-        return self._weights(q, kv, ~self._future()).mean(dim=1)
+    def target(self, q, kv, indices=None):
+        """p [T, S]: attention's weights, the mean over heads, on every visible key or on the selected ones alone."""
+        return self._weights(q, kv, self._seen(indices)).mean(dim=1)
 
     def kl(self, p, scores, indices=None):
         """The mean over rows of KL(p || softmax(scores)): on every visible key, or on the selected ones alone."""
-        seen = ~self._future() if indices is None else self._chosen(indices)
+        seen = self._seen(indices)
         p = p.masked_fill(~seen, 0.0)
         p = p / p.sum(dim=1, keepdim=True)
         log_guess = scores.masked_fill(~seen, -torch.inf).log_softmax(dim=1).masked_fill(~seen, 0.0)
@@ -93,9 +93,8 @@ class OpenLayer:
 
     def language(self, x, q, kv, indices=None):
         """Attention, over every visible key or over the selected ones, the rest of the model, and its language loss."""
-        seen = ~self._future() if indices is None else self._chosen(indices)
         _, W_UV = self._attention._up_projections(kv)
-        u = torch.einsum("ths,sc->thc", self._weights(q, kv, seen), kv[:, : self._config.kv_lora_rank])
+        u = torch.einsum("ths,sc->thc", self._weights(q, kv, self._seen(indices)), kv[:, : self._config.kv_lora_rank])
         y = self._attention.o_proj(torch.einsum("thc,hvc->thv", u, W_UV).flatten(1))
         y = self._block._feed_forward(x + y)
         for block in self._model.layers[LAYER + 1 :]:
@@ -111,7 +110,10 @@ class OpenLayer:
         T = len(self._positions)
         return torch.ones(T, T, dtype=torch.bool).triu(1)
 
-    def _chosen(self, indices):
+    def _seen(self, indices):
+        """bool [T, S]: the pairs that attention looks at."""
+        if indices is None:
+            return ~self._future()
         T = len(self._positions)
         chosen = torch.zeros(T, T + 1, dtype=torch.bool)
         return chosen.scatter(1, torch.where(indices < 0, T, indices).long(), True)[:, :T]
@@ -127,8 +129,8 @@ def lesson_loss_of(layer, stage, k):
     latent = layer.latent(h)
     q, kv = layer.attention_side(h, latent)
     scores = layer.scores(h.detach(), latent.detach())
-    p = layer.target(q, kv).detach()
     if stage == "warm-up":
-        return layer.kl(p, scores)
+        return layer.kl(layer.target(q, kv).detach(), scores)
     indices = layer.select(scores, k)
-    return layer.kl(p, scores, indices) + layer.language(layer.x, q, kv, indices)
+    kl = layer.kl(layer.target(q, kv, indices).detach(), scores, indices)
+    return kl + layer.language(layer.x, q, kv, indices)

@@ -40,7 +40,7 @@ def live_lesson(text, byte, seen, layer) -> LiveFigure:
 
     def draw(data):
         marks = (byte, data["selected"], data["guess"])
-        figure = viz.selection_over_text(text, *marks, columns=80, room=(2.5, 0), cell=0.082)
+        figure = viz.selection_over_text(text, *marks, columns=80, room=(2.5, 0), cell=0.085)
         cells, grid = viz.layout_of(text, 80), figure.axes[0]
         for key in data["looked"]:
             x, y, width = cells[key]
