@@ -163,6 +163,7 @@ def stored(step, pages, *arguments):
 
 CALLS = {
     "index_scores": lambda ops: ops.index_scores(q, k, w).relu(),
+    "indexer_loss": lambda ops: ops.indexer_loss(q, k, w, q, k, 0.3, indices) * 2,
     "select_topk": lambda ops: ops.select_topk(q[:, 0], 3, *(torch.full([len(q)], n).int() for n in (0, 9))) + 1,
     "lightning_select": lambda ops: ops.lightning_select(q, k, w, 4).sort().values,
     "sparse_attention": lambda ops: ops.sparse_attention(q, k, indices, 0.3, 12)[0] * 2,
