@@ -201,7 +201,7 @@ def _mha_attention(
 ) -> tuple[Tensor, Tensor]:
     check_mha_attention(q, k, v, scale, indices, start, end, FLOATS)
     check_runnable(True, q=q, k=k, v=v)
-    return attend(q, k, v, scale, indices, start, end, not_captured(q), training=True)
+    return attend(q, k, v, scale, indices, start, end, not_captured(q))
 
 
 def _mha_attention_backward(

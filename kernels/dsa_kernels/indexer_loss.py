@@ -40,18 +40,18 @@ def indexer_loss(
     Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does. Source:
     DeepSeek-V3.2-Exp report, equations 3 and 4; SPEC section 5.
     """
+    traced = dispatched()
+    if not traced:
+        check_indexer_loss(q_idx, k_idx, w, q, kv, scale, indices, start, end, lse, target, reduction, FLOATS)
+        if scale is not None:
+            check_scale_in_base_2(scale)
     q, kv, lse, target = (None if x is None else x.detach() for x in (q, kv, lse, target))
     learning, others = (q_idx, k_idx, w), (q, kv, scale, indices, start, end, lse, target)
     wanted = wants_gradient(*learning)
-    if dispatched():
-        total, rows, *_ = torch.ops.dsa_kernels.indexer_loss(*learning, *others, wanted, reduction)
-        return total if reduction == "sum" else total / rows.clamp(min=1)
-    check_indexer_loss(*learning, *others, reduction, FLOATS)
-    if scale is not None:
-        check_scale_in_base_2(scale)
-    check_runnable(True, q_idx=q_idx, k_idx=k_idx, w=w, q=q, kv=kv, lse=lse, target=target)
-    if wanted:
-        total, rows, *_ = torch.ops.dsa_kernels.indexer_loss(*learning, *others, True, None)  # checked
+    if not traced:
+        check_runnable(True, q_idx=q_idx, k_idx=k_idx, w=w, q=q, kv=kv, lse=lse, target=target)
+    if traced or wanted:
+        total, rows, *_ = torch.ops.dsa_kernels.indexer_loss(*learning, *others, wanted, reduction if traced else None)
     else:
         start, end = row_ranges(len(q_idx), len(k_idx), q_idx.device, start, end)
         total, rows, *_ = loss_and_gradients(*learning, *others[:4], start, end, lse, target, False)

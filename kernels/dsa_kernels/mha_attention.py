@@ -1,11 +1,12 @@
-"""MHA mode: by cuDNN for rows that see few keys, by flash attention for training and packed sequences, both torch's.
+"""MHA mode, for rows that see few keys and for dense training: cuDNN's attention or flash attention, through torch.
 
 Schedule: theirs. Every pair is computed, at 81,920 FLOPs each in V3.2's sizes against 278,528 for a selected one in
 MQA mode; so a row that selects all of its few keys is cheaper so, and needs no scores. A key and a value for every
 head are 82 KB a token, which is why a long context is not attended to like this without gradients.
 
 Runs of rows that begin at their own start and see up to themselves, as packed sequences do, need no mask of T · S
-numbers: flash attention takes all of them in one call. It wants one width for keys and values, so values are padded.
+numbers: runs of one length are a batch for cuDNN, others go to flash attention in one call. That wants one width for
+keys and values, so values are padded; its backward pass can give the same bits each time, cuDNN's does not.
 What neither serves (a CPU, fp32, an older card; a mask where a gradient is wanted) is computed by torch, a block of
 rows at a time, in fp64, which neither autocast nor TF32 shortens.
 """
@@ -55,28 +56,25 @@ def mha_attention(
 
 
 @torch.no_grad()
-def attend(q, k, v, scale, indices, start, end, readable, training=False):
+def attend(q, k, v, scale, indices, start, end, readable):
     """`mha_attention` of checked arguments. readable: whether the host may wait for the values of start."""
     T, S = len(q), len(k)
     if T == 0:
         return q.new_empty(0, q.shape[1], v.shape[2]), q.new_empty(0, q.shape[1], dtype=torch.float32)
     runs = None if indices is not None else runs_of(T, S, start, end, readable)
-    if runs is not None and (training or len(runs) > 2) and served_by_flash(q, v):
-        return by_flash(q, k, v, scale, runs)
-    causal = runs is not None and len(runs) == 2
-    mask = None if causal else visible(T, S, q.device, indices, start, end)
-    heads_first = [x[None].transpose(1, 2) for x in (q, k, v)]
-    bias = None if mask is None else bias_of(mask, q.dtype)
-    if not served_by_cudnn(*heads_first, bias, causal):
-        return in_fp64(q, k, v, scale, visible(T, S, q.device, None, start, end) if causal else mask)
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        *heads_first, bias, True, is_causal=causal, scale=scale
-    )
-    out, lse = out[0].transpose(0, 1), lse.reshape(-1, T).T
-    if mask is not None:
-        blind = ~mask.any(dim=1, keepdim=True)
-        out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)
-    return out.contiguous(), lse.contiguous()
+    if runs is not None:
+        batch = batch_of(runs)
+        if batch and served_by_cudnn(*heads_first(batch, q, k, v), None, True):
+            return by_cudnn(batch, q, k, v, scale, None)
+        if served_by_flash(q, v):
+            return by_flash(q, k, v, scale, runs)
+    mask = visible(T, S, q.device, indices, start, end)
+    bias = bias_of(mask, q.dtype)
+    if not served_by_cudnn(*heads_first(1, q, k, v), bias, False):
+        return in_fp64(q, k, v, scale, mask)
+    out, lse = by_cudnn(1, q, k, v, scale, bias)
+    blind = ~mask.any(dim=1, keepdim=True)
+    return out.masked_fill_(blind[..., None], 0.0), lse.masked_fill_(blind, -torch.inf)
 
 
 @torch.no_grad()
@@ -86,8 +84,12 @@ def gradients(q, k, v, scale, indices, start, end, readable, out, lse, dout, dls
     if T == 0:
         return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     runs = None if indices is not None else runs_of(T, S, start, end, readable)
-    if runs is not None and served_by_flash(q, v):
-        return gradients_by_flash(q, k, v, scale, runs, out, lse, dout, dlse)
+    if runs is not None:
+        batch, repeatable = batch_of(runs), torch.are_deterministic_algorithms_enabled()
+        if batch and dlse is None and not repeatable and served_by_cudnn(*heads_first(batch, q, k, v), None, True):
+            return gradients_by_cudnn(batch, q, k, v, scale, out, lse, dout)
+        if served_by_flash(q, v):
+            return gradients_by_flash(q, k, v, scale, runs, out, lse, dout, dlse)
     mask = visible(T, S, q.device, indices, start, end)
     return gradients_in_fp64(q, k, v, scale, mask, out, lse, dout, dlse)
 
@@ -106,6 +108,37 @@ def runs_of(T, S, start, end, readable):
     if not torch.equal(torch.where(begins, rows, 0).cummax(dim=0).values, start):
         return None
     return [*begins.nonzero()[:, 0].tolist(), T]
+
+
+def batch_of(runs):
+    """How many runs these are if all are of one length, else 0."""
+    lengths = {last - first for first, last in itertools.pairwise(runs)}
+    return len(runs) - 1 if len(lengths) == 1 else 0
+
+
+def heads_first(batch, *tensors):
+    """Views [batch, H, T or S of one run, width] of tensors [T or S, H, width]."""
+    return [x.unflatten(0, (batch, -1)).transpose(1, 2) for x in tensors]
+
+
+def by_cudnn(batch, q, k, v, scale, bias):
+    """Runs of one length, causal, or one run with a bias."""
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *heads_first(batch, q, k, v), bias, True, is_causal=bias is None, scale=scale
+    )
+    out, lse = out.transpose(1, 2).flatten(0, 1), lse.flatten(2).transpose(1, 2).flatten(0, 1)
+    return out.contiguous(), lse.contiguous()
+
+
+def gradients_by_cudnn(batch, q, k, v, scale, out, lse, dout):
+    """Of `by_cudnn` without a bias. Its sums come in no fixed order."""
+    length, unused = len(q) // batch, torch.zeros((), dtype=torch.int64, device=q.device)  # dropout's seed and offset
+    of_out, *inputs, out = heads_first(batch, dout, q, k, v, out)
+    lse = lse.unflatten(0, (batch, length)).transpose(1, 2)[..., None].contiguous()
+    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        of_out, *inputs, out, lse, unused, unused, None, None, None, length, length, 0.0, True, scale=scale
+    )
+    return tuple(x.transpose(1, 2).flatten(0, 1).contiguous() for x in grads)
 
 
 def flash_width(q, v, more=0):
