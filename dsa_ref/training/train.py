@@ -113,6 +113,9 @@ def main(arguments: list[str] | None = None) -> None:
         except (OSError, FloatingPointError) as error:  # a full disk, for one: the last state that was saved is whole
             show.say("")
             sys.exit(f"{parser.prog}: error: at step {run.done} of {run.stage}: {error}")
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            show.say("")
+            sys.exit(f"{parser.prog}: error: memory ran out in the stage {run.stage}; --micro 1 needs less: {error}")
 
 
 def _make_parser() -> argparse.ArgumentParser:

@@ -230,16 +230,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path):
     assert path.read_bytes() == saved
 
 
-def test_a_disk_that_fills_later_ends_the_command_in_one_line(tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "at step 2 of dense: [Errno 28] No space left on device"),
+        (torch.OutOfMemoryError("no more"), "memory ran out in the stage dense; --micro 1 needs less: no more"),
+    ],
+)
+def test_what_fails_later_ends_the_command_in_one_line(error, said, tmp_path, monkeypatch):
+    def fail(*_):
+        raise error
 
-    monkeypatch.setattr(run_module, "save_state", full)
+    monkeypatch.setattr(run_module, "save_state", fail)
     with pytest.raises(SystemExit) as stopped:
         train.main(command(tmp_path))
-    assert stopped.value.code == (
-        "python -m dsa_ref.training.train: error: at step 2 of dense: [Errno 28] No space left on device"
-    )
+    assert stopped.value.code == f"python -m dsa_ref.training.train: error: {said}"
 
 
 def test_progress_is_one_line_on_a_terminal_and_few_lines_elsewhere(capsys, monkeypatch):
