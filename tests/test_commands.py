@@ -18,7 +18,7 @@ from dsa_ref.long_context import __main__ as long_context
 from dsa_ref.long_context import run as long_context_run
 from dsa_ref.nn import ModelConfig, SmallModel
 from dsa_ref.nn.model import save_small_model
-from dsa_ref.training import evaluate, train
+from dsa_ref.training import compare, evaluate, train
 from dsa_ref.training.corpus import held_out_windows
 
 
@@ -32,6 +32,7 @@ def commands():
         "train weights": (train.main, ["--log", "log.json"], "--weights"),
         "train log": (train.main, ["--weights", "w.safetensors"], "--log"),
         "train state": (train.main, ["--weights", "w.safetensors", "--log", "log.json"], "--state"),
+        "compare": (compare.main, [], "--log"),
         "evaluate": (evaluate.main, [], "--log"),
         "traps": (traps.main, [], "--log"),
         "long context": (long_context.main, [], "--log"),
@@ -53,7 +54,12 @@ def refused(monkeypatch, tmp_path, capsys):
     def nothing(*_, **__):
         raise AssertionError("work began")
 
-    for module, name in ((train, "load_corpus"), (evaluate, "load_small_model"), (traps, "load_corpus")):
+    for module, name in (
+        (train, "load_corpus"),
+        (compare, "load_corpus"),
+        (evaluate, "load_small_model"),
+        (traps, "load_corpus"),
+    ):
         monkeypatch.setattr(module, name, nothing)
     monkeypatch.setattr(long_context_run, "make_subject", nothing)
     monkeypatch.setattr(traps, "run_tests", nothing)
@@ -94,6 +100,7 @@ COUNTS = [
     ("train log", ["--length", "-1"], "--length"),
     ("train log", ["--save-every", "0"], "--save-every"),
     ("train log", ["--micro", "0.5"], "--micro"),
+    ("compare", ["--asked", "0"], "--asked"),
     ("evaluate", ["--windows", "0"], "--windows"),
     ("evaluate", ["--k", "4", "0"], "--k"),
     ("traps", ["--windows", "none"], "--windows"),
@@ -119,6 +126,9 @@ OTHERS = [
     ("train log", ["--log", "x.json", "--state", "s", "--minutes", "nan"], "--minutes must be above 0"),
     ("train log", ["--log", "x.json", "--length", "64", "--k", "64"], "--k must be below --length 64"),
     ("train log", ["--log", "x.json", "--pairs", "-1"], "--pairs must be at least 0, got -1"),
+    ("compare", ["--log", "x.json", "--length", "64", "--k", "64"], "--k must be below --length 64"),
+    ("compare", ["--log", "x.json", "--merge", "missing.json"], "--merge must name logs of this program"),
+    ("compare", ["--log", "x.json", "--regimes", "dense", "sparse"], "--regimes: invalid choice: 'sparse'"),
     ("evaluate", ["--log", "x.json", "--length", "100", "--k", "4", "100"], "--k must be below --length 100"),
     ("long context", ["--decode", "-1"], "decode must be at least 0, got -1"),
     ("long context", ["--device", "meta"], "--device must be one that torch can use here, got meta"),

@@ -297,6 +297,9 @@ def main(arguments: list[str] | None = None) -> None:
         say = functools.partial(print, file=sys.stderr, flush=True)
         try:
             done = run(comparison, options.log, options.state, origin, options.regimes, ends, given, say)
+        except KeyboardInterrupt:
+            say("interrupted: what is finished is in the log, and the same command goes on from there")
+            sys.exit(130)
         except (OSError, FloatingPointError) as error:  # a full disk, for one: the log before is whole
             sys.exit(f"{parser.prog}: error: {error}")
     print(report(json.loads(options.log.read_text(encoding="utf-8"))["runs"]))
