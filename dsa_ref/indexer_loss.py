@@ -90,7 +90,7 @@ def indexer_loss(
     H, D = (0, 0) if q is None else q.shape[1:]
     start, end = row_ranges(T, S, q_idx.device, start, end)
     q, kv, lse, target = (None if x is None else x.detach().float() for x in (q, kv, lse, target))
-    total, alive = torch.zeros((), device=q_idx.device), 0
+    total, alive = torch.zeros((), dtype=torch.float32, device=q_idx.device), 0
     per_pair, per_index = 4 * (Hi + H), 4 * (D + Di + Hi + H)  # four of them live at once in the backward pass
     for rows, keys, lists, mask, given in _blocks(indices, start, end, S, per_pair, per_index, target):
         p = given

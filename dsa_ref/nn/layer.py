@@ -60,6 +60,11 @@ class Ops(Protocol):
     sparse_attention: Callable
 
 
+@functools.lru_cache(maxsize=16)  # reading a signature takes longer than launching a kernel
+def _takes_probe(attention: Callable) -> bool:
+    return "probe" in inspect.signature(attention).parameters
+
+
 class DSALayer(nn.Module):
     """V3.2's attention layer on packed tokens [T, dim].
 
@@ -231,7 +236,7 @@ class DSALayer(nn.Module):
     def _probe(self, step) -> dict:
         """{"probe": what will receive the indexer's target}, where a backward pass can come and `ops` knows probes."""
         learns = torch.is_grad_enabled() and (step["q"].requires_grad or step["kv"].requires_grad)
-        if not learns or "probe" not in inspect.signature(self.ops.sparse_attention).parameters:
+        if not learns or not _takes_probe(self.ops.sparse_attention):
             return {}
         indices = step["indices"]
         return {"probe": torch.zeros(indices.shape, device=indices.device, requires_grad=True)}

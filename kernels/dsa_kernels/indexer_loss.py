@@ -11,14 +11,12 @@ from torch import Tensor
 
 from dsa_ref.contracts import check_indexer_loss, row_ranges, values_readable
 
+from . import runtime
 from .runtime import FLOATS, cdiv, check_runnable, dispatched, wants_gradient
 from .sorted_sums import add_rows, sort_by_key
 from .sparse_attention import check_scale_in_base_2
 from .teach import attention, kl
 from .teach.walk import ALIGN
-
-PAIRS_AT_ONCE = 1 << 26  # of a block of rows: p and dI, in fp32 256 MiB each
-ROWS_AT_ONCE = 1 << 29  # numbers in the rows of dk_idx that the sparse stage adds up: in bf16 1 GiB
 
 
 def indexer_loss(
@@ -79,7 +77,7 @@ def loss_and_gradients(q_idx, k_idx, w, q, kv, scale, indices, start, end, lse, 
         width, per_row = _width(start, end, S), 0
     else:
         width, per_row = indices.shape[1], indices.shape[1] * Di if wanted else 0
-    at_once = max(1, min(PAIRS_AT_ONCE // width, ROWS_AT_ONCE // per_row if per_row else T))
+    at_once = max(1, min(runtime.PAIRS_AT_ONCE // width, runtime.SHARES_AT_ONCE // per_row if per_row else T))
     for first in range(0, T, at_once):
         part = slice(first, first + at_once)
         here = q_idx[part], k_idx, w[part], None if indices is None else indices[part], start[part], end[part]

@@ -6,6 +6,7 @@ In README.md a table stands between `<!-- table: name -->` and `<!-- end of tabl
 import re
 
 from dsa_ref import records
+from dsa_ref.training import results
 
 README = records.figures_folder().parent / "README.md"
 SHAPES = {  # a step of h200.json and h100.json -> (what it is called here, its shapes)
@@ -83,7 +84,7 @@ def decode() -> str:
     return table(["context", "DSA, µs", "dense, µs", "times quicker", "times fewer bytes"], rows)
 
 
-def training() -> str:
+def training_kernels() -> str:
     """The kernels of training, two tables for each of the records that are there."""
     files = [file for file in TRAINING if (records.figures_folder() / file).is_file()]
     return "\n\n".join(trained(file, records.read(file)["steps"]) for file in files)
@@ -209,7 +210,40 @@ def cell(result, what) -> str:
     return f"{(result['peak_bytes'] - result['held_bytes']) / 2**20:.0f}"
 
 
-TABLES = {"layer": layer, "kernels": kernels, "decode": decode, "training": training, "models": models}
+def training() -> str:
+    """What each way to select comes to, a table for each of the records of training that are there."""
+    return "\n\n".join(regimes(file, results.read_runs(file)) for file in results.recorded())
+
+
+def regimes(file, runs) -> str:
+    """How the runs of one record were made, and the table of their regimes: mean and range over the seeds."""
+    made, plan = runs[0]["provenance"], runs[0]["plan"]
+    dense, warm, last = plan["steps"]
+    lines = [
+        f"*{made['device']}, torch {made['torch']}, triton {made['triton']} ([`{file}`](figures/{file}),",
+        f"`{made['command']}`); seeds {', '.join(str(run['seed']) for run in runs)}, {dense} steps of dense",
+        f"training, {warm} of warm-up, {last} of the last stage, of {plan['batch']} windows of {plan['length']} bytes",
+        f"each; k = {plan['k']}, {plan['windows']} held-out windows. Mean, and range over the seeds.*",
+        "",
+    ]
+    digits = {"loss": 4, "ratio": 4, "error": 4, "worst": 4, "needles": 3, "recall": 3}
+    rows = [
+        [f"DSA, {name}" if name in results.PRECISIONS else name]
+        + [results.spread([getattr(run, column) for run in found], places) for column, places in digits.items()]
+        for name, found in results.rows(runs).items()
+    ]
+    heads = ["regime", "loss", "to dense", "its error", "largest of a part", "needles", "mass, of the oracle's"]
+    return "\n".join([*lines, table(heads, rows)])
+
+
+TABLES = {
+    "layer": layer,
+    "kernels": kernels,
+    "decode": decode,
+    "training_kernels": training_kernels,
+    "models": models,
+    "training": training,
+}
 
 
 def written(text) -> str:
