@@ -98,7 +98,7 @@ def trained(file, steps) -> str:
     rows = []
     for (step, case), results in found.items():
         if step == "backward":
-            ours = results["sorted"]
+            ours = results.get("sorted", {})
             right = [results[who]["ms"] for who in others if results.get(who, {}).get("verdict") == "right"]
             times = f"{min(right) / ours['ms']:.2f}" if right and "ms" in ours else ""
             cells = [milliseconds(results.get(who)) for who in ("sorted", "atomic", *others, *DENSE)]

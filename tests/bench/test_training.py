@@ -12,6 +12,7 @@ from conftest import NEEDS_TRITON
 import dsa_ref
 from dsa_ref import cost
 from dsa_ref.config import V32
+from notebooks.maintain import tables
 
 pytestmark = pytest.mark.skipif(not rungs.has_triton(), reason=NEEDS_TRITON)
 
@@ -237,6 +238,32 @@ def test_the_record_grows_case_by_case_and_a_wrong_one_of_ours_counts(bench, tim
     assert rows[0]["results"]["sorted"]["memory_bytes"] == 5
     cases["backward"]["b"] = lambda: run.Case({"sorted": call, "theirs": dataclasses.replace(wrong, ours=False)}, "")
     assert not main.measured(*given, cases, watch=lambda call: 5)  # a peer's fault is no fault of ours
+
+
+def test_the_readme_s_tables_of_a_record():
+    """The fastest right one counts; who is missing, wrong or failed says so; losses stand beside their backward."""
+    run = {"verdict": "right", "note": "", "memory_bytes": 3 << 30, "rate": 400.0, "ours": True}
+    results = {
+        "sorted": run | {"ms": 10.0}, "atomic": run | {"ms": 9.0}, "TileLang": run | {"ms": 30.0},
+        "TileLang, miles": run | {"ms": 20.0, "verdict": "WRONG"}, "torch, gather": {"verdict": "failed", "note": ""},
+        "KL, target given": run | {"ms": 1.5},
+    }  # fmt: skip
+    warm_up = {"KL, dense": run | {"ms": 8.0}, "dense MHA, flash": run | {"ms": 4.0}}
+    step = {"sparse": run | {"ms": 40.0}, "sparse, reference": {"verdict": "failed", "note": "no memory"}}
+    made = {"device": "NVIDIA H100", "torch": "2", "triton": "3", "command": "python -m dsa_bench.training"}
+    steps = {
+        name: {"provenance": made, "rows": [{"case": case, "results": found}]}
+        for name, case, found in (("backward", "4K", results), ("warm-up", "8K", warm_up), ("layer", "T", step))
+    }
+    text = tables.trained("training_kernels_h100.json", steps)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert rows[2] == ["4K", "10.00", "400", "3.0", "9.00", "30.00", "20.00, wrong", "failed", "3.00", "", ""]
+    assert rows[5:] == [
+        ["KL, target given, 4K", "1.50", "0.15", "sparse attention's backward", "3.0"],
+        ["KL, dense, 8K", "8.00", "2.00", "dense MHA, flash, backward", "3.0"],
+        ["a layer's step, sparse, T", "40.00", "1.00", "the sparse step", "3.0"],
+        ["a layer's step, sparse, reference, T", "failed", "", "the sparse step", ""],
+    ]
 
 
 def test_arguments(bench, capsys, monkeypatch):
