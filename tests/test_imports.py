@@ -103,7 +103,7 @@ TABLE = [
         "dsa_ref.training.*",
         "dsa_ref dsa_ref.config dsa_ref.precision dsa_ref.contracts dsa_ref/step dsa_ref.testing dsa_ref.records "
         "dsa_ref.nn.* dsa_ref.training.*",
-        "torch",
+        "torch safetensors ?",  # dsa_kernels, where the command line asks for them
     ),
     Row(
         "dsa_ref.long_context.*",
@@ -204,7 +204,7 @@ TABLE = [
         "dsa_bench.*",
         "dsa_ref dsa_ref.nn dsa_ref.training dsa_ref.testing dsa_ref.cost dsa_ref.records "
         "dsa_ref.integrations.transformers dsa_kernels.* dsa_bench.*",
-        "numpy torch triton transformers deep_gemm",
+        "numpy torch triton transformers deep_gemm tilelang",
     ),
     # the course, which nothing but notebooks, tests and maintain imports
     Row("dsa_course.*", "dsa_ref.* dsa_kernels.* dsa_course.*", "numpy torch matplotlib ipywidgets IPython PIL"),

@@ -1,7 +1,7 @@
 """Both equations of the indexer's loss with their gradients, in blocks of rows: nothing of size [T, S] is ever held.
 
 A block of rows goes through four kernels: p, attention's mean probability of each pair, unless it is given
-(`teach.attention`); the rows' losses and log-sum-exps; dI = softmax(I) - p with dq_idx and w's gradient; dk_idx
+(`teach.attention`); the rows' scores, losses and log-sum-exps; by dI = softmax(I) - p dq_idx and w's gradient; dk_idx
 (`teach.kl`). The forward pass computes the gradients too where they are wanted, so that p is computed once; the
 backward pass multiplies them by what comes from above. No float atomics: repeats give the same bits.
 """
@@ -82,10 +82,12 @@ def loss_and_gradients(q_idx, k_idx, w, q, kv, scale, indices, start, end, lse, 
         part = slice(first, first + at_once)
         here = q_idx[part], k_idx, w[part], None if indices is None else indices[part], start[part], end[part]
         p = _target(q, kv, scale, *here[3:], lse, part, width) if target is None else target[part]
-        kl_of_rows[part], lse_of_scores, mass, alive[part] = kl.rows(*here, p)
+        scores = torch.empty(p.shape, dtype=torch.float32, device=p.device) if wanted else None
+        kl_of_rows[part], lse_of_scores, mass, alive[part] = kl.rows(*here, p, scores)
         if wanted:
-            row = here, p, lse_of_scores, mass, dq[part], dw[part]
-            _add_sparse(*row, dk) if indices is not None else _add_dense(*row, dk)
+            pairs = p, scores, lse_of_scores, mass
+            add = _add_dense if indices is None else _add_sparse
+            add(here, pairs, dq[part], dw[part], dk)
     dk = None if dk is None else dk.to(k_idx.dtype)
     return kl_of_rows.sum(), alive.sum(), dq, dk, dw
 
@@ -110,21 +112,21 @@ def _target(q, kv, scale, indices, start, end, lse, part, width):
     return p
 
 
-def _add_dense(here, p, lse, mass, dq, dw, dk):
+def _add_dense(here, pairs, dq, dw, dk):
+    """Write dq and dw of a block of rows, and add what its rows give to dk."""
     q_idx, k_idx, w, _, start, end = here
-    dscores = torch.empty_like(p)
-    kl.queries(*here, p, lse, mass, dq, dw, dscores, None)
-    kl.keys(q_idx, k_idx, w, start, end, dscores, dk)
+    kl.queries(*here, *pairs, dq, dw, None)
+    kl.keys(q_idx, k_idx, w, start, end, *pairs, dk)
 
 
-def _add_sparse(here, p, lse, mass, dq, dw, dk):
+def _add_sparse(here, pairs, dq, dw, dk):
     q_idx, _, _, indices, start, end = here
     (T, k), S = indices.shape, len(dk)
     exact = q_idx.dtype == torch.float32
-    rows = torch.empty(T * k, dk.shape[1], dtype=torch.float32 if exact else torch.bfloat16, device=dk.device)
-    kl.queries(*here, p, lse, mass, dq, dw, None, rows)
+    shares = torch.empty(T * k, dk.shape[1], dtype=torch.float32 if exact else torch.bfloat16, device=dk.device)
+    kl.queries(*here, *pairs, dq, dw, shares)
     seen = (indices >= start[:, None]) & (indices < end[:, None])
-    add_rows(rows, *sort_by_key(torch.where(seen, indices, -1).flatten(), S), dk)
+    add_rows(shares, *sort_by_key(torch.where(seen, indices, -1).flatten(), S), dk)
 
 
 def _without_gaps(indices, target, width):

@@ -1,8 +1,11 @@
 """What the gradient of sparse attention takes beside its products: delta, and the sum of the rows of each key.
 
 A key's gradient is a sum over all queries that selected it. Added up by atomics, it would depend on who comes first. So
-each place of each list has a row of its own; a stable sort of the lists says which places hold a key, and one program
+each place of each list has a row of its own, the places that hold a key are listed in ascending order, and one program
 adds up their rows in that order, in fp32.
+
+The lists of places are a counting sort. A list of 32 bits for each key and 32 queries says who selected it. What stands
+before a place is then the number of smaller keys' places, of this key's in earlier queries, and of bits below.
 """
 
 import torch
@@ -38,17 +41,60 @@ def deltas(out, dout, dlse):
     return delta
 
 
+@triton.jit
+def _popcount(x):
+    """How many of an int32's bits are set. The interpreter has no instruction for it."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + ((x >> 4) & 0x0F0F0F0F)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24) & 0x3F
+
+
+@triton.jit
+def _mark(lists_ptr, marks_ptr, n, k, S, BLOCK: tl.constexpr):
+    """Set bit t % 32 of marks[t // 32, s] for each s in list t."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    s, t = tl.load(lists_ptr + i, i < n, -1), i // k
+    tl.atomic_or(marks_ptr + (t // 32).to(tl.int64) * S + s, 1 << (t % 32), s >= 0, sem="relaxed")
+
+
+@triton.jit
+def _count(marks_ptr, before_ptr, totals_ptr, groups, S, BLOCK: tl.constexpr):
+    """before[group, s]: the bits of s in the groups before; totals[s]: in all."""
+    s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.int32)
+    for group in range(groups):
+        place = tl.cast(group, tl.int64) * S + s
+        tl.store(before_ptr + place, total, s < S)
+        total += _popcount(tl.load(marks_ptr + place, s < S, 0))
+    tl.store(totals_ptr + s, total, s < S)
+
+
+@triton.jit
+def _place(lists_ptr, marks_ptr, before_ptr, bounds_ptr, order_ptr, n, k, S, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    s, t = tl.load(lists_ptr + i, i < n, -1), i // k
+    there, place = s >= 0, (t // 32).to(tl.int64) * S + s
+    earlier = tl.load(marks_ptr + place, there, 0) & ((1 << (t % 32)) - 1)
+    before = tl.load(bounds_ptr + s, there, 0) + tl.load(before_ptr + place, there, 0) + _popcount(earlier)
+    tl.store(order_ptr + before, i, there)
+
+
 def places_of_keys(lists, S):
     """Which places of the lists [T, k] hold key s: order[bounds[s] : bounds[s + 1]], numbers t · k + j, ascending.
 
-    order int64 [T · k], bounds int32 [S + 1].
+    order int32 [T · k], of which as many are used as the lists have keys; bounds int32 [S + 1].
     """
-    flat = lists.reshape(-1)
-    if S <= 1 << 15:
-        flat = flat.to(torch.int16)  # half of the sort's rounds
-    keys, order = flat.sort(stable=True)  # -1 first
-    before = torch.arange(-1, S, dtype=keys.dtype, device=keys.device)
-    bounds = torch.searchsorted(keys, before, right=True, out_int32=True)
+    (T, k), groups = lists.shape, cdiv(len(lists), 32)
+    new = {"dtype": torch.int32, "device": lists.device}
+    marks, before, bounds = torch.zeros(groups, S, **new), torch.empty(groups, S, **new), torch.zeros(S + 1, **new)
+    totals, order = torch.empty(S, **new), torch.empty(T * k, **new)
+    block, keys = (65536, next_power_of_2(S)) if INTERPRETED else (1024, 128)
+    many = cdiv(T * k, block)
+    _mark[(many,)](lists, marks, T * k, k, S, BLOCK=block)
+    _count[(cdiv(S, keys),)](marks, before, totals, groups, S, BLOCK=keys)
+    torch.cumsum(totals, dim=0, dtype=torch.int32, out=bounds[1:])
+    _place[(many,)](lists, marks, before, bounds, order, T * k, k, S, BLOCK=block)
     return order, bounds
 
 
@@ -57,8 +103,8 @@ def _sum_rows(
     rows_ptr, order_ptr, bounds_ptr, kept_ptr, dkv_ptr, D,
     R: tl.constexpr, A: tl.constexpr, B: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """The rows of one key's places, R at a time: A columns and, where B > 0, the rest in B. kept: fp32 [S, D], the sums
-    so far unless FIRST, and after unless LAST, when they are rounded to dkv."""
+    """The rows of one key's places, R at a time: A <= D columns and, where B > 0, the rest in B. kept: fp32 [S, D], the
+    sums so far unless FIRST, and after unless LAST, when they are rounded to dkv."""
     s, i = tl.program_id(0).to(tl.int64), tl.arange(0, R)
     a, b = tl.arange(0, A), A + tl.arange(0, max(B, 1))
     last = tl.load(bounds_ptr + s + 1)
@@ -66,7 +112,7 @@ def _sum_rows(
     for at in range(tl.load(bounds_ptr + s), last, R):
         there = (at + i < last)[:, None]
         row = rows_ptr + tl.load(order_ptr + at + i, at + i < last, 0).to(tl.int64)[:, None] * D
-        of_a += tl.load(row + a[None, :], there & (a < D)[None, :], 0.0).to(tl.float32)
+        of_a += tl.load(row + a[None, :], there, 0.0).to(tl.float32)
         if B > 0:
             of_b += tl.load(row + b[None, :], there & (b < D)[None, :], 0.0).to(tl.float32)
     _finish(tl.sum(of_a, axis=0), a, kept_ptr + s * D, dkv_ptr + s * D, D, FIRST, LAST)

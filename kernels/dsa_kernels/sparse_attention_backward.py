@@ -6,7 +6,7 @@
     sums       one key: the rows of all places that hold it, in their order, added up in fp32 (`key_sums`)
 
 `key_sums` says why rows are written, and not added to dkv at once. `sums="atomic"` does that: it saves the rows' memory
-and the sort, and gives up the same bits.
+and the order, and gives up the same bits.
 
 The memory of P, dS and rows is bounded by `runtime.GRADIENTS_AT_ONCE`: so many queries go through the four kernels
 together, and between one lot and the next the sums are kept in fp32.
@@ -195,7 +195,7 @@ def launch_portable(q, kv, lists, scale, v_dim, lse, dout, delta, sorted_sums, d
     list_places = min(next_power_of_2(k), 65536 if INTERPRETED else 2048)
     dot = getattr(tl, TRITON_NAMES[dot_dtype(q)])
     narrow = q.dtype == torch.bfloat16
-    row_bytes = D * (2 if narrow else 4) + 16 if sorted_sums else 0  # with the sort's keys and places
+    row_bytes = D * (2 if narrow else 4) + 4 if sorted_sums else 0  # with its place in the sums' order
     n = max(1, min(T, runtime.GRADIENTS_AT_ONCE // (k * (2 * H * q.itemsize + row_bytes))))
     new = {"dtype": torch.float32, "device": q.device}
     p, ds = (torch.empty(n, H, k, dtype=q.dtype, device=q.device) for _ in range(2))

@@ -111,6 +111,12 @@ def check(launches, number):
             steps = ("index_scores", "sparse_attention", "sparse_attention_backward")
             assert {f"{step} {size} torch.{dtype} portable" for step in steps} <= cases
 
+    if number == 90:  # the kernel book's last line of the memory map
+        chapter = (ROOT / "kernels" / "book" / "sparse_attention_backward.md").read_text(encoding="utf-8")
+        for name in ("backward_query._query_pass", "backward_keys._key_pass"):
+            most = max(one["shared"] for one in launches if one["kernel"].endswith(name))
+            assert f"**{most:,}**" in chapter, (name, most)
+
     def too_many(key, limit):
         return [(one["kernel"], one["case"], one[key]) for one in launches if one[key] > limit(one)]
 

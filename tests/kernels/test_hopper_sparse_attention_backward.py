@@ -15,6 +15,7 @@ import dsa_ref
 from dsa_ref.testing import relative_error
 
 ROOT = pathlib.Path(__file__).parents[2]
+CHAPTER = ROOT / "kernels" / "book" / "sparse_attention_backward.md"
 SCALE = 192**-0.5
 ROUNDED = 6e-3  # ||error|| / ||right||: P, dS and rows go through bf16
 
@@ -123,6 +124,15 @@ def test_full_size_is_right_and_the_same_bits_each_time(device, H):
     rows = torch.arange(0, T, 257, device=device)
     dq, _, target = exact({n: x[rows] if n not in ("kv", "scale", "v_dim") else x for n, x in given.items()})
     assert relative_error(first[0][rows], dq) < ROUNDED and relative_error(first[2][rows], target) < 1e-4
+
+
+def test_memory_map_of_the_chapter_adds_up():
+    """`test_compile` compares the sums with the compiler's."""
+    text = CHAPTER.read_text(encoding="utf-8").partition("## Memory map")[2].partition("## Barriers")[0]
+    table = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    for column in (1, 3):
+        *parts, total = (int(row[column].replace(",", "")) for row in table[2:] if row[column])
+        assert len(parts) >= 4 and sum(parts) == total <= 232_448
 
 
 def test_queries_at_once_fill_the_card():

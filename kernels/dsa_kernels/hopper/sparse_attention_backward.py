@@ -2,7 +2,7 @@
 
     query pass   `backward_query`: 64 heads of a query. S, P, dP, dS, dq; P and dS go to memory in bf16
     key pass     `backward_keys`: all heads of a query, half of the columns. The rows Pᵀ · dout + dSᵀ · q, in bf16
-    sums         `key_sums`: the rows of each key, in the order of a stable sort, in fp32
+    sums         `key_sums`: the rows of each key, in the order of the queries, in fp32
 
 P and dS are computed once and read twice, since neither pass could hold the other's sums: dq of 64 heads and the rows
 of 64 keys have 36,864 numbers each, 288 a thread of a warpgroup, and a thread has 255 registers.
@@ -46,7 +46,7 @@ def cannot_serve(q, v_dim):
 
 def queries_at_once(T, H, k, sorted_sums, multiprocessors):
     """How many queries go through the passes together."""
-    bytes_of_one = k * (4 * H + 2 * H // 64 * 2 + (2 * D + 16 if sorted_sums else 0))  # 16: the sort's keys and places
+    bytes_of_one = k * (4 * H + 4 * H // 64 + (2 * D + 4 if sorted_sums else 0))  # P, dS; P's sums; row and place
     most = max(1, runtime.GRADIENTS_AT_ONCE // bytes_of_one)
     wave = max(1, multiprocessors // 2)  # both passes have two programs a query, or with 64 heads the key pass has
     return min(T, most - most % wave if most > wave else most)

@@ -1,10 +1,11 @@
 """The indexer's side of its loss: each row's KL(p || softmax(I)), then the gradients by the chain dI = softmax(I) - p.
 
-`rows` walks once over a row's keys: the log-sum-exp of I, and the KL as it goes, against the running maximum of I.
-`queries` walks again, computes dI and from it dq_idx and w's gradient. With M[s, h] = (q[h] · k[s] > 0), the relu's
-derivative, and G[h] = sum over s of M[s, h] · dI[s] · k[s], they are dq[h] = w[h] · G[h] and dw[h] = q[h] · G[h].
-dk_idx sums over queries. In the warm-up `keys` owns a block of keys and walks over the queries, with dI from a buffer.
-In the sparse stage `queries` writes a row for each place of a list, and `sorted_sums` adds up those of each key.
+`rows` walks once over a row's keys: scores, their log-sum-exp, and the KL as it goes, against the running maximum of I.
+The scores go to a buffer, and so dI = exp(I - lse) · sum of p - p is a matter of two numbers a pair from there on.
+`queries` walks again. With M[s, h] = (q[h] · k[s] > 0), the relu's derivative, and G[h] = sum over s of M[s, h] · dI[s]
+· k[s], the gradients are dq[h] = w[h] · G[h] and dw[h] = q[h] · G[h].
+dk_idx sums over queries. In the warm-up `keys` owns a block of keys and walks over the queries. In the sparse stage
+`queries` writes a row for each place of a list, and `sorted_sums` adds up those of each key.
 
 Dot products are computed again in each walk, which costs less than to keep Hi numbers a pair. Products are of the
 inputs' type, but gradients of fp16 inputs are of bf16, as dI is far below what fp16 can hold; sums are fp32.
@@ -29,6 +30,13 @@ def _scores(dots, w, BK: tl.constexpr, BQ: tl.constexpr, HP: tl.constexpr):
 
 
 @triton.jit
+def _of_scores(scores_ptr, p_ptr, where, seen, lse, mass):
+    """dI of the pairs that lie there, 0 where a pair is not seen."""
+    scores, p = tl.load(scores_ptr + where, seen, 0.0), tl.load(p_ptr + where, seen, 0.0)
+    return tl.where(seen, tl.exp(scores - lse[None, :]) * mass[None, :] - p, 0.0)
+
+
+@triton.jit
 def _for_heads(x, BK: tl.constexpr, BQ: tl.constexpr, HP: tl.constexpr):
     """[BK, BQ] as [BK, BQ · HP]: each query's number for each of its heads."""
     return tl.reshape(tl.broadcast_to(x[:, :, None], [BK, BQ, HP]), [BK, BQ * HP])
@@ -36,10 +44,10 @@ def _for_heads(x, BK: tl.constexpr, BQ: tl.constexpr, HP: tl.constexpr):
 
 @triton.jit
 def _rows(
-    q_ptr, k_ptr, w_ptr, indices_ptr, start_ptr, end_ptr, p_ptr, kl_ptr, lse_ptr, mass_ptr, alive_ptr,
+    q_ptr, k_ptr, w_ptr, indices_ptr, start_ptr, end_ptr, p_ptr, scores_ptr, kl_ptr, lse_ptr, mass_ptr, alive_ptr,
     T, S, Hi, Di, k, width,
     HP: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-    DOT: tl.constexpr, LISTS: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, LISTS: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first_t = tl.program_id(0).to(tl.int64) * BQ
     t, d = first_t + tl.arange(0, BQ), tl.arange(0, DP)
@@ -64,6 +72,8 @@ def _rows(
         keys = tl.load(k_ptr + s[:, None].to(tl.int64) * Di + d[None, :], visible[:, None] & (d < Di)[None, :], 0.0)
         scores = _scores(tl.dot(keys.to(DOT), q, input_precision="ieee"), w, BK, BQ, HP)
         seen, where = numbers_at(places, s, t, start, end, width, LISTS)
+        if KEEP:
+            tl.store(scores_ptr + where, scores, seen)
         scores = tl.where(seen, scores, float("-inf"))
         p = tl.load(p_ptr + where, seen, 0.0)
         new_m = tl.maximum(m, scores)
@@ -89,8 +99,8 @@ def _rows(
 
 @triton.jit
 def _queries(
-    q_ptr, k_ptr, w_ptr, indices_ptr, start_ptr, end_ptr, p_ptr, lse_ptr, mass_ptr, dq_ptr, dw_ptr, dscores_ptr,
-    dk_rows_ptr, T, S, Hi, Di, k, width,
+    q_ptr, k_ptr, w_ptr, indices_ptr, start_ptr, end_ptr, p_ptr, scores_ptr, lse_ptr, mass_ptr, dq_ptr, dw_ptr,
+    shares_ptr, T, S, Hi, Di, k, width,
     HP: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     DOT: tl.constexpr, GRAD: tl.constexpr, LISTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -107,26 +117,23 @@ def _queries(
     loaded = tl.load(q_ptrs, q_there, 0.0)
     w = tl.load(w_ptr + row * Hi + h, real, 0.0).to(tl.float32)
     q = tl.trans(loaded.to(DOT))
-    q_grad = loaded.to(GRAD)
+    if LISTS:
+        weighted_q = round_to(loaded.to(tl.float32) * w[:, None], GRAD)
     gathered = tl.zeros([BQ * HP, DP], tl.float32)  # G
     for j0 in tl.range(first, last, BK, num_stages=STAGES):
         places = j0 + tl.arange(0, BK)
         s = keys_at(places, indices_ptr, first_t, k, LISTS)
         visible = (s >= low) & (s < high)
         keys = tl.load(k_ptr + s[:, None].to(tl.int64) * Di + d[None, :], visible[:, None] & (d < Di)[None, :], 0.0)
-        dots = tl.dot(keys.to(DOT), q, input_precision="ieee")
-        scores = _scores(dots, w, BK, BQ, HP)
         seen, where = numbers_at(places, s, t, start, end, width, LISTS)
-        p = tl.load(p_ptr + where, seen, 0.0)
-        dscores = tl.where(seen, tl.exp(scores - lse[None, :]) * mass[None, :] - p, 0.0)
-        gated = tl.where(dots > 0, _for_heads(dscores, BK, BQ, HP), 0.0)
-        gathered = tl.dot(tl.trans(round_to(gated, GRAD)), keys.to(GRAD), gathered, input_precision="ieee")
+        of_scores = _for_heads(_of_scores(scores_ptr, p_ptr, where, seen, lse, mass), BK, BQ, HP)
+        dots = tl.dot(keys.to(DOT), q, input_precision="ieee")
+        gated = round_to(tl.where(dots > 0, of_scores, 0.0), GRAD)
+        gathered = tl.dot(tl.trans(gated), keys.to(GRAD), gathered, input_precision="ieee")
         if LISTS:
-            dk = tl.dot(round_to(gated * w[None, :], GRAD), q_grad, input_precision="ieee")
-            dk_ptrs = dk_rows_ptr + (first_t * k + places)[:, None] * Di + d[None, :]
-            tl.store(dk_ptrs, round_to(dk, dk_rows_ptr.dtype.element_ty), (places < k)[:, None] & (d < Di)[None, :])
-        else:
-            tl.store(dscores_ptr + where, dscores, seen)
+            share = round_to(tl.dot(gated, weighted_q, input_precision="ieee"), shares_ptr.dtype.element_ty)
+            share_ptrs = shares_ptr + (first_t * k + places)[:, None] * Di + d[None, :]
+            tl.store(share_ptrs, share, (places < k)[:, None] & (d < Di)[None, :])
     # Rows that see nothing get zeros, whatever they hold.
     lively = tl.load(start_ptr + row, row < T, 0) < tl.load(end_ptr + row, row < T, 0)
     dq = tl.where(lively[:, None], gathered * w[:, None], 0.0)
@@ -137,7 +144,7 @@ def _queries(
 
 @triton.jit
 def _keys(
-    q_ptr, k_ptr, w_ptr, start_ptr, end_ptr, lows_ptr, highs_ptr, dscores_ptr, out_ptr,
+    q_ptr, k_ptr, w_ptr, start_ptr, end_ptr, lows_ptr, highs_ptr, p_ptr, scores_ptr, lse_ptr, mass_ptr, out_ptr,
     T, S, Hi, Di, width, groups,
     HP: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, LOOK: tl.constexpr,
     DOT: tl.constexpr, GRAD: tl.constexpr, STAGES: tl.constexpr,
@@ -170,9 +177,10 @@ def _keys(
         t = (g * BQ + tl.arange(0, BQ)).to(tl.int64)
         start, end = tl.load(start_ptr + t, t < T, 0), tl.load(end_ptr + t, t < T, 0)
         seen, where = numbers_at(s, s, t, start, end, width, False)
-        dscores = tl.load(dscores_ptr + where, seen, 0.0)
+        lse, mass = tl.load(lse_ptr + t, t < T, 0.0), tl.load(mass_ptr + t, t < T, 0.0)
+        of_scores = _for_heads(_of_scores(scores_ptr, p_ptr, where, seen, lse, mass), BK, BQ, HP)
         dots = tl.dot(keys, tl.trans(q.to(DOT)), input_precision="ieee")
-        gated = tl.where(dots > 0, _for_heads(dscores, BK, BQ, HP) * w[None, :], 0.0)
+        gated = tl.where(dots > 0, of_scores * w[None, :], 0.0)
         dk = tl.dot(round_to(gated, GRAD), q.to(GRAD), dk, input_precision="ieee")
     out = out_ptr + (tl.program_id(1) * S + s)[:, None].to(tl.int64) * Di + d[None, :]
     tl.store(out, dk, k_there)
@@ -201,7 +209,7 @@ def tiles(card, HP, DP, size, lists, gradients):
             BK //= 2
         else:
             raise ValueError(cards.too_wide("q_idx", f"{HP} heads of {DP} dims", shared_memory(), card))
-    return max(1, columns // HP), BK, 8 if columns > 64 or size == 4 else 4, stages
+    return max(1, columns // HP), BK, 8 if columns > 128 or size == 4 else 4, stages
 
 
 def _launch_options(q_idx, lists, gradients):
@@ -216,43 +224,46 @@ def _launch_options(q_idx, lists, gradients):
     return options
 
 
-def rows(q_idx, k_idx, w, indices, start, end, p):
-    """(KL, log-sum-exp of I, sum of p, whether it sees a key) of each row, [T] each; p [T, width] as in `walk`."""
+def rows(q_idx, k_idx, w, indices, start, end, p, scores):
+    """(KL, log-sum-exp of I, sum of p, whether it sees a key) of each row, [T] each; p [T, width] as in `walk`, and so
+    scores, to be written, or None."""
     (T, Hi, Di), S, lists = q_idx.shape, len(k_idx), indices is not None
     kl, lse, mass = (torch.empty(T, dtype=torch.float32, device=q_idx.device) for _ in range(3))
     alive = torch.empty(T, dtype=torch.int32, device=q_idx.device)
     options = _launch_options(q_idx, lists, gradients=False)
     _rows[(cdiv(T, options["BQ"]),)](
-        q_idx, k_idx, w, indices if lists else start, start, end, p, kl, lse, mass, alive,
-        T, S, Hi, Di, indices.shape[1] if lists else 0, p.shape[1], LISTS=lists, **options,
+        q_idx, k_idx, w, indices if lists else start, start, end, p, p if scores is None else scores,
+        kl, lse, mass, alive, T, S, Hi, Di, indices.shape[1] if lists else 0, p.shape[1],
+        LISTS=lists, KEEP=scores is not None, **options,
     )  # fmt: skip
     return kl, lse, mass, alive
 
 
-def queries(q_idx, k_idx, w, indices, start, end, p, lse, mass, dq, dw, dscores, dk_rows):
-    """Write dq [T, Hi, Di] and dw [T, Hi], and dI into dscores, as p, or in the sparse stage dk_rows [T · k, Di]."""
+def queries(q_idx, k_idx, w, indices, start, end, p, scores, lse, mass, dq, dw, shares):
+    """Write dq [T, Hi, Di] and dw [T, Hi], and in the sparse stage what each place of a list gives to its key's dk, as
+    a row of shares [T · k, Di]."""
     (T, Hi, Di), S, lists = q_idx.shape, len(k_idx), indices is not None
     options = _launch_options(q_idx, lists, gradients=True)
     _queries[(cdiv(T, options["BQ"]),)](
-        q_idx, k_idx, w, indices if lists else start, start, end, p, lse, mass, dq, dw,
-        lse if lists else dscores, dk_rows if lists else lse,
-        T, S, Hi, Di, indices.shape[1] if lists else 0, p.shape[1], LISTS=lists, **options,
+        q_idx, k_idx, w, indices if lists else start, start, end, p, scores, lse, mass, dq, dw,
+        shares if lists else lse, T, S, Hi, Di, indices.shape[1] if lists else 0, p.shape[1], LISTS=lists, **options,
     )  # fmt: skip
 
 
-def keys(q_idx, k_idx, w, start, end, dscores, dk):
+def keys(q_idx, k_idx, w, start, end, p, scores, lse, mass, dk):
     """Add the sums over these queries to dk, fp32 [S, Di]."""
     (T, Hi, Di), S = q_idx.shape, len(k_idx)
     options = _launch_options(q_idx, False, gradients=True)
     BQ, BK = options["BQ"], options["BK"]
     groups, blocks = cdiv(T, BQ), cdiv(S, BK)
+    busy = cdiv(min(S, T + p.shape[1]), BK)  # of these blocks: ranges of packed sequences lie next to each other
     some = start < end
     lows = torch.nn.functional.pad(torch.where(some, start, S), (0, groups * BQ - T), value=S).view(groups, BQ).amin(1)
     highs = torch.nn.functional.pad(torch.where(some, end, 0), (0, groups * BQ - T)).view(groups, BQ).amax(1)
-    parts = max(1, min(4 * multiprocessors(q_idx) // blocks, groups))  # of the queries, where keys are few
+    parts = max(1, min(4 * multiprocessors(q_idx) // busy, groups))  # of the queries, where keys are few
     sums = torch.empty(parts, S, Di, dtype=torch.float32, device=q_idx.device)
     _keys[(blocks, parts)](
-        q_idx, k_idx, w, start, end, lows, highs, dscores, sums, T, S, Hi, Di, dscores.shape[1], groups,
+        q_idx, k_idx, w, start, end, lows, highs, p, scores, lse, mass, sums, T, S, Hi, Di, p.shape[1], groups,
         LOOK=1024, **options,
     )  # fmt: skip
     for part in sums:  # in their order
