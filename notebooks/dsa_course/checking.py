@@ -269,8 +269,16 @@ def bits(x):
 
 
 def _kinds(given):
-    kinds = (f"{list(x.shape)}" if isinstance(x, (torch.Tensor, np.ndarray)) else repr(x) for x in given.values())
-    return ", ".join(kinds)
+    return ", ".join(map(_kind, given.values()))
+
+
+def _kind(x):
+    """A shape, the length of a dict, or the value itself where it is short."""
+    if isinstance(x, (torch.Tensor, np.ndarray)):
+        return f"{list(x.shape)}"
+    if isinstance(x, dict):
+        return f"a dict of {len(x)}"
+    return repr(x) if len(repr(x)) <= 100 else type(x).__name__
 
 
 def _argument_name(solution, name):

@@ -29,6 +29,7 @@ ODD = DSAConfig(  # no two sizes are equal, so none can stand for another; with 
     index_n_heads=5,
     index_head_dim=16,
     index_topk=7,
+    rope_factor=40.0,
 )
 TOLERANCE = 1e-4  # of the largest number of y
 FLIPPED = 0.1  # of the rows may keep another key, where a sum in another order moved a score over the threshold
@@ -48,11 +49,11 @@ def _real(seed, count, k=None):
     """(x [count, dim], weights, config) of a layer of the trained model on unseen text: the first, then the last."""
     number, config = (0, -1)[seed % 2], _trained().config.attention
     weights = {name: weight.clone() for name, weight in _trained().layers[number].self_attn.state_dict().items()}
-    return _text(seed, count)[number].clone(), weights, config if k is None else _with_k(config, k)
-
-
-def _with_k(config, k):
-    return dataclasses.replace(config, index_topk=k, rope_factor=config.rope_factor if config.yarn else 1.0)
+    return (
+        _text(seed, count)[number].clone(),
+        weights,
+        config if k is None else dataclasses.replace(config, index_topk=k),
+    )
 
 
 def _odd(seed, count):
@@ -95,12 +96,14 @@ def _expect_rows(got, expected, cause, suspects, flipped, first=0):
         cause = NOT_WRITTEN
     for suspicion, answer in suspects.items():
         answer = answer()
+        if answer.shape != expected.shape:
+            continue
         told_apart = _differ(answer, expected).double().mean() > flipped
-        if told_apart and answer.shape == got.shape and _differ(got, answer).double().mean() <= flipped:
+        if told_apart and _differ(got, answer).double().mean() <= flipped:
             cause = suspicion
             break
-    what = f"{int(wrong.sum())} of {len(wrong)} rows are wrong, the first is t={first + row}: number {place} is"
-    expect(False, f"{what} {unequal(got[row, place], expected[row, place])}", cause)
+    what = f"t={first + row}, number {place}: {unequal(got[row, place], expected[row, place])}"
+    expect(False, f"{what} ({int(wrong.sum())} of {len(wrong)} rows are wrong, first bad row named)", cause)
 
 
 def _differ(got, expected):
@@ -125,8 +128,8 @@ def _halves_swapped(built, ops):
 
 
 ATTENTION = {  # mistakes of MLA: they show even where every key is kept
-    "scale · q · k: the softmax scale, config.softmax_scale, is missing": lambda built, ops: (
-        built.q_b_proj.weight.mul_(1 / built.config.softmax_scale)
+    "scale · q · k: the softmax scale, config.softmax_scale, is missing": lambda built, ops: built.q_b_proj.weight.mul_(
+        1 / built.config.softmax_scale
     ),
     "the key-value latent is stored without its RMSNorm, kv_a_layernorm": lambda built, ops: setattr(
         built, "kv_a_layernorm", nn.Identity()
@@ -204,24 +207,15 @@ SELECTION = {  # mistakes of the indexer: they show only where keys are left out
 def _judge_layer(solution, given, cause, mistakes, flipped=0.0):
     x, weights, config = given
     got = solution(x, torch.arange(len(x)), weights, config)
-    suspects = {
-        why: functools.partial(_expected, x, weights, config, mistake) for why, mistake in mistakes.items()
-    }
+    suspects = {why: functools.partial(_expected, x, weights, config, mistake) for why, mistake in mistakes.items()}
     _expect_rows(got, _expected(x, weights, config), cause, suspects, flipped)
 
 
 @layer.property("shape")
 def layer_shape(solution):
     for seed, T in ((1, 1), (2, 9)):
-        x, weights, config = _odd(seed, T)
+        x, weights, config = _real(seed, T)
         expect_shape(solution(x, torch.arange(T), weights, config), (T, config.dim))
-
-
-@layer.property("attention")
-def layer_attention(solution):
-    for seed in (0, 1):  # at most k tokens: all are kept, so the indexer counts for nothing
-        cause = "wrong where every key is kept, so look at MLA: norms, RoPE, W_UK and W_UV, scale, o_proj"
-        _judge_layer(solution, _real(seed, 48), cause, ATTENTION)
 
 
 @layer.property("future")
@@ -233,15 +227,22 @@ def layer_future(solution):
         before, after = (tensor(solution(given, torch.arange(40), weights, config)) for given in (x, changed))
         expect_shape(after, x.shape)
         moved = _differ(after[:30].double(), before[:30].double()).nonzero().flatten().tolist()
-        what = f"t={moved[:1]}: got another row after tokens 30 to 39 were changed, expected the same"
+        what = f"t={min(moved, default=0)}: got another row after tokens 30 to 39 were changed, expected the same"
         expect(not moved, what, "your selection saw the future: hide keys s > t before you select")
+
+
+@layer.property("attention")
+def layer_attention(solution):
+    for seed in (0, 1):  # at most k tokens: all are kept, so the indexer counts for nothing
+        cause = "wrong where every key is kept, so look at MLA: norms, RoPE, W_UK and W_UV, scale, o_proj"
+        _judge_layer(solution, _real(seed, 48, k=64), cause, ATTENTION)
 
 
 @layer.property("selection")
 def layer_selection(solution):
     for seed in (0, 1):
         cause = "right where every key is kept, wrong where k are: look at the indexer, and at its FP8"
-        _judge_layer(solution, _real(seed, 160), cause, SELECTION | ATTENTION, FLIPPED)
+        _judge_layer(solution, _real(seed, 160, k=64), cause, SELECTION | ATTENTION, FLIPPED)
 
 
 @layer.property("other sizes")
@@ -278,7 +279,9 @@ def layer_in_the_gpt(solution):
             got, expected = model(tokens).argmax(dim=1), _trained()(tokens).argmax(dim=1)
         same = int((got == expected).sum())
         what = f"with your function in all layers: {same} of {len(tokens)} first guesses are the model's, expected 95 %"
-        expect(same >= 0.95 * len(tokens), what, "right in the layers tried, not in the others: is anything written in?")
+        expect(
+            same >= 0.95 * len(tokens), what, "right in the layers tried, not in the others: is anything written in?"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ cached
@@ -311,7 +314,11 @@ def _mistaken(given, sizes, restart=False, alone=False, early=False, peek=False,
         names = ("kv", "k_idx", "k_scale")
         if unturned:  # stored as they were before RoPE, and used so
             still = project(part, torch.zeros(T, dtype=torch.int64), weights, config)
-        old = [torch.cat((held, new[n])) for held, n in zip(kept, names, strict=True)] if kept else [new[n] for n in names]
+        old = (
+            [torch.cat((held, new[n])) for held, n in zip(kept, names, strict=True)]
+            if kept
+            else [new[n] for n in names]
+        )
         kv, k_idx, k_scale = [new[n] for n in names] if alone else old
         end = torch.full((T,), len(kv), dtype=torch.int32) if peek else None
         scores = dsa_ref.index_scores(new["q_idx"], k_idx, new["w"], k_scale, None, end)
@@ -321,14 +328,18 @@ def _mistaken(given, sizes, restart=False, alone=False, early=False, peek=False,
             left = indices[-1][indices[-1] >= 0].long()
             old = [held[left] for held in old]
         elif unturned:
-            old = [torch.cat((held, still[n])) for held, n in zip(kept, names, strict=True)] if kept else [still[n] for n in names]
+            old = (
+                [torch.cat((held, still[n])) for held, n in zip(kept, names, strict=True)]
+                if kept
+                else [still[n] for n in names]
+            )
         kept, before = old, before + T
     return torch.cat(rows).double()
 
 
 CACHED = {  # cause: the mistake's name in `_mistaken`
     "only the new tokens were selected from: score all rows, the cache's and the new ones": "alone",
-    "positions restart at 0 with each call: the first new token's position is the number of rows in the cache": "restart",
+    "positions restart with each call: the first new token's position is the number of rows in the cache": "restart",
     "rows from before RoPE were stored: store them turned, since their positions never change": "unturned",
     "the future was visible within a call: row t of T new ones sees S - T + t + 1 of S rows": "peek",
     "what was not selected was thrown away: another query may need it, so store all and select anew": "early",
@@ -338,9 +349,7 @@ CACHED = {  # cause: the mistake's name in `_mistaken`
 def _judge_cached(solution, given, sizes, cause, flipped=0.0):
     x, weights, config = given
     got, _ = _fed(solution, given, sizes)
-    suspects = {
-        why: functools.partial(_mistaken, given, sizes, **{mistake: True}) for why, mistake in CACHED.items()
-    }
+    suspects = {why: functools.partial(_mistaken, given, sizes, **{mistake: True}) for why, mistake in CACHED.items()}
     first = sizes[0]  # the rows before are the first call's
     suspects = {why: lambda answer=answer: answer()[first:] for why, answer in suspects.items()}
     _expect_rows(got[first:], _expected(x, weights, config)[first:].double(), cause, suspects, flipped, first)
@@ -359,37 +368,39 @@ def cached_first_call(solution):
 def cached_positions(solution):
     for seed in (0, 1):  # at most k tokens: all are kept
         cause = "wrong where every key is kept: do all rows reach attention, each turned by its own position?"
-        _judge_cached(solution, _real(seed, 40), [25, *[1] * 15], cause)
+        _judge_cached(solution, _real(seed, 40, k=64), [33, *[1] * 7], cause)
 
 
 @cached.property("future")
 def cached_future(solution):
     for seed in (0, 1):
         cause = "right for one new token a call, wrong for several: which rows may each of them see?"
-        _judge_cached(solution, _real(seed, 48), [20, 13, 15], cause)
+        _judge_cached(solution, _real(seed, 48, k=64), [20, 13, 15], cause)
 
 
 @cached.property("k < T")
 def cached_k_below_t(solution):
     for seed in (0, 1):
         cause = "right where every key is kept, wrong where k are: select anew in each call, from all rows so far"
-        _judge_cached(solution, _real(seed, 60, k=16), [30, *[1] * 25, 5], cause, FLIPPED)
+        _judge_cached(solution, _real(seed, 60, k=16), [44, *[1] * 12, 4], cause, FLIPPED)
 
 
 @cached.property("branches")
 def cached_branches(solution):
     for seed in (0, 1):
-        x, weights, config = given = _real(seed, 40)
-        _, cache = _fed(solution, (x[:25], weights, config), [25])
-        for rest in (x[25:], x[25:].flip(0), x[25:]):  # three ways on from one cache
-            got, _ = _fed(solution, (rest, weights, config), [1] * 15, cache)
-            expected = _expected(torch.cat((x[:25], rest)), weights, config)[25:].double()
-            cause = "the cache that went in was changed, or something is kept elsewhere: return a new tuple of new tensors"
-            _expect_rows(got, expected, cause, {}, 0.0, 25)
+        x, weights, config = _real(seed, 40, k=64)
+        _, cache = _fed(solution, (x[:35], weights, config), [35])
+        for rest in (x[35:], x[35:].flip(0), x[35:]):  # three ways on from one cache
+            got, _ = _fed(solution, (rest, weights, config), [1] * 5, cache)
+            expected = _expected(torch.cat((x[:35], rest)), weights, config)[35:].double()
+            cause = (
+                "the cache that went in was changed, or something is kept elsewhere: return a new tuple of new tensors"
+            )
+            _expect_rows(got, expected, cause, {}, 0.0, 35)
 
 
 @cached.property("other sizes")
 def cached_other_sizes(solution):
     for seed in (1, 2):
         cause = "right for the small model alone: take sizes and k from config"
-        _judge_cached(solution, _odd(seed, 40), [20, *[1] * 15, 5], cause, FLIPPED)
+        _judge_cached(solution, _odd(seed, 40), [28, *[1] * 8, 4], cause, FLIPPED)

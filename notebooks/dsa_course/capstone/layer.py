@@ -10,11 +10,12 @@ import dsa_ref
 from dsa_ref import rope_frequencies
 
 
-def project(x, positions, weights, config) -> dict:
+def project(x, positions, weights, config, rotate_quantize=dsa_ref.rotate_quantize) -> dict:
     """What each token asks and leaves behind: "q" [T, H, D], "q_idx" [T, Hi, Di], "w" [T, Hi], and its rows of the
     caches, "kv" [T, D], "k_idx" [T, Di], "k_scale" [T].
 
     x: fp32 [T, dim]; positions: int64 [T]; weights: {name: tensor}, the layer's state_dict; config: its DSAConfig.
+    rotate_quantize: the step of that name, or one to try in its place.
     """
     c, W, freqs = config, weights, rope_frequencies(config)
     q_latent = F.rms_norm(x @ W["q_a_proj.weight"].T, (c.q_lora_rank,), W["q_a_layernorm.weight"], c.norm_eps)
@@ -32,8 +33,8 @@ def project(x, positions, weights, config) -> dict:
     norm = W["indexer.k_norm.weight"], W["indexer.k_norm.bias"]
     k_idx = F.layer_norm(x @ W["indexer.wk.weight"].T, (c.index_head_dim,), *norm, eps=1e-6)
     w = x @ W["indexer.weights_proj.weight"].T * (c.index_n_heads * c.index_head_dim) ** -0.5
-    q_idx, q_scale = dsa_ref.rotate_quantize(q_idx, positions, freqs)
-    k_idx, k_scale = dsa_ref.rotate_quantize(k_idx, positions, freqs)
+    q_idx, q_scale = rotate_quantize(q_idx, positions, freqs)
+    k_idx, k_scale = rotate_quantize(k_idx, positions, freqs)
     return {"q": q, "kv": kv, "q_idx": q_idx, "k_idx": k_idx, "k_scale": k_scale, "w": w * q_scale}
 
 
@@ -44,9 +45,9 @@ def attend(q, kv, indices, weights, config):
     return torch.einsum("thc,hvc->thv", u, W_UV).flatten(1) @ weights["o_proj.weight"].T
 
 
-def layer(x, positions, weights, config):
-    """y [T, dim] of one sequence from its start: exercise 16.1."""
-    step = project(x, positions, weights, config)
+def layer(x, positions, weights, config, rotate_quantize=dsa_ref.rotate_quantize):
+    """y [T, dim] of one sequence from its start: exercise 16.1. Arguments as for `project`."""
+    step = project(x, positions, weights, config, rotate_quantize)
     scores = dsa_ref.index_scores(step["q_idx"], step["k_idx"], step["w"], step["k_scale"])
     return attend(step["q"], step["kv"], dsa_ref.select_topk(scores, config.index_topk), weights, config)
 

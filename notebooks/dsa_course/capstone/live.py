@@ -21,9 +21,9 @@ WIDE = ipywidgets.Layout(width="640px")
 def live_losses(measured, first) -> viz.LiveFigure:
     """Loss against k, a curve a method, and beside it how much more that is than dense attention's.
 
-    measured: {(method, k): losses of each byte, fp32 [windows, L]}, "dense" and METHODS. first: where the slider starts
-    that says from which byte of a window on losses count. `.data`: first, ks, losses and more {method: [k]}, errors
-    {method: [k]} (two standard errors of `more`), dense.
+    measured: {(method, k): losses of each byte, fp32 [windows, L]}, "dense" and METHODS. first: where the slider
+    starts; a prediction counts if it is made from more bytes. `.data`: first, ks, dense, and {method: [k]} as losses,
+    more (than dense) and errors (two standard errors of `more`).
     """
     ks = sorted({k for _, k in measured})
     length = measured["dense", ks[0]].shape[1]
@@ -43,11 +43,12 @@ def live_losses(measured, first) -> viz.LiveFigure:
     def draw(data):
         figure = Figure(figsize=(8.6, 3.5), layout="constrained", facecolor=viz.COLOURS["visible"])
         left, right = figure.subplots(1, 2)
-        for method, (colour, line, marker) in STYLES.items():
+        for i, (method, (colour, line, marker)) in enumerate(STYLES.items()):
             style = {"color": colour, "linestyle": line, "marker": marker, "markersize": 6, "linewidth": 1.8}
             left.plot(ks, data["losses"][method], label=method, **style)
             if method != "random":
-                right.errorbar(ks, data["more"][method], data["errors"][method], capsize=3, **style)
+                aside = [k * 1.04 ** (i - 1) for k in ks]  # so that error bars do not hide each other
+                right.errorbar(aside, data["more"][method], data["errors"][method], capsize=3, **style)
         for axes, level in ((left, data["dense"]), (right, 0)):
             axes.axhline(level, color=viz.COLOURS["attention"], linewidth=1.2, label="dense: all keys")
             axes.set_xscale("log", base=2)
@@ -56,30 +57,29 @@ def live_losses(measured, first) -> viz.LiveFigure:
             axes.set_xlabel("k, keys for each byte")
             axes.grid(color="#dddddd", linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
-        left.set_title(f"loss of bytes {data['first']} to {length - 1} (nats a byte)", fontsize=10, loc="left")
-        right.set_title("more than dense, without random", fontsize=10, loc="left")
+        left.set_title(f"loss, nats a byte, from more than {data['first']} bytes", fontsize=10, loc="left")
+        right.set_title("how much more than dense (random is far above)", fontsize=10, loc="left")
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
         return figure
 
     def say(data):
-        said = [
-            f"{method} {', '.join(f'{loss:.2f}' for loss in data['losses'][method])}" for method in METHODS
-        ]
+        said = [f"{method} {', '.join(f'{loss:.2f}' for loss in data['losses'][method])}" for method in METHODS]
         return (
-            f"Loss in nats a byte from byte {data['first']} on, for k = {', '.join(map(str, ks))}: {'; '.join(said)}; "
+            f"Loss in nats a byte, predicted from more than {data['first']} bytes, for k = {', '.join(map(str, ks))}: "
+            f"{'; '.join(said)}; "
             f"dense {data['dense']:.2f}."
         )
 
     places = [first, *(place for place in (64, 96, 128, 160, 192) if first < place < length)]
-    slider = ipywidgets.SelectionSlider(options=places, value=first, description="from byte")
+    slider = ipywidgets.SelectionSlider(options=places, value=first, description="more than")
     return viz.LiveFigure("losses", compute, draw, say, first=slider)
 
 
 def live_methods(tokens, byte, k, method, shown) -> viz.LiveFigure:
     """Text with the k bytes that a method selects for one of them, and what the model then holds to come next.
 
-    tokens: int64 [T], of which the first `shown` are on the picture. `.data`: as `start.guesses.reader` gives it, of the
-    last layer, and the method.
+    tokens: int64 [T], of which the first `shown` are on the picture. `.data`: the method, and what a
+    `start.guesses.reader` gives.
     """
     text, scale = bytes(tokens[:shown].tolist()), whole().config.attention.softmax_scale
     cached = functools.cache(lambda method, k: read(tokens, method, k))
@@ -113,4 +113,6 @@ def live_methods(tokens, byte, k, method, shown) -> viz.LiveFigure:
 
 def per_byte(losses, windows, methods, ks) -> dict:
     """{(method, k): fp32 [windows, L]}: the losses of each byte of each window, for `live_losses`."""
-    return {(method, k): torch.stack([losses(window, method, k) for window in windows]) for method in methods for k in ks}
+    return {
+        (method, k): torch.stack([losses(window, method, k) for window in windows]) for method in methods for k in ks
+    }

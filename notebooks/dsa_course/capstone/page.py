@@ -1,19 +1,26 @@
 """Notebook 16: half a page from a record, in the order in which a reader doubts."""
 
+GAP = "*(nothing)*"
+
 
 def half_page(record) -> str:
     """Markdown. record: the fields of exercise 16.5; one that is missing shows as a gap."""
-    r = record
-    losses = ", ".join(f"{name} {loss:.2f}" for name, loss in r.get("losses", {}).items())
+    losses = ", ".join(f"{name} {loss:.2f}" for name, loss in record.get("losses", {}).items())
+    if losses:
+        losses = f"mean loss, nats a byte, at k = {record['k']}: {losses}."
+    sure = GAP
+    if "interval" in record:
+        low, high = record["interval"]
+        sure = (
+            f"{record['control']} loses {record['difference']:+.2f} nats a byte against the indexer, {low:+.2f} to "
+            f"{high:+.2f} (two standard errors, paired): {record['verdict']}."
+        )
     parts = {
-        "Claim": r.get("claim"),
-        "Measured": losses and f"mean loss in nats a byte at k = {r['k']}: {losses}.",
-        "Control": r.get("control") and f"{r['control']}, with the same k on the same windows.",
-        "Uncertainty": r.get("interval")
-        and "{} loses {:+.2f} nats a byte against the indexer, {:+.2f} to {:+.2f} (two standard errors, paired): {}.".format(
-            r["control"], r["difference"], *r["interval"], r["verdict"]
-        ),
-        "Condition": r.get("condition"),
-        "Not shown": r.get("not shown"),
+        "Claim": record.get("claim", GAP),
+        "Measured": losses or GAP,
+        "Control": f"{record['control']}, with the same k on the same windows." if "control" in record else GAP,
+        "Uncertainty": sure,
+        "Condition": record.get("condition", GAP),
+        "Not shown": record.get("not shown", GAP),
     }
-    return "\n\n".join(f"**{name}.** {text or '*(nothing)*'}" for name, text in parts.items())
+    return "\n\n".join(f"**{name}.** {text}" for name, text in parts.items())
