@@ -1,7 +1,6 @@
 """Notebook 16: the trained model with other selections than its indexer's, and what each costs. Nothing here draws."""
 
 import functools
-import types
 
 import torch
 from torch.nn import functional as F
@@ -39,28 +38,35 @@ def selection(method, q, kv, indices, scale, layer):
     raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
 
 
+class Steps:
+    """A layer's steps for the trained model, as `ops`: the reference's, but for the selection, which `method` makes.
+
+    method, k: set them before a pass; chosen: the keys of each layer are added to it.
+    """
+
+    rope = staticmethod(dsa_ref.rope)
+
+    def rotate_quantize(self, x, positions, freqs):
+        if self.method == "indexer":
+            return dsa_ref.rotate_quantize(x, positions, freqs)
+        return torch.zeros(x.shape, dtype=torch.float8_e4m3fn), torch.ones(x.shape[:-1])  # nobody would look at it
+
+    def lightning_select(self, q_idx, k_idx, w, k, k_scale=None, start=None):
+        k = min(self.k, len(k_idx))
+        if self.method == "indexer":
+            return dsa_ref.lightning_select(q_idx, k_idx, w, k, k_scale=k_scale, start=start)
+        return torch.full((len(q_idx), k), -1, dtype=torch.int32)  # nor at scores
+
+    def sparse_attention(self, q, kv, indices, scale, v_dim):
+        self.chosen.append(selection(self.method, q, kv, indices, scale, layer=len(self.chosen)))
+        return dsa_ref.sparse_attention(q, kv, self.chosen[-1], scale, v_dim)
+
+
 @functools.cache
-def selecting(method, k):
-    """(the trained model, list): it attends to the k keys of `method` and adds those of each layer to the list."""
-    chosen = []
-
-    def attend(q, kv, indices, scale, v_dim):
-        chosen.append(selection(method, q, kv, indices, scale, layer=len(chosen)))
-        return dsa_ref.sparse_attention(q, kv, chosen[-1], scale, v_dim)
-
-    def nothing(q_idx, k_idx, w, k, **_):  # in place of scores that nobody will look at
-        return torch.full((len(q_idx), k), -1, dtype=torch.int32)
-
-    ops = types.SimpleNamespace(
-        rope=dsa_ref.rope,
-        rotate_quantize=dsa_ref.rotate_quantize,
-        lightning_select=dsa_ref.lightning_select if method == "indexer" else nothing,
-        sparse_attention=attend,
-    )
-    return load_small_model(ops=ops, index_topk=k), chosen
-
-
-whole = functools.cache(load_small_model)  # for "dense", which selects nothing
+def trained():
+    """(the trained model, its Steps)."""
+    steps = Steps()
+    return load_small_model(ops=steps), steps
 
 
 @torch.no_grad()
@@ -68,20 +74,20 @@ def read(tokens, method, k, caches=None):
     """(logits fp32 [T, 256], one dict a layer): the model reads with the k keys that `method` keeps for each byte.
 
     tokens: int64 [T]; method: one of METHODS, or "dense" for all keys, which looks at no k. caches: as the model takes
-    them. The dicts are as `DSALayer` records them, "indices" the keys that were attended to.
+    them. The dicts are as `DSALayer` records them, "indices" the keys that were attended to. What the indexer makes
+    is in them for "indexer" alone: for the others it does not run.
     """
-    record = []
+    (model, steps), record = trained(), []
+    steps.method, steps.k, steps.chosen = method, k, []
+    logits = model(tokens, caches=caches, attention="dense" if method == "dense" else "sparse", record=record)
     if method == "dense":
-        return whole()(tokens, caches=caches, attention="dense", record=record), record
-    model, chosen = selecting(method, k)
-    chosen.clear()
-    logits = model(tokens, caches=caches, record=record)
-    return logits, [step | {"indices": indices} for step, indices in zip(record, chosen, strict=True)]
+        return logits, record
+    return logits, [step | {"indices": indices} for step, indices in zip(record, steps.chosen, strict=True)]
 
 
 def write(prompt, count, method, k) -> bytes:
     """`count` bytes after `prompt`, bytes: each the model's first guess, with the k keys of `method`."""
-    caches, text, new = whole().new_caches(len(prompt) + count), b"", prompt
+    caches, text, new = trained()[0].new_caches(len(prompt) + count), b"", prompt
     for _ in range(count):
         logits, _ = read(torch.tensor(list(new)), method, k, caches)
         new = bytes([int(logits[-1].argmax())])

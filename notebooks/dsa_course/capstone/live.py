@@ -12,7 +12,7 @@ from dsa_ref.training.evaluate import selected_weights
 from .. import viz
 from ..start.guesses import top_bytes
 from ..start.live import beside, describe
-from .ablate import METHODS, paired, read, whole
+from .ablate import METHODS, paired, read, trained
 
 STYLES = dict(zip(METHODS, viz.LINES, strict=False))
 WIDE = ipywidgets.Layout(width="640px")
@@ -70,7 +70,7 @@ def live_losses(measured, first) -> viz.LiveFigure:
             f"dense {data['dense']:.2f}."
         )
 
-    places = [first, *(place for place in (64, 96, 128, 160, 192) if first < place < length)]
+    places = [first, *(place for place in (48, 64, 96, 128) if first < place < length)]
     slider = ipywidgets.SelectionSlider(options=places, value=first, description="more than")
     return viz.LiveFigure("losses", compute, draw, say, first=slider)
 
@@ -81,7 +81,7 @@ def live_methods(tokens, byte, k, method, shown) -> viz.LiveFigure:
     tokens: int64 [T], of which the first `shown` are on the picture. `.data`: the method, and what a
     `start.guesses.reader` gives.
     """
-    text, scale = bytes(tokens[:shown].tolist()), whole().config.attention.softmax_scale
+    text, scale = bytes(tokens[:shown].tolist()), trained()[0].config.attention.softmax_scale
     cached = functools.cache(lambda method, k: read(tokens, method, k))
 
     def compute(method, k, byte):
