@@ -46,6 +46,7 @@ from .arguments import (  # noqa: F401 - for others
 
 LAYOUTS = ("interleaved", "half")
 REDUCTIONS = ("mean", "sum")
+SUMS = ("sorted", "atomic")  # how `sparse_attention_backward` sums dkv
 
 
 def check_rope(x, positions, freqs, layout="half", floats=FLOATS) -> None:
@@ -91,10 +92,39 @@ def check_select_topk(scores, k, start, end, floats=FLOATS) -> None:
     check_ranges(*scores.shape, scores.device, start, end)
 
 
-def check_sparse_attention(q, kv, indices, scale, v_dim, floats=FLOATS) -> None:
+def check_sparse_attention(q, kv, indices, scale, v_dim, floats=FLOATS, probe=None) -> None:
     """Arguments of `sparse_attention`."""
-    check_shapes(q=(q, "T H D"), kv=(kv, "S D"), indices=(indices, "T k"))
+    check_shapes(q=(q, "T H D"), kv=(kv, "S D"), indices=(indices, "T k"), probe=(probe, "T k | None"))
     check_attention(q, kv, scale, v_dim, floats)
+    if probe is not None:
+        check_dtype("probe", probe, (torch.float32,))
+    check_indices(indices, len(kv))
+    check_distinct(indices)
+
+
+def check_sparse_attention_backward(
+    q, kv, indices, scale, v_dim, out, lse, dout, dlse, sums, floats=FLOATS
+) -> None:  # fmt: skip
+    """Arguments of `sparse_attention_backward`."""
+    check_shapes(
+        q=(q, "T H D"),
+        kv=(kv, "S D"),
+        indices=(indices, "T k"),
+        out=(out, "T H v_dim"),
+        lse=(lse, "T H"),
+        dout=(dout, "T H v_dim"),
+        dlse=(dlse, "T H | None"),
+    )
+    check_attention(q, kv, scale, v_dim, floats)
+    if out.shape[2] != v_dim:
+        raise ValueError(f"out must have shape [T, H, v_dim] with v_dim = {v_dim}, got {list(out.shape)}")
+    for name, tensor in (("out", out), ("dout", dout)):
+        check_dtype(name, tensor, (q.dtype,))
+    for name, tensor in (("lse", lse), ("dlse", dlse)):
+        if tensor is not None:
+            check_dtype(name, tensor, (torch.promote_types(q.dtype, torch.float32),))
+    if sums not in SUMS:
+        raise ValueError(f"sums must be one of {SUMS}, got {sums!r}")
     check_indices(indices, len(kv))
     check_distinct(indices)
 

@@ -123,6 +123,7 @@ def small_blocks(monkeypatch):
     if rungs.has_triton():
         for most in ("SCORES_AT_ONCE", "PAIRS_AT_ONCE", "SHARES_AT_ONCE"):
             monkeypatch.setattr(f"dsa_kernels.runtime.{most}", 300)
+        monkeypatch.setattr("dsa_kernels.runtime.GRADIENTS_AT_ONCE", 30_000)
 
 
 class SkipAccount:

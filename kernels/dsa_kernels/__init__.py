@@ -1,8 +1,11 @@
-"""The steps of DSA as Triton kernels, with the names, signatures and contracts of `dsa_ref`, only faster. No gradients.
+"""The steps of DSA as Triton kernels, with the names, signatures and contracts of `dsa_ref`, only faster.
+
+What takes part in training is differentiable, once: `sparse_attention`, `mha_attention`, `indexer_loss`, `rope` and
+`hadamard`. These steps, the selection and the quantisation are operators of torch.library, too: see `autograd`.
 
 `warm` compiles beforehand what a layer can need.
 
-`dense_attention` has no kernel.
+`dense_attention` has no kernel: `mha_attention` computes the same from decompressed heads.
 
 Compiled on a GPU of compute capability 8.0 or newer, interpreted on a CPU; `mode()` says which.
 
@@ -31,7 +34,11 @@ from .paged_sparse_attention import merge_parts, paged_sparse_attention
 from .rotate_quantize import hadamard, quantize, rope, rotate_quantize
 from .select_topk import select_topk
 from .sparse_attention import sparse_attention
+from .sparse_attention_backward import sparse_attention_backward
 from .warm import warm
+
+# isort: split
+from . import autograd as autograd  # last: it makes operators of the steps
 
 __all__ = [
     "append_index",
@@ -55,6 +62,7 @@ __all__ = [
     "rotate_quantize",
     "select_topk",
     "sparse_attention",
+    "sparse_attention_backward",
     "turn_into",
     "warm",
 ]

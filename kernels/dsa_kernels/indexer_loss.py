@@ -12,7 +12,7 @@ from torch import Tensor
 from dsa_ref.contracts import check_indexer_loss, row_ranges, values_readable
 
 from . import runtime
-from .runtime import FLOATS, cdiv, check_runnable
+from .runtime import FLOATS, cdiv, check_runnable, dispatched, wants_gradient
 from .sorted_sums import add_rows, sort_by_key
 from .sparse_attention import check_scale_in_base_2
 from .teach import attention, kl
@@ -40,33 +40,22 @@ def indexer_loss(
     Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does. Source:
     DeepSeek-V3.2-Exp report, equations 3 and 4; SPEC section 5.
     """
-    check_indexer_loss(q_idx, k_idx, w, q, kv, scale, indices, start, end, lse, target, reduction, FLOATS)
-    start, end = row_ranges(len(q_idx), len(k_idx), q_idx.device, start, end)
+    traced = dispatched()
+    if not traced:
+        check_indexer_loss(q_idx, k_idx, w, q, kv, scale, indices, start, end, lse, target, reduction, FLOATS)
+        if scale is not None:
+            check_scale_in_base_2(scale)
     q, kv, lse, target = (None if x is None else x.detach() for x in (q, kv, lse, target))
-    if scale is not None:
-        check_scale_in_base_2(scale)
-    with torch.no_grad():  # these may require a gradient
-        check_runnable(q_idx=q_idx, k_idx=k_idx, w=w, q=q, kv=kv, lse=lse, target=target)
-    total, rows = _Loss.apply(q_idx, k_idx, w, q, kv, scale, indices, start, end, lse, target)
+    learning, others = (q_idx, k_idx, w), (q, kv, scale, indices, start, end, lse, target)
+    wanted = wants_gradient(*learning)
+    if not traced:
+        check_runnable(True, q_idx=q_idx, k_idx=k_idx, w=w, q=q, kv=kv, lse=lse, target=target)
+    if traced or wanted:
+        total, rows, *_ = torch.ops.dsa_kernels.indexer_loss(*learning, *others, wanted, reduction if traced else None)
+    else:
+        start, end = row_ranges(len(q_idx), len(k_idx), q_idx.device, start, end)
+        total, rows, *_ = loss_and_gradients(*learning, *others[:4], start, end, lse, target, False)
     return total if reduction == "sum" else total / rows.clamp(min=1)
-
-
-class _Loss(torch.autograd.Function):
-    """(sum of the rows' losses, rows with a key)."""
-
-    @staticmethod
-    def forward(ctx, q_idx, k_idx, w, *others):
-        wanted = any(ctx.needs_input_grad[:3])
-        total, rows, *gradients = loss_and_gradients(q_idx, k_idx, w, *others, wanted)
-        if wanted:
-            ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(rows)
-        return total, rows
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream, _):
-        return *((x * upstream).to(x.dtype) for x in ctx.saved_tensors), *(None,) * 8
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ In README.md a table stands between `<!-- table: name -->` and `<!-- end of tabl
 import re
 
 from dsa_ref import records
+from dsa_ref.training import results
 
 README = records.figures_folder().parent / "README.md"
 SHAPES = {  # a step of h200.json and h100.json -> (what it is called here, its shapes)
@@ -20,6 +21,8 @@ SHAPES = {  # a step of h200.json and h100.json -> (what it is called here, its 
 }
 
 MODELS = ("models_h200.json", "models_h100.json", "models_cpu.json")  # those that are there have a table
+TRAINING = ("training_kernels_h200.json", "training_kernels_h100.json")  # likewise
+DENSE = ("dense MHA, cuDNN", "dense MHA, flash")
 WHO = {"eager": "eager", "sdpa": "sdpa", "ours": "ours", "ours_fp8": "FP8"}
 
 
@@ -79,6 +82,58 @@ def decode() -> str:
         dsa, saved, fewer = row["results"]["DSA"]["warm_us"], row["saved"]["warm"], row["bytes"]["times"]
         rows.append([row["case"], f"{dsa:.0f}", f"{saved['dense_us']:.0f}", f"{saved['times']:.2f}", f"{fewer:.2f}"])
     return table(["context", "DSA, µs", "dense, µs", "times quicker", "times fewer bytes"], rows)
+
+
+def training_kernels() -> str:
+    """The kernels of training, two tables for each of the records that are there."""
+    files = [file for file in TRAINING if (records.figures_folder() / file).is_file()]
+    return "\n\n".join(trained(file, records.read(file)["steps"]) for file in files)
+
+
+def trained(file, steps) -> str:
+    """The backward beside what others have, then the losses and a layer's step, from one record of a card."""
+    made = next(iter(steps.values()))["provenance"]
+    found = {(step, row["case"]): row["results"] for step, record in steps.items() for row in record["rows"]}
+    others = {"TileLang": "TileLang, ms", "TileLang, miles": "miles, ms", "torch, gather": "autograd, ms"}
+    rows = []
+    for (step, case), results in found.items():
+        if step == "backward":
+            ours = results.get("sorted", {})
+            right = [results[who]["ms"] for who in others if results.get(who, {}).get("verdict") == "right"]
+            times = f"{min(right) / ours['ms']:.2f}" if right and "ms" in ours else ""
+            cells = [milliseconds(results.get(who)) for who in ("sorted", "atomic", *others, *DENSE)]
+            more = [f"{ours['rate']:.0f}", f"{ours['memory_bytes'] / 2**30:.1f}"] if "ms" in ours else ["", ""]
+            rows.append([case, cells[0], *more, *cells[1:5], times, *cells[5:]])
+    heads = ["queries x keys", "ours, ms", "TFLOP/s", "GiB", "by atomics, ms", *others.values(), "times"]
+    lines = [
+        f"*{made['device']}, torch {made['torch']}, triton {made['triton']}",
+        f"([`{file}`](figures/{file}), `{made['command']}`).*",
+        "",
+        table([*heads, *(f"{who}, ms" for who in DENSE)], rows),
+        "",
+    ]
+    rows = []
+    for (step, case), results in found.items():
+        against = {"backward": "sorted", "warm-up": next((who for who in DENSE if "ms" in results.get(who, {})), "")}
+        called = {"backward": "sparse attention's backward", "warm-up": f"{against['warm-up']}, backward"}
+        for who, result in results.items():
+            if step != "layer" and not who.startswith("KL"):
+                continue
+            base = results.get(against.get(step, "sparse"), {})
+            times = f"{result['ms'] / base['ms']:.2f}" if "ms" in result and "ms" in base else ""
+            memory = f"{result['memory_bytes'] / 2**30:.1f}" if "ms" in result else ""
+            name = who if step != "layer" else f"a layer's step, {who}"
+            rows.append([f"{name}, {case}", milliseconds(result), times, called.get(step, "the sparse step"), memory])
+    return "\n".join([*lines, table(["", "ms", "times", "of", "GiB"], rows)])
+
+
+def milliseconds(result) -> str:
+    """A time, with what is wrong with it; or why there is none."""
+    if result is None:
+        return ""
+    if "ms" not in result:
+        return result["verdict"]
+    return f"{result['ms']:.2f}" + ("" if result["verdict"] == "right" else ", wrong")
 
 
 def models() -> str:
@@ -155,7 +210,40 @@ def cell(result, what) -> str:
     return f"{(result['peak_bytes'] - result['held_bytes']) / 2**20:.0f}"
 
 
-TABLES = {"layer": layer, "kernels": kernels, "decode": decode, "models": models}
+def training() -> str:
+    """What each way to select comes to, a table for each of the records of training that are there."""
+    return "\n\n".join(regimes(file, results.read_runs(file)) for file in results.recorded())
+
+
+def regimes(file, runs) -> str:
+    """How the runs of one record were made, and the table of their regimes: mean and range over the seeds."""
+    made, plan = runs[0]["provenance"], runs[0]["plan"]
+    dense, warm, last = plan["steps"]
+    lines = [
+        f"*{made['device']}, torch {made['torch']}, triton {made['triton']} ([`{file}`](figures/{file}),",
+        f"`{made['command']}`); seeds {', '.join(str(run['seed']) for run in runs)}, {dense} steps of dense",
+        f"training, {warm} of warm-up, {last} of the last stage, of {plan['batch']} windows of {plan['length']} bytes",
+        f"each; k = {plan['k']}, {plan['windows']} held-out windows. Mean, and range over the seeds.*",
+        "",
+    ]
+    digits = {"loss": 4, "ratio": 4, "error": 4, "worst": 4, "needles": 3, "recall": 3}
+    rows = [
+        [f"DSA, {name}" if name in results.PRECISIONS else name]
+        + [results.spread([getattr(run, column) for run in found], places) for column, places in digits.items()]
+        for name, found in results.rows(runs).items()
+    ]
+    heads = ["regime", "loss", "to dense", "its error", "largest of a part", "needles", "mass, of the oracle's"]
+    return "\n".join([*lines, table(heads, rows)])
+
+
+TABLES = {
+    "layer": layer,
+    "kernels": kernels,
+    "decode": decode,
+    "training_kernels": training_kernels,
+    "models": models,
+    "training": training,
+}
 
 
 def written(text) -> str:

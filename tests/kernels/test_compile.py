@@ -29,6 +29,8 @@ SPILLED_BY = {
         ("dsa_kernels.hopper.index_scores._index_scores", "dsa_kernels.hopper.lightning_select._collect"), 0
     ),
     "dsa_kernels.hopper.sparse_attention._sparse_attention": 0,
+    "dsa_kernels.hopper.backward_query._query_pass": 0,
+    "dsa_kernels.hopper.backward_keys._key_pass": 0,
     # Its four warpgroups share 128 registers a thread; measured faster than versions that spill less.
     "dsa_kernels.hopper.paged_sparse_attention._paged_sparse_attention": 160,
     "dsa_kernels.hopper.paged_sparse_part._paged_sparse_part": 0,
@@ -106,7 +108,14 @@ def check(launches, number):
     for size in ("V3.2", "the small model"):
         assert f"index_scores {size} torch.float8_e4m3fn portable" in cases
         for dtype in ("bfloat16", "float16", "float32"):
-            assert {f"{step} {size} torch.{dtype} portable" for step in ("index_scores", "sparse_attention")} <= cases
+            steps = ("index_scores", "sparse_attention", "sparse_attention_backward")
+            assert {f"{step} {size} torch.{dtype} portable" for step in steps} <= cases
+
+    if number == 90:  # the kernel book's last line of the memory map
+        chapter = (ROOT / "kernels" / "book" / "sparse_attention_backward.md").read_text(encoding="utf-8")
+        for name in ("backward_query._query_pass", "backward_keys._key_pass"):
+            most = max(one["shared"] for one in launches if one["kernel"].endswith(name))
+            assert f"**{most:,}**" in chapter, (name, most)
 
     def too_many(key, limit):
         return [(one["kernel"], one["case"], one[key]) for one in launches if one[key] > limit(one)]
