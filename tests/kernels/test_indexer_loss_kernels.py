@@ -143,6 +143,16 @@ def test_packed_rows_take_the_memory_of_their_own_keys(device):
     assert largest.numbers < T * T / 2
 
 
+def test_ranges_that_may_not_be_read(device):
+    """As while a CUDA graph is captured: the buffer is then as wide as all keys, and the results are the same."""
+    args, (start, end) = inputs(6, 90, (3, 8, 2, 12), device=device), ragged(6, 90, device=device)
+    read = loss_and_gradients(*args, SCALE, None, start, end, None, None, True)
+    with dsa_ref.contracts.unchecked_values(), Largest() as largest:
+        unread = loss_and_gradients(*args, SCALE, None, start, end, None, None, True)
+    assert_same(unread, read)
+    assert largest.numbers >= 6 * 128
+
+
 # Full size ------------------------------------------------------------------------------------------------------------
 
 

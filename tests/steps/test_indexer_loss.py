@@ -133,7 +133,7 @@ def test_a_perfect_indexer_has_no_loss(ops, device):
 
 @pytest.mark.parametrize(
     "T, S, sizes, k",
-    [(1, 1, (1, 1, 1, 1), 1), (1, 70, (1, 5, 3, 7), 9), (6, 131, (5, 20, 3, 33), 40), (7, 5, (3, 8, 17, 40), 9)],
+    [(1, 1, (1, 1, 1, 1), 1), (1, 70, (1, 5, 130, 7), 9), (6, 131, (5, 20, 3, 33), 40), (7, 5, (3, 8, 17, 40), 9)],
 )
 @pytest.mark.parametrize("seed", (0, 1))
 @STAGES
