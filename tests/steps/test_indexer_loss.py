@@ -145,7 +145,7 @@ def test_gradients(ops, device, poisoned, T, S, sizes, k, seed, sparse):
     indices = random_indices(T, S, k, seed, device) if sparse else None
     got = loss_and_gradients(ops.indexer_loss, args, indices, *ranges)
     wanted = written_out(*args, indices, *ranges)[0], *wanted_gradients(*args, indices, *ranges)
-    assert_all_close(got, wanted, 1e-5)
+    assert_all_close(got, wanted, 5e-5)  # with 130 heads p is nearly uniform, and so the loss near 0
 
 
 @STAGES
