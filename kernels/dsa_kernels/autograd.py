@@ -5,15 +5,14 @@ one is, where torch.compile traces, and where a mode looks at operators, as sele
 steps import nothing of this module; it imports them, and says for each operator what it runs, what shapes come out of
 it (for tracing), and what its gradient is. What an operator launches, and what values it reads, no graph sees.
 
-    sparse_attention         q, kv from `sparse_attention_backward`; the probe receives its target
-    indexer_loss             q_idx, k_idx, w: made in the forward pass, times the upstream gradient
-    mha_attention            q, k, v
-    rope, hadamard           turned back; again, since the matrix is its own inverse
-    lightning_select, rotate_quantize, quantize    none: a choice has no derivative, and rounding is treated as none
+    sparse_attention    of q and kv, by `sparse_attention_backward`; the probe receives its target
+    indexer_loss        of q_idx, k_idx and w: made in the forward pass, and multiplied by what comes from above
+    mha_attention       of q, k and v, by torch's kernels
+    rope, hadamard      the step itself: with turned angles, and as it is, since that matrix is its own inverse
+    lightning_select, rotate_quantize, quantize    none: a choice has no derivative, and rounding counts as one
 
-`torch.ops.dsa_kernels.lightning_select.default` is what a policy of selective checkpointing has to save, so that no key
-is selected twice. Second derivatives and forward mode are refused, but for the linear steps: only dsa_ref computes
-them.
+A policy of selective checkpointing that saves `torch.ops.dsa_kernels.lightning_select.default` selects no key twice.
+Second derivatives, but for the linear steps, and forward mode are refused: only dsa_ref computes them.
 """
 
 from collections.abc import Callable
