@@ -14,7 +14,7 @@ SHAPES = [
     (37, 37, 3, 40, 24, 9),
     (5, 64, 4, 40, 40, 70),
     (3, 50, 17, 72, 64, 33),
-    (2, 700, 1, 48, 32, 600),
+    (1, 530, 1, 20, 12, 520),
 ]
 
 
@@ -113,7 +113,7 @@ def test_narrow_inputs(ops, device, poisoned, dtype, tolerance):
 
 
 def test_without_a_gradient_of_the_log_sum_exp(ops, device, poisoned):
-    given = inputs(*SHAPES[1], device=device) | {"dlse": None}
+    given = inputs(9, 20, 3, 40, 24, 9, device=device) | {"dlse": None}
     results = check(ops, given, 5e-6)
     zeros = ops.sparse_attention_backward(**given | {"dlse": torch.zeros_like(given["lse"])})
     for got, value in zip(results, zeros, strict=True):
@@ -185,7 +185,7 @@ def test_lists_longer_than_s(ops, device, poisoned, k):
 
 
 def test_strided_input(ops, device):
-    given = inputs(9, 64, 2, 40, 24, 33, device=device)
+    given = inputs(9, 20, 2, 40, 24, 13, device=device)
     wanted = ops.sparse_attention_backward(**given)
     given = {name: strided(x) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
     for got, value in zip(ops.sparse_attention_backward(**given), wanted, strict=True):
@@ -200,7 +200,7 @@ def test_no_queries(ops, device, poisoned):
 
 @pytest.mark.rungs("reference", "kernels")
 def test_the_same_bits_each_time(ops, device, poisoned, small_blocks):
-    given = inputs(*SHAPES[1], device=device)
+    given = inputs(20, 20, 3, 40, 24, 9, device=device)
     first = ops.sparse_attention_backward(**given)
     for got, value in zip(ops.sparse_attention_backward(**given), first, strict=True):
         assert_same_bits(got, value)
@@ -208,7 +208,7 @@ def test_the_same_bits_each_time(ops, device, poisoned, small_blocks):
 
 @pytest.mark.rungs("kernels")
 def test_variants(ops, device):
-    given = inputs(*SHAPES[1], device=device)
+    given = inputs(5, 12, 3, 40, 24, 9, device=device)
     wanted = ops.sparse_attention_backward(**given)
     for got, value in zip(ops.sparse_attention_backward(**given, variant="portable"), wanted, strict=True):
         assert_same_bits(got, value)
