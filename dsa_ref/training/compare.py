@@ -291,7 +291,9 @@ def main(arguments: list[str] | None = None) -> None:
             unfinished(options.log, comparison, origin)
             options.state.mkdir(parents=True, exist_ok=True)
             given = options.given and load_small_model(options.given)
-        except (OSError, ValueError) as error:
+            if given is not None:
+                make_model(REGIMES["DSA"], comparison.config, ops, given.state_dict(), plan.seed)  # whether it fits
+        except (OSError, ValueError, RuntimeError) as error:
             parser.error(str(error))
         ends = began + 60 * options.minutes if options.minutes else math.inf
         say = functools.partial(print, file=sys.stderr, flush=True)

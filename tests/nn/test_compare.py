@@ -207,6 +207,9 @@ def test_one_head_is_one_head():
     unlike = [name for name, weight in model.state_dict().items() if not torch.equal(weight, WEIGHTS[name])
               if weight.shape == WEIGHTS[name].shape]  # fmt: skip
     assert unlike == []  # all but the heads themselves begins where the others begin
+    other = SmallModel(dataclasses.replace(CONFIG, hidden_dim=16)).state_dict()
+    with pytest.raises(RuntimeError, match="size mismatch for layers.0.gate_proj.weight"):
+        make_model(REGIMES["one head"], CONFIG, dsa_ref, other, 0)
 
 
 def test_without_relu_scores_are_linear():
