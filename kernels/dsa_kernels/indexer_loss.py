@@ -13,9 +13,9 @@ from dsa_ref.contracts import check_indexer_loss, row_ranges, values_readable
 
 from . import runtime
 from .runtime import FLOATS, cdiv, check_runnable, dispatched, wants_gradient
-from .sorted_sums import add_rows, sort_by_key
 from .sparse_attention import check_scale_in_base_2
 from .teach import attention, kl
+from .teach.shares import add_shares
 from .teach.walk import ALIGN
 
 
@@ -74,10 +74,13 @@ def loss_and_gradients(q_idx, k_idx, w, q, kv, scale, indices, start, end, lse, 
     dq, dw = (torch.empty_like(q_idx), torch.empty_like(w)) if wanted else (None, None)
     dk = torch.zeros(S, Di, dtype=torch.float32, device=q_idx.device) if wanted else None
     if indices is None:
-        width, per_row = _width(start, end, S), 0
-    else:
-        width, per_row = indices.shape[1], indices.shape[1] * Di if wanted else 0
-    at_once = max(1, min(runtime.PAIRS_AT_ONCE // width, runtime.SHARES_AT_ONCE // per_row if per_row else T))
+        width = _width(start, end, S)
+        at_once = runtime.PAIRS_AT_ONCE // width
+    else:  # a bit for each row and key says where a key's shares lie
+        width = indices.shape[1]
+        at_once = min(runtime.PAIRS_AT_ONCE // width, runtime.SHARES_AT_ONCE // (width * Di))
+        at_once = min(at_once, 32 * runtime.PAIRS_AT_ONCE // S)
+    at_once = max(1, at_once)
     for first in range(0, T, at_once):
         part = slice(first, first + at_once)
         here = q_idx[part], k_idx, w[part], None if indices is None else indices[part], start[part], end[part]
@@ -121,12 +124,12 @@ def _add_dense(here, pairs, dq, dw, dk):
 
 def _add_sparse(here, pairs, dq, dw, dk):
     q_idx, _, _, indices, start, end = here
-    (T, k), S = indices.shape, len(dk)
+    T, k = indices.shape
     exact = q_idx.dtype == torch.float32
     shares = torch.empty(T * k, dk.shape[1], dtype=torch.float32 if exact else torch.bfloat16, device=dk.device)
     kl.queries(*here, *pairs, dq, dw, shares)
     seen = (indices >= start[:, None]) & (indices < end[:, None])
-    add_rows(shares, *sort_by_key(torch.where(seen, indices, -1).flatten(), S), dk)
+    add_shares(shares, torch.where(seen, indices, -1), dk)
 
 
 def _without_gaps(indices, target, width):

@@ -210,6 +210,25 @@ def test_a_text_shorter_than_a_window_is_refused(tmp_path, monkeypatch, capsys):
         )
 
 
+def test_all_that_a_run_computes_is_deterministic(tmp_path, monkeypatch):
+    """And only that: a notebook that calls it is left as it was."""
+    inside = []
+
+    def load():
+        inside.append((torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"]))
+        raise ValueError
+
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setattr(train, "load_corpus", load)
+    with pytest.raises(SystemExit):
+        train.main(command(tmp_path))
+    assert inside == [(True, ":16:8")] and not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with train.deterministic():
+        assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+
+
 def small_run(path, model=None, **more):
     data = Data(tiny_corpus(), 48, 2)
     steps = dict.fromkeys(STAGES, 2)

@@ -133,7 +133,7 @@ def test_a_perfect_indexer_has_no_loss(ops, device):
 
 @pytest.mark.parametrize(
     "T, S, sizes, k",
-    [(1, 1, (1, 1, 1, 1), 1), (1, 70, (1, 5, 3, 7), 9), (6, 131, (5, 20, 3, 33), 40), (7, 5, (3, 8, 17, 40), 9)],
+    [(1, 1, (1, 1, 1, 1), 1), (1, 70, (1, 5, 130, 7), 9), (6, 131, (5, 20, 3, 33), 40), (7, 5, (3, 8, 17, 40), 9)],
 )
 @pytest.mark.parametrize("seed", (0, 1))
 @STAGES
@@ -145,7 +145,7 @@ def test_gradients(ops, device, poisoned, T, S, sizes, k, seed, sparse):
     indices = random_indices(T, S, k, seed, device) if sparse else None
     got = loss_and_gradients(ops.indexer_loss, args, indices, *ranges)
     wanted = written_out(*args, indices, *ranges)[0], *wanted_gradients(*args, indices, *ranges)
-    assert_all_close(got, wanted, 1e-5)
+    assert_all_close(got, wanted, 5e-5)  # with 130 heads p is nearly uniform, and so the loss near 0
 
 
 @STAGES

@@ -98,6 +98,19 @@ def _rows(
 
 
 @triton.jit
+def _weighted_queries(q_ptr, w, row, d, there, Di, GRAD: tl.constexpr):
+    """w · q of these rows and dims."""
+    q = tl.load(q_ptr + row[:, None] * Di + d[None, :], there[:, None] & (d < Di)[None, :], 0.0)
+    return round_to(q.to(tl.float32) * w[:, None], GRAD)
+
+
+@triton.jit
+def _store_shares(gated, weighted_q, shares_ptr, place, d, there, Di):
+    share = round_to(tl.dot(gated, weighted_q, input_precision="ieee"), shares_ptr.dtype.element_ty)
+    tl.store(shares_ptr + place[:, None] * Di + d[None, :], share, there[:, None] & (d < Di)[None, :])
+
+
+@triton.jit
 def _queries(
     q_ptr, k_ptr, w_ptr, indices_ptr, start_ptr, end_ptr, p_ptr, scores_ptr, lse_ptr, mass_ptr, dq_ptr, dw_ptr,
     shares_ptr, T, S, Hi, Di, k, width,
@@ -117,8 +130,11 @@ def _queries(
     loaded = tl.load(q_ptrs, q_there, 0.0)
     w = tl.load(w_ptr + row * Hi + h, real, 0.0).to(tl.float32)
     q = tl.trans(loaded.to(DOT))
-    if LISTS:
-        weighted_q = round_to(loaded.to(tl.float32) * w[:, None], GRAD)
+    if LISTS:  # shares are made in two halves of Di, to take half of the registers
+        d_left = tl.arange(0, DP // 2)
+        d_right = DP // 2 + d_left
+        left = _weighted_queries(q_ptr, w, row * Hi + h, d_left, real, Di, GRAD)
+        right = _weighted_queries(q_ptr, w, row * Hi + h, d_right, real, Di, GRAD)
     gathered = tl.zeros([BQ * HP, DP], tl.float32)  # G
     for j0 in tl.range(first, last, BK, num_stages=STAGES):
         places = j0 + tl.arange(0, BK)
@@ -131,9 +147,8 @@ def _queries(
         gated = round_to(tl.where(dots > 0, of_scores, 0.0), GRAD)
         gathered = tl.dot(tl.trans(gated), keys.to(GRAD), gathered, input_precision="ieee")
         if LISTS:
-            share = round_to(tl.dot(gated, weighted_q, input_precision="ieee"), shares_ptr.dtype.element_ty)
-            share_ptrs = shares_ptr + (first_t * k + places)[:, None] * Di + d[None, :]
-            tl.store(share_ptrs, share, (places < k)[:, None] & (d < Di)[None, :])
+            _store_shares(gated, left, shares_ptr, first_t * k + places, d_left, places < k, Di)
+            _store_shares(gated, right, shares_ptr, first_t * k + places, d_right, places < k, Di)
     # Rows that see nothing get zeros, whatever they hold.
     lively = tl.load(start_ptr + row, row < T, 0) < tl.load(end_ptr + row, row < T, 0)
     dq = tl.where(lively[:, None], gathered * w[:, None], 0.0)
@@ -186,40 +201,49 @@ def _keys(
     tl.store(out, dk, k_there)
 
 
-def tiles(card, HP, DP, size, lists, gradients):
-    """(BQ, BK, warps, stages) for that card. HP, DP: heads and dims, powers of two; size: bytes of a number.
+# (columns, BK, stages) of 16-bit inputs, as measured on an H200: (query, head) pairs and keys at a time.
+SIZES = {"rows": (128, 64, 3), "queries": (64, 128, 2), "keys": (128, 64, 2)}
+
+
+def tiles(card, kernel, HP, DP, size, lists):
+    """(BQ, BK, warps, stages) of the kernel "rows", "queries" or "keys" for that card. HP, DP: heads and dims, powers
+    of two; size: bytes of a number.
 
     Raises ValueError where not even the smallest tile fits into its shared memory.
     """
     if INTERPRETED:  # each operation costs the same whatever its size: few large tiles
         return 1 if lists else max(1, 256 // HP), 256, 4, 1
-    columns, BK, stages = (64, 16, 1) if size == 4 else (128, 64, 2)
+    columns, BK, stages = (64, 16, 1) if size == 4 else (HP, 64, 5) if lists else SIZES[kernel]
     columns = max(HP, 16) if lists else max(columns, HP, 16)
 
     def shared_memory():
-        held = columns * DP * size * (2 if gradients else 1) + stages * BK * DP * size
-        return held + (2 * BK * columns * size if gradients else 0) + 4 * BK * columns // 8 + 2048
+        held = columns * DP * size * (2 if kernel == "queries" else 1) + stages * BK * DP * size
+        return held + (0 if kernel == "rows" else 2 * BK * columns * size) + BK * columns // 2 + 2048
 
     while shared_memory() > card.shared_memory:
-        if columns > max(HP, 16):
-            columns //= 2
-        elif stages > 1:
+        if stages > 1:
             stages -= 1
+        elif columns > max(HP, 16):
+            columns //= 2
         elif BK > 16:
             BK //= 2
         else:
             raise ValueError(cards.too_wide("q_idx", f"{HP} heads of {DP} dims", shared_memory(), card))
-    return max(1, columns // HP), BK, 8 if columns > 128 or size == 4 else 4, stages
+    if lists and columns <= 16 and size != 4:
+        warps = 1
+    else:
+        warps = 8 if size == 4 or columns > 128 or (columns > 64 and card.capability != cards.HOPPER) else 4
+    return max(1, columns // HP), BK, warps, stages
 
 
-def _launch_options(q_idx, lists, gradients):
+def _launch_options(kernel, q_idx, lists):
     Hi, Di = q_idx.shape[1:]
-    HP, DP = max(next_power_of_2(Hi), 16 if lists else 1), max(16, next_power_of_2(Di))
+    HP, DP = max(next_power_of_2(Hi), 16 if lists else 1), max(32, next_power_of_2(Di))
     size = dot_dtype(q_idx).itemsize
-    BQ, BK, warps, stages = tiles(cards.card_of(q_idx), HP, DP, size, lists, gradients)
+    BQ, BK, warps, stages = tiles(cards.card_of(q_idx), kernel, HP, DP, size, lists)
     options = {"HP": HP, "DP": DP, "BQ": BQ, "BK": BK, "STAGES": stages, "num_warps": warps}
     options["DOT"] = getattr(tl, TRITON_NAMES[dot_dtype(q_idx)])
-    if gradients:
+    if kernel != "rows":
         options["GRAD"] = tl.float32 if size == 4 else tl.bfloat16
     return options
 
@@ -230,7 +254,7 @@ def rows(q_idx, k_idx, w, indices, start, end, p, scores):
     (T, Hi, Di), S, lists = q_idx.shape, len(k_idx), indices is not None
     kl, lse, mass = (torch.empty(T, dtype=torch.float32, device=q_idx.device) for _ in range(3))
     alive = torch.empty(T, dtype=torch.int32, device=q_idx.device)
-    options = _launch_options(q_idx, lists, gradients=False)
+    options = _launch_options("rows", q_idx, lists)
     _rows[(cdiv(T, options["BQ"]),)](
         q_idx, k_idx, w, indices if lists else start, start, end, p, p if scores is None else scores,
         kl, lse, mass, alive, T, S, Hi, Di, indices.shape[1] if lists else 0, p.shape[1],
@@ -243,7 +267,7 @@ def queries(q_idx, k_idx, w, indices, start, end, p, scores, lse, mass, dq, dw, 
     """Write dq [T, Hi, Di] and dw [T, Hi], and in the sparse stage what each place of a list gives to its key's dk, as
     a row of shares [T · k, Di]."""
     (T, Hi, Di), S, lists = q_idx.shape, len(k_idx), indices is not None
-    options = _launch_options(q_idx, lists, gradients=True)
+    options = _launch_options("queries", q_idx, lists)
     _queries[(cdiv(T, options["BQ"]),)](
         q_idx, k_idx, w, indices if lists else start, start, end, p, scores, lse, mass, dq, dw,
         shares if lists else lse, T, S, Hi, Di, indices.shape[1] if lists else 0, p.shape[1], LISTS=lists, **options,
@@ -253,14 +277,14 @@ def queries(q_idx, k_idx, w, indices, start, end, p, scores, lse, mass, dq, dw, 
 def keys(q_idx, k_idx, w, start, end, p, scores, lse, mass, dk):
     """Add the sums over these queries to dk, fp32 [S, Di]."""
     (T, Hi, Di), S = q_idx.shape, len(k_idx)
-    options = _launch_options(q_idx, False, gradients=True)
+    options = _launch_options("keys", q_idx, False)
     BQ, BK = options["BQ"], options["BK"]
     groups, blocks = cdiv(T, BQ), cdiv(S, BK)
     busy = cdiv(min(S, T + p.shape[1]), BK)  # of these blocks: ranges of packed sequences lie next to each other
     some = start < end
     lows = torch.nn.functional.pad(torch.where(some, start, S), (0, groups * BQ - T), value=S).view(groups, BQ).amin(1)
     highs = torch.nn.functional.pad(torch.where(some, end, 0), (0, groups * BQ - T)).view(groups, BQ).amax(1)
-    parts = max(1, min(4 * multiprocessors(q_idx) // busy, groups))  # of the queries, where keys are few
+    parts = max(1, min(8 * multiprocessors(q_idx) // busy, groups))  # of the queries, where keys are few
     sums = torch.empty(parts, S, Di, dtype=torch.float32, device=q_idx.device)
     _keys[(blocks, parts)](
         q_idx, k_idx, w, start, end, lows, highs, p, scores, lse, mass, sums, T, S, Hi, Di, p.shape[1], groups,
