@@ -44,7 +44,7 @@ from .optimizer import PEAK_RATES, MasterAdamW, master_weights
 from .regimes import REGIMES, make_model, steps, without_hadamard
 from .results import merged, report
 from .stages import stage_backward
-from .train import DTYPES, NOT_FINISHED, resolve_options, course_config, deterministic
+from .train import DTYPES, NOT_FINISHED, course_config, deterministic, resolve_options
 
 PROGRAM = "dsa_ref.training.compare"
 CURVE = 50  # losses of each stage in the record
