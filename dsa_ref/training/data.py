@@ -39,8 +39,8 @@ class Data:
     seed: int = 0
     pairs: int = 0
     device: str | torch.device = "cpu"
-    asks: int = 1
-    starts: tuple[Start, ...] = ()
+    asks: int = 2
+    starts: tuple[Start, ...] = STARTS
 
     def __post_init__(self) -> None:
         check_length(self.corpus, self.length)
