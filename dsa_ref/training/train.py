@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     began = time.monotonic()
     parser = _make_parser()
     options = parser.parse_args(arguments)
-    ops = check_options(parser, options)
+    ops = resolve_options(parser, options)
     session = provenance(PROGRAM, arguments, options.device)
     show = Show(sys.stderr.isatty())
     with deterministic():
@@ -147,7 +147,7 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> types.ModuleType:
+def resolve_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> types.ModuleType:
     """End with what is wrong, before any work; fill in --dtype; the package that `options.ops` names."""
     files = {"--weights": options.weights, "--log": options.log, "--state": options.state}
     named = [(option, path.resolve()) for option, path in files.items() if path is not None]
