@@ -44,7 +44,7 @@ from .optimizer import PEAK_RATES, MasterAdamW, master_weights
 from .regimes import REGIMES, make_model, steps, without_hadamard
 from .results import merged, report
 from .stages import stage_backward
-from .train import DTYPES, NOT_FINISHED, resolve_options, course_config, deterministic
+from .train import DTYPES, NOT_FINISHED, course_config, deterministic, resolve_options
 
 PROGRAM = "dsa_ref.training.compare"
 CURVE = 50  # losses of each stage in the record
@@ -291,7 +291,9 @@ def main(arguments: list[str] | None = None) -> None:
             unfinished(options.log, comparison, origin)
             options.state.mkdir(parents=True, exist_ok=True)
             given = options.given and load_small_model(options.given)
-        except (OSError, ValueError) as error:
+            if given is not None:
+                make_model(REGIMES["DSA"], comparison.config, ops, given.state_dict(), plan.seed)  # whether it fits
+        except (OSError, ValueError, RuntimeError) as error:
             parser.error(str(error))
         ends = began + 60 * options.minutes if options.minutes else math.inf
         say = functools.partial(print, file=sys.stderr, flush=True)
