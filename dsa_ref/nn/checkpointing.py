@@ -77,7 +77,7 @@ def selected_once(select: Callable[[], Tensor]) -> Tensor:
     Calls are told apart by their order, in which a repeated pass must make the same ones. Under other libraries'
     checkpointing a repeated pass selects again.
     """
-    passes, repeated = ([], []) if torch.compiler.is_compiling() else _checkpoints()
+    passes, repeated = ([], []) if torch.compiler.is_compiling() else _passes_around()
     found = None
     for kept, again in repeated:
         place = kept.taken[again] = kept.taken.get(again, -1) + 1
@@ -97,7 +97,7 @@ class _Kept:
         self.taken: dict[object, int] = {}
 
 
-def _checkpoints() -> tuple[list[_Kept], list[tuple[_Kept, object]]]:
+def _passes_around() -> tuple[list[_Kept], list[tuple[_Kept, object]]]:
     """Of the torch checkpoints that this call is inside of: those that make their pass, and those that repeat it, each
     with the backward pass for which it does."""
     passes, repeated, frame = [], [], sys._getframe()

@@ -44,7 +44,7 @@ from .optimizer import PEAK_RATES, MasterAdamW, master_weights
 from .regimes import REGIMES, make_model, steps, without_hadamard
 from .results import merged, report
 from .stages import stage_backward
-from .train import DTYPES, NOT_FINISHED, check_options, course_config, deterministic
+from .train import DTYPES, NOT_FINISHED, course_config, deterministic, resolve_options
 
 PROGRAM = "dsa_ref.training.compare"
 CURVE = 50  # losses of each stage in the record
@@ -279,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(report(record["runs"]))
         return
     options.state = options.state or options.log.with_suffix(".state")
-    ops = check_options(parser, options)
+    ops = resolve_options(parser, options)
     origin = records.provenance(PROGRAM, arguments, options.device)
     names = {field.name for field in dataclasses.fields(Plan)} & vars(options).keys()
     with deterministic():
@@ -291,7 +291,9 @@ def main(arguments: list[str] | None = None) -> None:
             unfinished(options.log, comparison, origin)
             options.state.mkdir(parents=True, exist_ok=True)
             given = options.given and load_small_model(options.given)
-        except (OSError, ValueError) as error:
+            if given is not None:
+                make_model(REGIMES["DSA"], comparison.config, ops, given.state_dict(), plan.seed)  # whether it fits
+        except (OSError, ValueError, RuntimeError) as error:
             parser.error(str(error))
         ends = began + 60 * options.minutes if options.minutes else math.inf
         say = functools.partial(print, file=sys.stderr, flush=True)
@@ -333,7 +335,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="run the steps of dsa_kernels, not of dsa_ref: for a GPU")  # fmt: skip
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
     add("--dtype", choices=DTYPES, help="of what the models compute with (default bf16 on a GPU, fp32 on a CPU)")
-    parser.set_defaults(weights=None)  # for `check_options`
+    parser.set_defaults(weights=None)  # for `resolve_options`
     return parser
 
 

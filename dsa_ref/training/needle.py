@@ -2,12 +2,13 @@
 
     #@ 7Qx4=mZ8k        the definition, written over a window of text
     ...                 text, `distance` bytes from line to line
-    #? 7Qx4=mZ8k        the query: a model that looks back knows the last four characters, any other one guesses
+    #? 7Qx4=mZ8k        the query: a model that looks back knows the value, any other one guesses
 
 Keys and values are drawn anew for every window, so nothing but the definition says what the value is. Where it lies
 more than k tokens back, a sliding window of k keys has lost it, and a selection must have found it.
 """
 
+import itertools
 import random
 import string
 from typing import NamedTuple
@@ -19,11 +20,11 @@ from ..nn.model import SmallModel
 from .corpus import held_out_windows
 
 DEFINITION, QUERY = b"\n#@ ", b"\n#? "  # the line before ends here
-WIDTH = 4  # characters of a key, and of a value
-ANSWER = len(QUERY) + WIDTH + len(b"=")  # where in a line the value begins
-LINE = ANSWER + WIDTH + len(b"\n")
+KEY, VALUE = 4, 4  # characters
+ANSWER = len(QUERY) + KEY + len(b"=")  # where in a line the value begins
+LINE = ANSWER + VALUE + len(b"\n")
 ALPHABET = (string.ascii_letters + string.digits).encode()
-TRIES = 1000  # of drawing two free places
+TRIES = 1000  # of drawing free places
 
 
 class Pair(NamedTuple):
@@ -40,15 +41,16 @@ class Pair(NamedTuple):
     @property
     def answer(self) -> slice:
         """The value's bytes in the query."""
-        return slice(self.query + ANSWER, self.query + ANSWER + WIDTH)
+        return slice(self.query + ANSWER, self.query + ANSWER + VALUE)
 
 
 def plant(
-    window: bytes, draw: random.Random, pairs: int, least: int = LINE, most: int | None = None
+    window: bytes, draw: random.Random, pairs: int, asks: int = 1, least: int = LINE, most: int | None = None
 ) -> tuple[bytes, list[Pair]]:
-    """Write `pairs` definitions and their queries over a window: its new bytes, and where they are.
+    """Write `pairs` definitions, and `asks` queries of each, over a window: its new bytes, and a Pair for each query.
 
-    least, most: of a pair's distance, in bytes; its logarithm is drawn evenly. most: None for what the window allows.
+    least, most: of the distance from a definition to its queries, in bytes; its logarithm is drawn evenly, up to what
+    the window allows. most: None for no other bound.
 
     Raises: ValueError for distances that no window of this length has, and where there is no room for so many lines.
     """
@@ -58,33 +60,37 @@ def plant(
             f"least and most must be from {LINE}, a line, to {len(window) - LINE}, a window less a line, and in this "
             f"order, got {least} and {most}"
         )
-    planted, found, taken, keys = bytearray(window), [], [], set()
+    planted, taken, found, keys = bytearray(window), bytearray(len(window)), [], set()
     for _ in range(pairs):
-        pair = _place(len(window), draw, taken, least, most)
-        taken += pair
-        key = _word(draw)
+        definition, queries = _places(taken, draw, asks, least, most)
+        key = _word(draw, KEY)
         while key in keys:
-            key = _word(draw)
+            key = _word(draw, KEY)
         keys.add(key)
-        said = key + b"=" + _word(draw) + b"\n"
-        planted[pair.definition : pair.definition + LINE] = DEFINITION + said
-        planted[pair.query : pair.query + LINE] = QUERY + said
-        found.append(pair)
+        said = key + b"=" + _word(draw, VALUE) + b"\n"
+        for first, head in ((definition, DEFINITION), *((query, QUERY) for query in queries)):
+            planted[first : first + LINE] = head + said
+        found += [Pair(definition, query) for query in queries]
     return bytes(planted), found
 
 
-def _place(length, draw, taken, least, most) -> Pair:
+def _places(taken: bytearray, draw, asks, least, most) -> tuple[int, list[int]]:
+    """Where a definition and its queries begin, all on bytes that are 0 in `taken`, which become 1."""
     for _ in range(TRIES):
-        distance = min(most, int(least * (most / least) ** draw.random()))
-        first = draw.randrange(length - LINE - distance + 1)
-        pair = Pair(first, first + distance)
-        if all(abs(place - other) >= LINE for place in pair for other in taken):
-            return pair
-    raise ValueError(f"pairs must fit into a window of {length} bytes beside each other, got no place for one more")
+        definition = draw.randrange(len(taken) - LINE - least + 1)
+        farthest = min(most, len(taken) - LINE - definition)
+        distances = [int(least * ((farthest + 1) / least) ** draw.random()) for _ in range(asks)]
+        lines = sorted([definition, *(definition + min(distance, farthest) for distance in distances)])
+        apart = all(later - earlier >= LINE for earlier, later in itertools.pairwise(lines))
+        if apart and all(taken.find(1, line, line + LINE) < 0 for line in lines):
+            for line in lines:
+                taken[line : line + LINE] = b"\1" * LINE
+            return lines[0], lines[1:]
+    raise ValueError(f"pairs must fit into a window of {len(taken)} bytes beside each other, got no place for one more")
 
 
-def _word(draw) -> bytes:
-    return bytes(draw.choices(ALPHABET, k=WIDTH))
+def _word(draw, width) -> bytes:
+    return bytes(draw.choices(ALPHABET, k=width))
 
 
 def needle_windows(
@@ -95,7 +101,9 @@ def needle_windows(
     Raises: as `held_out_windows` and `plant` do.
     """
     draw = random.Random(f"needles {seed}")
-    planted = [plant(bytes(row.tolist()), draw, pairs, least) for row in held_out_windows(corpus, count, length).cpu()]
+    planted = [
+        plant(bytes(row.tolist()), draw, pairs, 1, least) for row in held_out_windows(corpus, count, length).cpu()
+    ]
     windows = torch.tensor([list(window) for window, _ in planted], dtype=torch.uint8, device=corpus.device)
     return windows, [places for _, places in planted]
 

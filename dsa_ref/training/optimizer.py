@@ -13,7 +13,7 @@ from ..nn.model import SmallModel
 from .stages import TRAINED, is_indexers
 
 PEAK_RATES = {"dense": 2e-3, "warm-up": 2e-3, "sparse": 3e-4}
-BETAS, WEIGHT_DECAY, LARGEST_NORM = (0.9, 0.95), 0.01, 1.0
+BETAS, WEIGHT_DECAY, LARGEST_NORM = (0.9, 0.95), 0.1, 1.0
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

@@ -21,7 +21,7 @@ from ..nn.parts import Indexer
 from ..precision import exact
 from ..testing import window_selection
 from .loop import Losses
-from .stages import stage_backward, stage_loss
+from .stages import is_indexers, stage_backward, stage_loss
 
 ROWS_AT_ONCE = 2048  # of the oracle's and the random selection's scores, which stand as a whole for each sequence
 ALSO_USED = ("dense_attention", "mha_attention", "indexer_loss", "hadamard", "quantize")  # where `ops` has them
@@ -220,7 +220,9 @@ REGIMES = {
 def make_model(regime: Regime, config: ModelConfig, ops: Ops, weights: dict[str, Tensor], seed: int) -> SmallModel:
     """The model that a regime begins with, fp32: the dense model's weights, and its indexers where they fit.
 
-    weights: a state dict of `config`'s model. An indexer of other sizes gets new weights, drawn by seed.
+    weights: a state dict of `config`'s model. What has other sizes in the regime's indexers is drawn by seed.
+
+    Raises: RuntimeError for the weights of a model of other sizes.
     """
     attention = dataclasses.replace(config.attention, index_fp8=False, **dict(regime.sizes))
     torch.manual_seed(seed)
@@ -230,7 +232,6 @@ def make_model(regime: Regime, config: ModelConfig, ops: Ops, weights: dict[str,
         fresh.load_state_dict(block.self_attn.indexer.state_dict())
         block.self_attn.indexer = fresh
     own = model.state_dict()
-    model.load_state_dict(
-        {name: weights[name] if weights[name].shape == own[name].shape else own[name] for name in own}
-    )
+    fresh = {name for name in own if is_indexers(name) and weights[name].shape != own[name].shape}
+    model.load_state_dict({name: own[name] if name in fresh else weight for name, weight in weights.items()})
     return model

@@ -32,7 +32,7 @@ import torch
 from ..nn.model import ModelConfig, SmallModel, load_small_model, save_small_model
 from ..records import output_file, positive, provenance, regular_file, replacing, write_log
 from .corpus import held_out_windows, load_corpus
-from .data import Data
+from .data import STARTS, Data
 from .evaluate import held_out_loss
 from .needle import LINE, needle_windows, needles_found
 from .optimizer import BETAS, LARGEST_NORM, PEAK_RATES, WEIGHT_DECAY
@@ -78,14 +78,16 @@ def main(arguments: list[str] | None = None) -> None:
     began = time.monotonic()
     parser = _make_parser()
     options = parser.parse_args(arguments)
-    ops = check_options(parser, options)
+    ops = resolve_options(parser, options)
     session = provenance(PROGRAM, arguments, options.device)
     show = Show(sys.stderr.isatty())
     with deterministic():
         try:
             corpus, held_out = load_corpus()
-            data = Data(corpus, options.length, options.batch, options.seed, options.pairs, options.device)
-            data.windows(STAGES[0], 0)  # whether the needles fit
+            data = Data(
+                corpus, options.length, options.batch, options.seed, options.pairs, options.device, options.asks
+            )
+            data.windows(STAGES[-1], 0)  # whether the needles fit
             measure = _make_measure(held_out.to(options.device), options)
             torch.manual_seed(options.seed)
             with torch.device("cpu"):  # the same weights for every device
@@ -134,7 +136,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--micro", type=positive, help="windows at a time, to save memory (default: all of a step)")
     add("--length", type=positive, default=8192, help="bytes a window (default %(default)s)")
     add("--k", type=positive, default=256, help="keys selected (default %(default)s)")
-    add("--pairs", type=int, default=16, help="needles a window (default %(default)s)")
+    add("--pairs", type=int, default=32, help="needles a window (default %(default)s)")
+    add("--asks", type=positive, default=Data.asks, help="queries of each needle (default %(default)s)")
     add("--seed", type=int, default=0, help="of weights, windows and needles (default %(default)s)")
     add("--windows", type=positive, default=16, help="held-out windows to measure on (default %(default)s)")
     add("--kernels", action="store_const", dest="ops", const="dsa_kernels", default="dsa_ref",
@@ -144,7 +147,7 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> types.ModuleType:
+def resolve_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> types.ModuleType:
     """End with what is wrong, before any work; fill in --dtype; the package that `options.ops` names."""
     files = {"--weights": options.weights, "--log": options.log, "--state": options.state}
     named = [(option, path.resolve()) for option, path in files.items() if path is not None]
@@ -179,9 +182,10 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 
 def _fixed_options(options: argparse.Namespace, config: ModelConfig, corpus: torch.Tensor) -> dict:
     """What decides about the bits that come out, and must be equal to go on from a state."""
-    names = "steps batch micro length k pairs seed windows log_every ops dtype".split()
+    names = "steps batch micro length k pairs asks seed windows log_every ops dtype".split()
     return {
         **{f"--{name.replace('_', '-')}".replace("--ops", "--kernels"): getattr(options, name) for name in names},
+        "starts": STARTS,
         "rates": PEAK_RATES,
         "AdamW": [BETAS, WEIGHT_DECAY, LARGEST_NORM],
         "sizes": dataclasses.asdict(config),

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from dsa_course.teaching.layer import LAYER, START, OpenLayer, lesson_loss_of
-from dsa_course.teaching.lesson import FILES, TEXT, forget, look, windows
+from dsa_course.teaching.lesson import FILES, TEXT, Watch, forget, windows
 from dsa_course.teaching.live import bumps, lesson_chart, live_directions, live_lesson, one_bump
 from dsa_ref.index_scores import index_scores
 from dsa_ref.indexer_loss import indexer_loss
@@ -92,7 +92,7 @@ def seen():
     """What a random scout knows, and the trained one, of byte 363."""
     scouts = load_small_model(index_fp8=False), load_small_model(index_fp8=False)
     forget(scouts[0])
-    return [look(scout, step, 363, K) for step, scout in enumerate(scouts)]
+    return [Watch(scout, 363, K)(step) for step, scout in enumerate(scouts)]
 
 
 def test_what_is_known_at_a_step(seen):
@@ -107,6 +107,14 @@ def test_what_is_known_at_a_step(seen):
         for one in seen:
             assert one["selected"][layer].shape == (K,) and one["selected"][layer].max() <= 363
             assert abs(float(one["guess"][layer].sum()) - 1) < 1e-4
+
+
+def test_a_watch_sees_what_has_been_learnt_meanwhile(seen):
+    model = load_small_model(index_fp8=False)
+    watch = Watch(model, 363, K)
+    forget(model)
+    assert watch(1)["recall"] == seen[0]["recall"] != seen[1]["recall"]
+    assert not any(block.self_attn.indexer._forward_pre_hooks for block in model.layers)
 
 
 # ------------------------------------------------------------------------------------------------------- the pictures
@@ -128,7 +136,7 @@ def test_the_picture_of_a_lesson_says_what_is_selected_and_what_is_missed(seen):
 
 
 def test_the_chart_has_every_layer_and_their_mean(seen):
-    figure = lesson_chart(seen, K, {"attention's own best": 0.6, "random keys": 0.1})
+    figure = lesson_chart(seen, K, {"the 16 with the most": 0.6, "random keys": 0.1})
     left, right = figure.axes
     assert [line.get_label() for line in left.lines] == ["layer 0", "layer 1", "layer 2", "layer 3", "mean"]
     assert right.lines[4].get_ydata().tolist() == pytest.approx([np.mean(one["recall"]) for one in seen])

@@ -207,6 +207,9 @@ def test_one_head_is_one_head():
     unlike = [name for name, weight in model.state_dict().items() if not torch.equal(weight, WEIGHTS[name])
               if weight.shape == WEIGHTS[name].shape]  # fmt: skip
     assert unlike == []  # all but the heads themselves begins where the others begin
+    other = SmallModel(dataclasses.replace(CONFIG, hidden_dim=16)).state_dict()
+    with pytest.raises(RuntimeError, match="size mismatch for layers.0.gate_proj.weight"):
+        make_model(REGIMES["one head"], CONFIG, dsa_ref, other, 0)
 
 
 def test_without_relu_scores_are_linear():
@@ -544,11 +547,17 @@ def test_runs_merge_by_seed(tmp_path, capsys):
         results.merged([{"runs": [a_run()]}, {"runs": [other]}])
 
 
-def test_the_readme_s_table_is_of_all_seeds():
+def two_seeds():
+    """Runs with all that the README's table tells of them."""
     runs = [a_run(0, 1.1), a_run(1, 1.2)]
     for run in runs:
         run["plan"] |= {"steps": [1, 2, 3], "batch": 8, "length": 32, "windows": 2}
         run["provenance"] = {"device": "H", "torch": "2", "triton": "3", "command": "python -m x --seed 0"}
+    return runs
+
+
+def test_the_readme_s_table_is_of_all_seeds():
+    runs = two_seeds()
     text = tables.regimes("training_x.json", runs)
     (line,) = [line for line in text.splitlines() if line.startswith("| DSA |")]
     ratios = [row.ratio for row in results.rows(runs)["DSA"]]
@@ -556,6 +565,20 @@ def test_the_readme_s_table_is_of_all_seeds():
     assert f"| 0.250 (0.250 to 0.250) | {0.9:.3f} (0.900 to 0.900) |" in line
     assert "| dense | 2.5000 (2.5000 to 2.5000) |  |  |  |" in text and "seeds 0, 1" in text
     assert "| DSA, FP8 without Hadamard |" in text
+
+
+@pytest.mark.parametrize("there", (False, True))
+def test_the_readme_has_the_table_if_there_is_a_record(there, tmp_path, monkeypatch):
+    """With one the README must have its place, which is filled; without one it must have none, which would be empty."""
+    (tmp_path / "x.json").write_text(json.dumps({"runs": two_seeds()}))
+    monkeypatch.setattr(results, "recorded", lambda: [tmp_path / "x.json"] if there else [])
+    others = "".join(f"<!-- table: {n} -->\n<!-- end of table -->\n" for n in tables.TABLES if n != "training")
+    monkeypatch.setattr(tables, "TABLES", {**dict.fromkeys(tables.TABLES, str), "training": tables.training})
+    place = "<!-- table: training -->\n\n<!-- end of table -->\n"
+    right, wrong = (others + place, others) if there else (others, others + place)
+    assert ("| DSA |" in tables.written(right)) == there
+    with pytest.raises(ValueError, match="README.md must have the tables"):
+        tables.written(wrong)
 
 
 def test_a_regime_that_a_run_lacks_has_no_row():

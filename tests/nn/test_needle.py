@@ -7,39 +7,38 @@ import torch
 
 from dsa_ref.training import needle
 from dsa_ref.training.corpus import load_corpus
-from dsa_ref.training.data import Data
-from dsa_ref.training.needle import ANSWER, DEFINITION, LINE, QUERY, WIDTH, needle_windows, needles_found, plant
+from dsa_ref.training.data import Data, Start
+from dsa_ref.training.needle import ANSWER, DEFINITION, KEY, LINE, QUERY, VALUE, needle_windows, needles_found, plant
 
 TEXT = bytes(range(32, 127)) * 40
 
 
-def check(before, after, pairs, count, least, most):
-    """Every key is defined once, before its only query, at the distance that is said; all else is as it was."""
-    assert len(pairs) == count and len(after) == len(before)
-    covered, keys = set(), []
+def check(before, after, pairs, count, least, most, asks=1):
+    """Every key is defined once, before all queries of it, at the distances that are said; all else is as it was."""
+    assert len(pairs) == count * asks and len(after) == len(before)
+    covered, said = set(), {}
+    for begin in {place for pair in pairs for place in pair}:
+        assert not covered & set(range(begin, begin + LINE))
+        covered |= set(range(begin, begin + LINE))
     for pair in pairs:
-        places = range(pair.definition, pair.definition + LINE), range(pair.query, pair.query + LINE)
-        for place in places:
-            assert not covered & set(place)
-            covered |= set(place)
-        definition, query = (after[place.start : place.stop] for place in places)
-        key = definition[len(DEFINITION) : len(DEFINITION) + WIDTH]
-        assert definition == DEFINITION + definition[len(DEFINITION) :] and query == QUERY + definition[len(QUERY) :]
-        assert after.count(DEFINITION + key + b"=") == after.count(QUERY + key + b"=") == 1
-        assert (
-            after[pair.answer] == query[ANSWER : ANSWER + WIDTH] and (key + b"=" + after[pair.answer]).count(b"=") == 1
-        )
+        definition, query = (after[begin : begin + LINE] for begin in pair)
+        key, value = query[len(QUERY) : len(QUERY) + KEY], after[pair.answer]
+        assert definition == DEFINITION + key + b"=" + value + b"\n" and query == QUERY + key + b"=" + value + b"\n"
+        assert after.count(DEFINITION + key + b"=") == 1 and after.count(QUERY + key + b"=") == asks
         assert least <= pair.distance == pair.query - pair.definition <= most
-        keys.append(key)
-    assert len(set(keys)) == count
+        said.setdefault(key, set()).add(pair.definition)
+    assert len(said) == count and all(len(places) == 1 for places in said.values())
     assert all(after[i] == before[i] for i in set(range(len(before))) - covered)
 
 
-@pytest.mark.parametrize("count, least, most", [(0, LINE, None), (16, LINE, None), (16, 900, 1000), (1, 3786, None)])
-def test_what_is_planted(count, least, most):
+@pytest.mark.parametrize(
+    "count, asks, least, most",
+    [(0, 1, LINE, None), (16, 1, LINE, None), (16, 3, LINE, None), (16, 1, 900, 1000), (1, 1, 3786, None)],
+)
+def test_what_is_planted(count, asks, least, most):
     for seed in range(5):
-        after, pairs = plant(TEXT, random.Random(seed), count, least, most)
-        check(TEXT, after, pairs, count, least, most or len(TEXT) - LINE)
+        after, pairs = plant(TEXT, random.Random(seed), count, asks, least, most)
+        check(TEXT, after, pairs, count, least, most or len(TEXT) - LINE, asks)
 
 
 def test_keys_are_distinct_though_there_are_few(monkeypatch):
@@ -64,14 +63,14 @@ def test_a_wrong_plant_is_found():
 def test_distances_are_spread():
     """Their logarithms are: as many below the middle one as above."""
     draw = random.Random(0)
-    distances = [pair.distance for _ in range(40) for pair in plant(TEXT, draw, 4, 32, 2048)[1]]
+    distances = [pair.distance for _ in range(40) for pair in plant(TEXT, draw, 4, 1, 32, 2048)[1]]
     assert 0.35 < sum(distance < 256 for distance in distances) / len(distances) < 0.65
 
 
 @pytest.mark.parametrize("least, most", [(LINE - 1, None), (100, 99), (LINE, len(TEXT)), (len(TEXT), None)])
 def test_distances_that_no_window_has(least, most):
     with pytest.raises(ValueError, match="least and most must be from 14"):
-        plant(TEXT, random.Random(0), 1, least, most)
+        plant(TEXT, random.Random(0), 1, 1, least, most)
 
 
 def test_too_many_pairs():
@@ -89,7 +88,7 @@ class Reader:
         text, logits = bytes(tokens.tolist()), torch.zeros(len(tokens), 256)
         for i in range(len(text)):
             begin = text.rfind(QUERY, 0, i + 1)
-            if begin < 0 or not ANSWER <= i + 1 - begin < ANSWER + WIDTH:
+            if begin < 0 or not ANSWER <= i + 1 - begin < ANSWER + VALUE:
                 continue
             found = text.find(DEFINITION + text[begin + len(QUERY) : begin + ANSWER])
             if 0 <= begin - found <= self.reach and i + 1 - begin != self.wrong_at:
@@ -104,23 +103,38 @@ def test_needles_are_found_by_who_looks_back_far_enough():
         assert needles_found(Reader(reach), windows, places, "dense") == [[wanted] * 5] * 2
     far = sorted(pair.distance for pair in places[0])
     assert sum(needles_found(Reader(far[2]), windows, places, "dense")[0]) == 3
-    for byte in range(WIDTH):  # all bytes must be right
+    for byte in range(VALUE):  # all bytes must be right
         assert needles_found(Reader(1500, ANSWER + byte), windows, places, "dense") == [[False] * 5] * 2
 
 
 def test_a_step_sees_what_its_number_says():
     """In any order of calls, and as no other seed, stage or step."""
     corpus = load_corpus()[0]
-    data = Data(corpus, 200, 3, seed=5, pairs=2)
+    data = Data(corpus, 200, 3, seed=5, pairs=2, asks=1)
     steps = [data.windows("dense", step) for step in range(3)]
-    again = Data(corpus, 200, 3, seed=5, pairs=2)
+    again = Data(corpus, 200, 3, seed=5, pairs=2, asks=1)
     assert all(torch.equal(again.windows("dense", step), steps[step]) for step in (2, 0, 1))
-    others = [again.windows("sparse", 0), Data(corpus, 200, 3, seed=6, pairs=2).windows("dense", 0), *steps[1:]]
+    others = [again.windows("sparse", 0), Data(corpus, 200, 3, seed=6, pairs=2, asks=1).windows("dense", 0), *steps[1:]]
     assert not any(torch.equal(steps[0], other) for other in others)
     assert steps[0].shape == (3, 201) and steps[0].dtype == torch.int64
     for row in steps[0]:
         text = bytes(row.tolist())
         assert text.count(DEFINITION) == text.count(QUERY) == 2
+
+
+def test_the_dense_stage_starts_with_shorter_windows():
+    """As many bytes a step, with their own needles; other stages do not, nor windows that are no longer."""
+    starts = (Start(2, 100, 1), Start(3, 200, 3))
+    data = Data(load_corpus()[0], 400, 2, pairs=4, asks=2, starts=starts)
+    got = [data.windows("dense", step) for step in range(4)] + [data.windows("sparse", 0)]
+    assert [tuple(windows.shape) for windows in got] == [(8, 101), (8, 101), (4, 201), (2, 401), (2, 401)]
+    for windows, pairs in zip(got, (1, 1, 3, 4, 4), strict=True):
+        for row in windows.tolist():
+            assert bytes(row).count(DEFINITION) == pairs and bytes(row).count(QUERY) == 2 * pairs
+    short = Data(load_corpus()[0], 100, 2, pairs=1, starts=starts)
+    assert short.windows("dense", 0).shape == (2, 101)
+    plain = Data(load_corpus()[0], 400, 2, starts=starts)
+    assert all(bytes(row).count(DEFINITION) == 0 for row in plain.windows("dense", 0).tolist())
 
 
 def test_windows_are_runs_of_the_corpus_from_its_start_to_its_end():

@@ -24,7 +24,7 @@ from dsa_ref.training.show import Show
 from dsa_ref.training.stages import STAGES
 from dsa_ref.training.state import check_space, clear_unfinished, load_state, save_state
 
-SMALL = "--steps 3 3 3 --batch 2 --micro 1 --length 64 --k 8 --pairs 1 --windows 1 --save-every 2 --log-every 1".split()
+SMALL = "--steps 3 3 3 --batch 2 --micro 1 --length 64 --k 8 --pairs 1 --asks 1 --windows 1 --save-every 2 --log-every 1".split()
 
 
 def command(folder, *more):
@@ -208,6 +208,25 @@ def test_a_text_shorter_than_a_window_is_refused(tmp_path, monkeypatch, capsys):
         assert (
             f"length must be from 1 to {longest}, the corpus less the byte after it, got 64" in capsys.readouterr().err
         )
+
+
+def test_all_that_a_run_computes_is_deterministic(tmp_path, monkeypatch):
+    """And only that: a notebook that calls it is left as it was."""
+    inside = []
+
+    def load():
+        inside.append((torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"]))
+        raise ValueError
+
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setattr(train, "load_corpus", load)
+    with pytest.raises(SystemExit):
+        train.main(command(tmp_path))
+    assert inside == [(True, ":16:8")] and not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with train.deterministic():
+        assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
 
 
 def small_run(path, model=None, **more):

@@ -97,6 +97,10 @@ broken("claim", "fields", "no_interval_field", ('        "interval": (low, high)
 broken("claim", "fields", "no_control_field", ('        "control": control,\n', ""))
 broken("claim", "fields", "a_k_that_nobody_measured", ('"k": k', '"k": 64'))
 broken("claim", "fields", "nothing_was_not_shown", ('"not shown": "That', '"not shown": "" and "That'))
+GAPS = "key=lambda k: float((table['window', k] - table['indexer', k]).mean())"
+broken(
+    "claim", "k beforehand", "the_k_that_came_out_best", ("k, control = 16,", f"k, control = max((8, 16, 32), {GAPS}),")
+)
 broken("claim", "control", "random_for_a_control", ('k, control = 16, "window"', 'k, control = 16, "random"'))
 broken("claim", "control", "dense_for_a_control", ('k, control = 16, "window"', 'k, control = 16, "dense"'))
 broken("claim", "control", "oracle_for_a_control", ('k, control = 16, "window"', 'k, control = 16, "attention itself"'))

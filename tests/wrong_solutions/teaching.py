@@ -209,6 +209,19 @@ def neither_renormalised(scores, p, indices):
     return (terms * mask).sum(dim=1).mean()
 
 
+@wrong("kl_loss", "selected keys alone")
+def minus_one_is_the_last_key(scores, p, indices):
+    total, rows = 0.0, 0
+    for t in range(len(p)):
+        keys = indices[t].unique().long()
+        keys = keys[~scores[t, keys].isinf()]
+        if (indices[t] >= 0).any():
+            target = p[t, keys] / p[t, keys].sum()
+            total += (torch.xlogy(target, target) - target * scores[t, keys].log_softmax(dim=0)).sum()
+            rows += 1
+    return total / max(rows, 1)
+
+
 @wrong("kl_loss", "zero in the target")
 def log_of_zero(scores, p, indices):
     mask = mask_of(indices, scores.shape[1])

@@ -16,7 +16,7 @@ from .. import measure
 from ..run import free, judge
 
 REPEATS = 60
-REPEAT_SECONDS = 2.0  # no further repeat is begun after
+REPEAT_SECONDS = 1.5  # no further repeat is begun after
 TIMED = ("right", "WRONG")
 
 

@@ -382,7 +382,7 @@ def cached_future(solution):
 def cached_k_below_t(solution):
     for seed in (0, 1):
         cause = "right where every key is kept, wrong where k are: select anew in each call, from all rows so far"
-        _judge_cached(solution, _real(seed, 60, k=16), [44, *[1] * 12, 4], cause, FLIPPED)
+        _judge_cached(solution, _real(seed, 100, k=16), [84, *[1] * 12, 4], cause, FLIPPED)
 
 
 @cached.property("branches")

@@ -253,7 +253,10 @@ def kl_loss_selected_keys_alone(solution):
     }
     for seed, T, S in ((3, 6, 6), (4, 5, 12)):
         cause = "right where everything is selected: with fewer keys, both sides are cut to S_t and sum to 1 there"
-        _expect_loss(solution, _given_loss(seed, T, S, k=3), cause, suspects)
+        scores, p, indices = _given_loss(seed, T, S, k=3)
+        _expect_loss(solution, (scores, p, indices), cause, suspects)
+        indices[-2:, 1] = -1  # rows that see the last key, and select fewer than they could
+        _expect_loss(solution, (scores, p, indices), "-1 is no key, wherever it stands: as an index it is the last one")
 
 
 @kl_loss.property("zero in the target")

@@ -23,14 +23,16 @@ def _scores(q_idx, k_idx, w):
     return torch.einsum("ths,th->ts", torch.einsum("thd,sd->ths", q_idx, k_idx).relu(), w)
 
 
-def _given(seed, T=6, S=None, Hi=3, Di=4, empty=0):
-    """float64 inputs; the last `empty` rows see no key."""
+def _given(seed, T=6, S=None, Hi=3, Di=4, empty=0, holes=False):
+    """float64 inputs; the last `empty` rows see no key; with holes, rows do not see every key before them."""
     S = S or T
     q_idx, k_idx, w = (
         normal(*shape, seed=seed + i, dtype=torch.float64) for i, shape in enumerate(((T, Hi, Di), (S, Di), (T, Hi)))
     )
     visible = causal(T, S)
     visible[T - empty :] = False
+    if holes:
+        visible &= normal(T, S, seed=seed + 4) > -0.5
     p = normal(T, S, seed=seed + 3, dtype=torch.float64).masked_fill(~visible, -torch.inf).softmax(dim=1).nan_to_num()
     return q_idx, k_idx, w, p, visible
 
@@ -169,7 +171,7 @@ def kl_gradients_k_idx(solution):
 def kl_gradients_finite_differences(solution):
     """The loss itself is moved a little, along a random direction: no formula of ours is in between."""
     for seed, T, S, Hi, Di, empty in ((11, 7, 7, 2, 3, 1), (12, 2, 30, 1, 1, 0), (13, 1, 1, 4, 8, 0)):
-        given = _given(seed, T, S, Hi, Di, empty)
+        given = _given(seed, T, S, Hi, Di, empty, holes=S > 1)
         for laid in (given, tuple(map(strided, given))):
             got = solution(*laid)
             *inputs, p, visible = given
@@ -186,7 +188,8 @@ def kl_gradients_finite_differences(solution):
                     abs(promised - wanted) <= 1e-5 * max(1.0, abs(wanted)),
                     f"{name} moved along a random direction: the gradient promises {promised:.6g} a step, the loss "
                     f"changes by {wanted:.6g}",
-                    f"wrong for T = {T}, S = {S}, Hi = {Hi}, or for tensors that are not contiguous",
+                    f"wrong for T = {T}, S = {S}, Hi = {Hi}, where `visible` has holes, or for tensors that are not "
+                    "contiguous",
                 )
 
 

@@ -16,7 +16,7 @@ NAMES = {10: "↵", 32: "␣"}
 def live_lesson(text, byte, seen, layer) -> LiveFigure:
     """One byte of a text: what the indexer selects for it, step by step, and the keys at which attention looks most.
 
-    text: bytes; byte: the query; seen: what `lesson.look` gave at each step, for this byte; layer: where to start.
+    text: bytes; byte: the query; seen: what `lesson.Watch` gave at each step, for this byte; layer: where to start.
     `.data`: step, layer, selected and guess (of the selected keys), looked (the SHOWN keys with the largest weights),
     weights (theirs), found (bool for each of them), recall (of this query's whole attention).
     """
@@ -84,7 +84,7 @@ def live_lesson(text, byte, seen, layer) -> LiveFigure:
 def lesson_chart(seen, k, controls) -> Figure:
     """KL and recall against the step, on text that the indexer does not learn from; every layer, and their mean.
 
-    seen: what `lesson.look` gave; k: keys; controls: {name: recall}, drawn as level lines.
+    seen: what `lesson.Watch` gave; k: keys; controls: {name: recall}, drawn as level lines.
     """
     steps = [one["step"] for one in seen]
     figure = Figure(figsize=(9, 3.5), layout="constrained", facecolor=COLOURS["visible"])
@@ -104,7 +104,7 @@ def lesson_chart(seen, k, controls) -> Figure:
     left.set(ylabel="KL (nats)", ylim=(0, None))
     right.set(ylabel=f"attention mass on {k} keys (share)", ylim=(0, 1))
     for name, value in controls.items():
-        colour = COLOURS["attention"] if name.startswith("attention") else "#444444"
+        colour = COLOURS["attention"] if "most" in name else "#444444"
         right.axhline(value, color=colour, linewidth=1.0, linestyle=(0, (4, 2)))
         place = {"x": steps[-1], "ha": "right"} if value < 0.3 else {"x": -0.1, "ha": "left"}  # where no curve is
         right.text(y=value + 0.01, s=name, fontsize=8, va="bottom", color=colour, **place)
