@@ -96,8 +96,9 @@ def _mean_probability(
         tl.store(p_ptr + where, p / H, seen)
 
 
-def tiles(card, H, D, size, lists):
-    """(HB, BQ, BK, BD, warps, stages) for that card; size: bytes of a number."""
+def tiles(card, H, D, size, lists, sums):
+    """(HB, BQ, BK, BD, warps, stages) for that card; size: bytes of a number; sums: of the log-sum-exp, whose running
+    state takes registers as well."""
     HB = max(16 if lists else 1, min(next_power_of_2(H), 128))
     if INTERPRETED:  # each operation costs the same whatever its size: few large tiles
         return HB, 1 if lists else max(1, 256 // HB), 256, next_power_of_2(max(D, 16)), 4, 1
@@ -107,12 +108,13 @@ def tiles(card, H, D, size, lists):
         BD = min(BD, 32 if D > 16 else 16)
     while (columns + BK) * BD * size * max(stages, 1) + 4 * columns + 1024 > card.shared_memory:
         stages -= 1
-    return HB, 1 if lists else columns // HB, BK, BD, 4 if size == 4 or lists and HB < 64 else 8, stages
+    few = size == 4 or lists and HB < 64 or not sums and card.capability == cards.HOPPER
+    return HB, 1 if lists else columns // HB, BK, BD, 4 if few else 8, stages
 
 
-def _launch_options(q, lists):
+def _launch_options(q, lists, sums):
     H, D = q.shape[1:]
-    HB, BQ, BK, BD, warps, stages = tiles(cards.card_of(q), H, D, q.itemsize, lists)
+    HB, BQ, BK, BD, warps, stages = tiles(cards.card_of(q), H, D, q.itemsize, lists, sums)
     dot = getattr(tl, TRITON_NAMES[dot_dtype(q)])
     return {
         "HB": HB, "BQ": BQ, "BK": BK, "BD": BD, "DOT": dot, "LISTS": lists, "WHOLE": D % BD == 0, "STAGES": stages,
@@ -125,7 +127,7 @@ def log_sum_exp(q, kv, scale, indices, start, end):
     (T, H, D), S = q.shape, len(kv)
     k = 0 if indices is None else indices.shape[1]
     lse = torch.empty(T, H, dtype=torch.float32, device=q.device)
-    options = _launch_options(q, indices is not None)
+    options = _launch_options(q, indices is not None, sums=True)
     _log_sum_exp[(cdiv(T, options["BQ"]), cdiv(H, options["HB"]))](
         q, kv, start if indices is None else indices, start, end, lse, scale, T, S, H, D, k, **options
     )
@@ -136,7 +138,7 @@ def mean_probability(q, kv, scale, indices, start, end, lse, p):
     """Write p for the pairs that are seen into the buffer p [T, width]; the rest of it stays as it is."""
     (T, H, D), S = q.shape, len(kv)
     k = 0 if indices is None else indices.shape[1]
-    options = _launch_options(q, indices is not None)
+    options = _launch_options(q, indices is not None, sums=False)
     groups = cdiv(T, options["BQ"])
     chunks = max(1, min(cdiv(p.shape[1], options["BK"]), 8 * multiprocessors(q) // groups))
     _mean_probability[(groups, chunks)](
