@@ -157,9 +157,9 @@ def test_the_target_comes_out_of_attentions_backward_pass():
 def test_micro_batches_change_nothing(stage):
     """Also where they are not of one size, so that their means must be weighed."""
     models, told = [looking_model(), looking_model()], [[], []]
-    for model, micro, rows in zip(models, (None, 2), told, strict=True):
+    for model, at_once, rows in zip(models, (None, 2 * LENGTH), told, strict=True):
         train_stage(
-            model, stage, windows(stage, 3), 3, micro=micro, after=lambda _, losses, rows=rows: rows.append(losses)
+            model, stage, windows(stage, 3), 3, at_once=at_once, after=lambda _, losses, rows=rows: rows.append(losses)
         )
     for one, other in zip(*told, strict=True):
         assert [x if x is None else pytest.approx(x.item(), rel=1e-5) for x in one] == list(other)
