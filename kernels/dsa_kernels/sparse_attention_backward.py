@@ -154,8 +154,9 @@ def sparse_attention_backward(
     last bits differ from call to call. dq and target are the same bits each time with both.
     Memory beside what is returned: at most 2 GiB, or what one query takes, and an fp32 dkv.
 
-    variant: "portable", "hopper" (compute capability 9.0, bf16, D = 576, v_dim = 512, 64 or 128 heads), or None for
-    "hopper" where it can serve, else "portable".
+    variant: "portable", "hopper" (compute capability 9.0, bf16, D = 576, v_dim = 512, at most 128 heads), or None for
+    "hopper" where it can serve, else "portable". "hopper" computes 64 or 128 heads, of which those beyond H are zeros.
+    A row with logits of -inf alone has no gradient in the reference; here its dq is NaN where its keys are infinite.
     Index lists that name a key twice, which raise where they can be read, are undefined while a CUDA graph is captured.
 
     Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does, and for a
@@ -181,17 +182,20 @@ def sparse_attention_backward(
     return dq, dkv, target
 
 
+def tiles(size, H, k, D):
+    """(BH, BK, BD, warps) of `_weights`, `_queries` and `_keys`: heads, keys and columns of a tile. size: in bytes."""
+    if INTERPRETED:  # few large tiles
+        return ((*(max(16, next_power_of_2(n)) for n in (H, min(512, k), D)), 4),) * 3
+    if size == 4:
+        return ((16, 32, 32, 4),) * 3
+    BH = max(16, min(64, next_power_of_2(H)))
+    return (BH, 64, 64, 4), (BH, 64, 128, 4), (32, 64, 128, 4)
+
+
 def launch_portable(q, kv, lists, scale, v_dim, lse, dout, delta, sorted_sums, dq, dkv, target):
     """Write dq, dkv and target of checked and contiguous arguments. delta: `key_sums.deltas`."""
     (T, H, D), S, k, V = q.shape, len(kv), lists.shape[1], v_dim
-    if INTERPRETED:  # few large tiles
-        BH, BK, BD = (max(16, next_power_of_2(n)) for n in (H, min(512, k), D))
-        of_weights, of_queries, of_keys = (BH, BK, BD), (BH, BK, BD), (BH, BK, BD)
-    elif q.itemsize == 2:
-        BH = max(16, min(64, next_power_of_2(H)))
-        of_weights, of_queries, of_keys = (BH, 64, 64), (BH, 64, 128), (32, 64, 128)
-    else:
-        of_weights, of_queries, of_keys = (16, 32, 32), (16, 32, 32), (16, 32, 32)
+    of_weights, of_queries, of_keys = tiles(q.itemsize, H, k, D)
     list_places = min(next_power_of_2(k), 65536 if INTERPRETED else 2048)
     dot = getattr(tl, TRITON_NAMES[dot_dtype(q)])
     narrow = q.dtype == torch.bfloat16
@@ -204,22 +208,22 @@ def launch_portable(q, kv, lists, scale, v_dim, lse, dout, delta, sorted_sums, d
     for start in range(0, T, n):
         some = slice(start, min(T, start + n))
         m, some_q, some_dout, some_lists = some.stop - start, q[some], dout[some], lists[some]
-        BH, BK, BD = of_weights
+        BH, BK, BD, warps = of_weights
         sums = torch.zeros(m, cdiv(H, BH), k, **new)  # behind a list's end, nobody writes
         _weights[(m, cdiv(H, BH))](
             some_q, kv, some_lists, some_dout, lse[some], delta[some], p, ds, sums, scale, H, D, V, k,
-            LIST=list_places, BH=BH, BK=BK, BD=BD, DOT=dot, STAGES=3, num_warps=4,
+            LIST=list_places, BH=BH, BK=BK, BD=BD, DOT=dot, STAGES=3, num_warps=warps,
         )  # fmt: skip
         torch.sum(sums, dim=1, out=target[some]).div_(H)
-        BH, BK, BD = of_queries
+        BH, BK, BD, warps = of_queries
         _queries[(m, cdiv(H, BH), cdiv(D, BD))](
             kv, some_lists, ds, dq[some], scale, H, D, k,
-            LIST=list_places, BH=BH, BK=BK, BD=BD, DOT=dot, STAGES=3, num_warps=4,
+            LIST=list_places, BH=BH, BK=BK, BD=BD, DOT=dot, STAGES=3, num_warps=warps,
         )  # fmt: skip
-        BH, BK, BD = of_keys
+        BH, BK, BD, warps = of_keys
         _keys[(m, cdiv(k, BK), cdiv(D, BD))](
             some_q, some_lists, some_dout, p, ds, rows if sorted_sums else kept, scale, H, D, V, k,
-            BK=BK, BD=BD, BH=BH, DOT=dot, ATOMIC=not sorted_sums, num_warps=4,
+            BK=BK, BD=BD, BH=BH, DOT=dot, ATOMIC=not sorted_sums, num_warps=warps,
         )  # fmt: skip
         if sorted_sums:
             sum_rows(rows, some_lists, kept, dkv, start == 0, some.stop == T)

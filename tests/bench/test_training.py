@@ -45,7 +45,8 @@ def timed(monkeypatch):
         },
     )  # fmt: skip
     monkeypatch.setattr(importlib.import_module("dsa_bench.training.run"), "free", lambda: None)
-    monkeypatch.setattr(importlib.import_module("dsa_bench.training.run"), "REPEATS", 1)
+    for name in ("REPEATS", "PEERS_REPEATS"):
+        monkeypatch.setattr(importlib.import_module("dsa_bench.training.run"), name, 1)
 
 
 def test_work_is_that_of_five_products(bench):
@@ -65,7 +66,7 @@ def test_a_case_of_the_backward_and_the_sparse_loss(bench, case, timed):
     results, given = row["results"], bench("losses").SPARSE[0]
     assert [who for who, found in results.items() if found["ours"]] == ["sorted", given]
     assert {results[who]["verdict"] for who in ("sorted", given, "torch, gather")} == {"right"}, results
-    assert {results[who]["verdict"] for who in ("TileLang", "TileLang, miles", *bench("peers").DENSE)} == {"missing"}
+    assert {results[who]["verdict"] for who in ("TileLang", "TileLang, miles", bench("peers").DENSE[0])} == {"missing"}
     assert results["sorted"]["equal"] == results["sorted"]["repeats"] == 1 and results["sorted"]["times"] == 1.0
     assert results["sorted"]["memory_bytes"] == 3 and results[given]["memory_bytes"] == 4
     assert results[given]["times"] == pytest.approx(len(given) / 6) and "rate" not in results[given]
@@ -100,7 +101,7 @@ def test_one_wrong_row_of_many_is_refused_and_a_small_one_judged_by_the_usual(be
     got = want.clone()
     got[1] = 0.0
     checks.check_gradients([got], {"dq": want})
-    for row, value in ((5, 0.5), (0, 1e-6)):  # its share of the whole norm is below the bound
+    for row, value in ((5, 0.5), (0, 1e-3)):  # its share of the whole norm is below the bound
         wrong = got.clone()
         wrong[row] += value
         assert (wrong - want).norm() / want.norm() < checks.GRADIENT_ERROR
@@ -181,11 +182,10 @@ def test_a_training_step_of_a_layer(bench):
 
 def test_repeats_are_compared_bit_by_bit(bench, monkeypatch):
     run = bench("run")
-    monkeypatch.setattr(run, "REPEATS", 3)
     zeros = iter([0.0, 0.0, -0.0, 0.0])
-    assert run.same_bits(lambda: torch.tensor([next(zeros)])) == {"repeats": 3, "equal": 2}
+    assert run.same_bits(lambda: torch.tensor([next(zeros)]), 3) == {"repeats": 3, "equal": 2}
     monkeypatch.setattr(run, "REPEAT_SECONDS", 0.0)
-    assert run.same_bits(lambda: torch.ones(1)) == {"repeats": 0, "equal": 0}
+    assert run.same_bits(lambda: torch.ones(1), 9) == {"repeats": 0, "equal": 0}
 
 
 def test_what_fails_costs_itself_alone(bench, timed):
@@ -257,7 +257,7 @@ def test_the_readme_s_tables_of_a_record():
     }
     text = tables.trained("training_kernels_h100.json", steps)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    assert rows[2] == ["4K", "10.00", "400", "3.0", "9.00", "30.00", "20.00, wrong", "failed", "3.00", "", ""]
+    assert rows[2] == ["4K", "10.00", "400", "3.0", "9.00", "30.00", "20.00, wrong", "failed", "3.00", ""]
     assert rows[5:] == [
         ["KL, target given, 4K", "1.50", "0.15", "sparse attention's backward", "3.0"],
         ["KL, dense, 8K", "8.00", "2.00", "dense MHA, flash, backward", "3.0"],

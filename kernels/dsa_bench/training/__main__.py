@@ -15,7 +15,7 @@ from ..__main__ import NO_GPU
 from . import gradients, losses, peers, step
 from .run import measure_case
 
-ROUNDS = 7
+ROUNDS = 5
 WIDTH = 120
 KI = 1 << 10
 CASES = {  # {step: {case: what makes it}}

@@ -15,7 +15,7 @@ from . import peers
 from .checks import check_gradients, check_loss
 from .run import Call, Case
 
-SPARSE = ("KL, target given", "KL, lse given", "KL")
+SPARSE = ("KL, target given", "KL, lse given")
 WARM_UP = "KL, dense"
 
 
@@ -53,11 +53,11 @@ def checked(leaves, *attention, **given):
 
 
 def sparse_calls(T, S, q, kv, indices, scale, lse, target, config=V32, device="cuda"):
-    """{who: Call} of the sparse stage: with attention's target given, with its log-sum-exp, and with neither."""
+    """{who: Call} of the sparse stage: with attention's target given, and computed from its log-sum-exp."""
     leaves = indexer_side(T, S, config, device)
     nothing, attention = (None, None, None), (q, kv, scale)
     check = checked(leaves, *nothing, indices=indices, target=target)
-    ways = ((nothing, {"target": target}), (attention, {"lse": lse}), (attention, {}))
+    ways = ((nothing, {"target": target}), (attention, {"lse": lse}))
     return {
         who: Call(lambda a=a, more=more: loss_and_gradients(dsa_kernels, leaves, *a, indices=indices, **more), check)
         for who, (a, more) in zip(SPARSE, ways, strict=True)

@@ -32,6 +32,7 @@ CAUSAL, AT_THE_END = "max_kv_i = s_i\n", "max_kv_i = s_i + S_kv - S\n"
 CHUNK = 1024  # queries of torch's autograd at once
 DENSE = ("dense MHA, cuDNN", "dense MHA, flash")
 CHECKED_HEADS = 2
+FEW_KEYS_ERROR = 0.3  # of a row: with few keys larger numbers cancel, of which outputs in bf16 leave some
 
 
 def versions():
@@ -176,7 +177,7 @@ class DenseBackward:
             (self.k[:, :, keys], v[:, :, keys], causal, self._forward(self.k[:, :, keys], v[:, :, keys], causal))
             for keys, causal in spans
         ]
-        lses = [made[1].view(1, H, T, 1) for *_, made in found]
+        lses = [made[1].reshape(1, H, T, 1) for *_, made in found]
         lse = functools.reduce(torch.logaddexp, lses)
         out = sum(made[0].float() * (part - lse).exp() for (*_, made), part in zip(found, lses, strict=True))
         self.out, self.lse = out.bfloat16(), lse.view_as(found[0][3][1])
@@ -223,4 +224,5 @@ class DenseBackward:
         if dv.shape[-1] > v.shape[-1] and dv[..., v.shape[-1] :].any():
             raise Wrong("a padded value has a gradient")
         got = dq, dk, dv[..., : v.shape[-1]]
-        return check_gradients(got, dict(zip(("dq", "dk", "dv"), wanted, strict=True)))
+        wanted = dict(zip(("dq", "dk", "dv"), wanted, strict=True))
+        return check_gradients(got, wanted, row_error=FEW_KEYS_ERROR)

@@ -48,15 +48,16 @@ class Step:
     @torch.enable_grad()
     def gradients(self):
         """{name: gradient}, of the weights that have one."""
-        self.layer.zero_grad(set_to_none=True)
-        self.x.grad = None
         record = [] if self.attention == "sparse" else None
         y = self.layer(self.x, self.positions, attention=self.attention, record=record)
         y.backward(self.dy)
         if record:
             teach(self.layer, record[0])
         found = {name: weight.grad for name, weight in self.layer.named_parameters() if weight.grad is not None}
-        return found | {"x": self.x.grad}
+        found |= {"x": self.x.grad}
+        self.layer.zero_grad(set_to_none=True)  # so that a caller alone keeps them
+        self.x.grad = None
+        return found
 
 
 def teach(layer, step):

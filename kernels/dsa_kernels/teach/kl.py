@@ -182,7 +182,7 @@ def _keys(
     h = column % HP
     k_there = (s < S)[:, None] & (d < Di)[None, :]
     keys = tl.load(k_ptr + s[:, None].to(tl.int64) * Di + d[None, :], k_there, 0.0).to(DOT)
-    dk = tl.zeros([BK, DP], tl.float32)
+    dk = tl.zeros([DP, BK], tl.float32)  # so both operands of its products come from shared memory
     for g in tl.range(first, last, num_stages=STAGES):
         row = (g * BQ + column // HP).to(tl.int64)
         row_start, row_end = tl.load(start_ptr + row, row < T, 0), tl.load(end_ptr + row, row < T, 0)
@@ -196,13 +196,13 @@ def _keys(
         of_scores = _for_heads(_of_scores(scores_ptr, p_ptr, where, seen, lse, mass), BK, BQ, HP)
         dots = tl.dot(keys, tl.trans(q.to(DOT)), input_precision="ieee")
         gated = tl.where(dots > 0, of_scores * w[None, :], 0.0)
-        dk = tl.dot(round_to(gated, GRAD), q.to(GRAD), dk, input_precision="ieee")
+        dk = tl.dot(tl.trans(q.to(GRAD)), tl.trans(round_to(gated, GRAD)), dk, input_precision="ieee")
     out = out_ptr + (tl.program_id(1) * S + s)[:, None].to(tl.int64) * Di + d[None, :]
-    tl.store(out, dk, k_there)
+    tl.store(out, tl.trans(dk), k_there)
 
 
 # (columns, BK, stages) of 16-bit inputs, as measured on an H200: (query, head) pairs and keys at a time.
-SIZES = {"rows": (128, 64, 3), "queries": (64, 128, 2), "keys": (128, 64, 2)}
+SIZES = {"rows": (128, 64, 3), "queries": (64, 64, 3), "keys": (64, 64, 2)}
 
 
 def tiles(card, kernel, HP, DP, size, lists):
@@ -215,6 +215,8 @@ def tiles(card, kernel, HP, DP, size, lists):
         return 1 if lists else max(1, 256 // HP), 256, 4, 1
     columns, BK, stages = (64, 16, 1) if size == 4 else (HP, 64, 5) if lists else SIZES[kernel]
     columns = max(HP, 16) if lists else max(columns, HP, 16)
+    if DP < 64 and not lists:
+        stages = min(stages, 2 if kernel == "rows" else 1)
 
     def shared_memory():
         held = columns * DP * size * (2 if kernel == "queries" else 1) + stages * BK * DP * size
@@ -232,7 +234,7 @@ def tiles(card, kernel, HP, DP, size, lists):
     if lists and columns <= 16 and size != 4:
         warps = 1
     else:
-        warps = 8 if size == 4 or columns > 128 or (columns > 64 and card.capability != cards.HOPPER) else 4
+        warps = 8 if size == 4 or columns > 128 or (columns > 32 and card.capability != cards.HOPPER) else 4
     return max(1, columns // HP), BK, warps, stages
 
 
