@@ -167,6 +167,18 @@ def test_micro_batches_change_nothing(stage):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
+def test_micro_batches_are_whole_windows_of_at_most_so_many_tokens():
+    for at_once, sizes in ((None, [3]), (3 * LENGTH, [3]), (3 * LENGTH - 1, [2, 1]), (1, [1, 1, 1])):
+        model, parts = tiny_model(), []
+
+        def watched(model, part, stage, share, parts=parts):
+            parts.append((len(part), share))
+            return stage_backward(model, part, stage, share)
+
+        train_stage(model, "dense", windows("dense", 3), 1, at_once=at_once, backward=watched)
+        assert parts == [(size, size / 3) for size in sizes]
+
+
 def test_a_bf16_model_learns_from_steps_that_bf16_cannot_hold():
     """Its weights are the fp32 masters, rounded: beside 1, bf16 loses a step of 2e-6, and 600 of them it must not."""
     model = tiny_model().bfloat16()
