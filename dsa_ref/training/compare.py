@@ -65,7 +65,7 @@ class Plan:
     length: int = 8192
     batch: int = 8
     steps: tuple[int, int, int] = (1500, 150, 250)
-    pairs: int = 16
+    pairs: int = 32
     windows: int = 64
     asked: int = 8
     recall: tuple[int, int] = (8, 128)
@@ -91,10 +91,10 @@ class Comparison:
         micro: int | None = None,
     ) -> None:
         attention = dataclasses.replace(config.attention, index_topk=plan.k, index_fp8=False)
-        self.plan, self.ops, self.device, self.micro = plan, ops, torch.device(device), micro
+        self.plan, self.ops, self.device, self.micro = plan, ops, torch.device(device), micro and micro * plan.length
         self.config = dataclasses.replace(config, attention=attention)
         self.edges = position_edges(plan.length, plan.k)
-        self.data = Data(corpus, plan.length, plan.batch, plan.seed, plan.pairs, device)
+        self.data = Data(corpus, plan.length, plan.batch, plan.seed, plan.pairs, device, dense_steps=plan.steps[0])
         self.windows = held_out_windows(held_out, plan.windows, plan.length).to(device)
         self.few = held_out_windows(held_out, plan.recall[0], plan.length).to(device)
         self.needles = needle_windows(held_out, plan.windows, plan.length, plan.asked, least=max(LINE, plan.k + 1))

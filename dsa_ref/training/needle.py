@@ -24,7 +24,7 @@ KEY, VALUE = 4, 4  # characters
 ANSWER = len(QUERY) + KEY + len(b"=")  # where in a line the value begins
 LINE = ANSWER + VALUE + len(b"\n")
 ALPHABET = (string.ascii_letters + string.digits).encode()
-TRIES = 1000  # of drawing free places
+TRIES = 10_000  # of drawing free places
 
 
 class Pair(NamedTuple):

@@ -85,7 +85,8 @@ class Run:
             optimizer.restore(self.done, self.moments)
             self._begin_stage()
             windows = functools.partial(self.data.windows, stage)
-            train_stage(self.model, stage, windows, self.steps[stage], optimizer, self.micro, after=self._after)
+            at_once = self.micro and self.micro * self.data.length
+            train_stage(self.model, stage, windows, self.steps[stage], optimizer, at_once, after=self._after)
             self.log["after"][stage] = self.measure(self.model, stage)
             self.show.say(f"after {stage}: {self.log['after'][stage]}")
             self.stage, self.done, self.moments = [*STAGES, FINISHED][STAGES.index(stage) + 1], 0, {}

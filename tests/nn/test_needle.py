@@ -1,5 +1,6 @@
 """Needles: what is planted is what is asked for, far enough back; and what a step sees follows from its number."""
 
+import dataclasses
 import random
 
 import pytest
@@ -124,17 +125,26 @@ def test_a_step_sees_what_its_number_says():
 
 def test_the_dense_stage_starts_with_shorter_windows():
     """As many bytes a step, with their own needles; other stages do not, nor windows that are no longer."""
-    starts = (Start(2, 100, 1), Start(3, 200, 3))
-    data = Data(load_corpus()[0], 400, 2, pairs=4, asks=2, starts=starts)
-    got = [data.windows("dense", step) for step in range(4)] + [data.windows("sparse", 0)]
-    assert [tuple(windows.shape) for windows in got] == [(8, 101), (8, 101), (4, 201), (2, 401), (2, 401)]
-    for windows, pairs in zip(got, (1, 1, 3, 4, 4), strict=True):
+    starts = (Start(0.2, 100, 1), Start(0.35, 200, 3))
+    data = Data(load_corpus()[0], 400, 2, pairs=4, dense_steps=10, starts=starts)
+    got = [data.windows("dense", step) for step in (0, 1, 2, 3, 4)] + [data.windows("sparse", 0)]
+    shapes = [(8, 101), (8, 101), (4, 201), (4, 201), (2, 401), (2, 401)]
+    assert [tuple(windows.shape) for windows in got] == shapes
+    for windows, pairs in zip(got, (1, 1, 3, 3, 4, 4), strict=True):
         for row in windows.tolist():
             assert bytes(row).count(DEFINITION) == pairs and bytes(row).count(QUERY) == 2 * pairs
-    short = Data(load_corpus()[0], 100, 2, pairs=1, starts=starts)
-    assert short.windows("dense", 0).shape == (2, 101)
-    plain = Data(load_corpus()[0], 400, 2, starts=starts)
-    assert all(bytes(row).count(DEFINITION) == 0 for row in plain.windows("dense", 0).tolist())
+    for other in ({"length": 100, "pairs": 1}, {"dense_steps": 0}):
+        same = dataclasses.replace(data, **other)
+        assert same.windows("dense", 0).shape == (2, same.length + 1)
+    plain = dataclasses.replace(data, pairs=0).windows("dense", 0)
+    assert plain.shape == (8, 101) and all(bytes(row).count(DEFINITION) == 0 for row in plain.tolist())
+
+
+def test_needles_that_do_not_fit_into_some_window_are_refused_at_once():
+    with pytest.raises(ValueError, match="pairs must fit into a window of 101 bytes"):
+        Data(load_corpus()[0], 400, 2, pairs=4, dense_steps=10, starts=(Start(0.2, 100, 4),))
+    with pytest.raises(ValueError, match="pairs must fit into a window of 401 bytes"):
+        Data(load_corpus()[0], 400, 2, pairs=20)
 
 
 def test_windows_are_runs_of_the_corpus_from_its_start_to_its_end():

@@ -157,14 +157,26 @@ def test_the_target_comes_out_of_attentions_backward_pass():
 def test_micro_batches_change_nothing(stage):
     """Also where they are not of one size, so that their means must be weighed."""
     models, told = [looking_model(), looking_model()], [[], []]
-    for model, micro, rows in zip(models, (None, 2), told, strict=True):
+    for model, at_once, rows in zip(models, (None, 2 * LENGTH), told, strict=True):
         train_stage(
-            model, stage, windows(stage, 3), 3, micro=micro, after=lambda _, losses, rows=rows: rows.append(losses)
+            model, stage, windows(stage, 3), 3, at_once=at_once, after=lambda _, losses, rows=rows: rows.append(losses)
         )
     for one, other in zip(*told, strict=True):
         assert [x if x is None else pytest.approx(x.item(), rel=1e-5) for x in one] == list(other)
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_micro_batches_are_whole_windows_of_at_most_so_many_tokens():
+    for at_once, sizes in ((None, [3]), (3 * LENGTH, [3]), (3 * LENGTH - 1, [2, 1]), (1, [1, 1, 1])):
+        model, parts = tiny_model(), []
+
+        def watched(model, part, stage, share, parts=parts):
+            parts.append((len(part), share))
+            return stage_backward(model, part, stage, share)
+
+        train_stage(model, "dense", windows("dense", 3), 1, at_once=at_once, backward=watched)
+        assert parts == [(size, size / 3) for size in sizes]
 
 
 def test_a_bf16_model_learns_from_steps_that_bf16_cannot_hold():

@@ -24,7 +24,8 @@ from dsa_ref.training.show import Show
 from dsa_ref.training.stages import STAGES
 from dsa_ref.training.state import check_space, clear_unfinished, load_state, save_state
 
-SMALL = "--steps 3 3 3 --batch 2 --micro 1 --length 64 --k 8 --pairs 1 --asks 1 --windows 1 --save-every 2 --log-every 1".split()
+SMALL = "--steps 3 3 3 --batch 2 --micro 1 --length 64 --k 8 --pairs 1 --asks 1".split()
+SMALL += "--windows 1 --save-every 2 --log-every 1".split()
 
 
 def command(folder, *more):
