@@ -23,7 +23,7 @@ from dsa_ref.contracts import check_sparse_attention_backward
 
 from . import runtime
 from .index_scores import TRITON_NAMES
-from .key_sums import deltas, sum_rows
+from .key_sums import deltas, places_of_keys, sum_rows
 from .rounding import round_to
 from .runtime import FLOATS, INTERPRETED, cdiv, check_runnable, dot_dtype, hopper_variant, next_power_of_2
 from .sparse_attention import check_scale_in_base_2, packed
@@ -152,7 +152,7 @@ def sparse_attention_backward(
     too. Sums are fp32. fp32 goes without TF32.
     sums: "sorted" gives the same bits each time; "atomic" adds to dkv as the programs come, in less memory, and dkv's
     last bits differ from call to call. dq and target are the same bits each time with both.
-    Memory beside what is returned: at most 2 GiB, or what one query takes, and an fp32 dkv.
+    Memory beside what is returned: at most 3.5 GiB, or what one query takes, and an fp32 dkv.
 
     variant: "portable", "hopper" (compute capability 9.0, bf16, D = 576, v_dim = 512, at most 128 heads), or None for
     "hopper" where it can serve, else "portable". "hopper" computes 64 or 128 heads, of which those beyond H are zeros.
@@ -189,7 +189,7 @@ def tiles(size, H, k, D):
     if size == 4:
         return ((16, 32, 32, 4),) * 3
     BH = max(16, min(64, next_power_of_2(H)))
-    return (BH, 64, 64, 4), (BH, 64, 128, 4), (32, 64, 128, 4)
+    return (BH, 64, 64, 4), (BH, 64, 128, 4), (64, 64, 128, 4)
 
 
 def launch_portable(q, kv, lists, scale, v_dim, lse, dout, delta, sorted_sums, dq, dkv, target):
@@ -226,6 +226,6 @@ def launch_portable(q, kv, lists, scale, v_dim, lse, dout, delta, sorted_sums, d
             BK=BK, BD=BD, BH=BH, DOT=dot, ATOMIC=not sorted_sums, num_warps=warps,
         )  # fmt: skip
         if sorted_sums:
-            sum_rows(rows, some_lists, kept, dkv, start == 0, some.stop == T)
+            sum_rows(rows, *places_of_keys(some_lists, S), kept, dkv, start == 0, some.stop == T)
     if not sorted_sums:
         dkv.copy_(kept)
