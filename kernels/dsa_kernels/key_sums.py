@@ -100,8 +100,8 @@ def places_of_keys(lists, S):
 
 @triton.jit
 def _sum_rows(
-    rows_ptr, order_ptr, bounds_ptr, kept_ptr, dkv_ptr, D,
-    R: tl.constexpr, A: tl.constexpr, B: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    rows_ptr, order_ptr, bounds_ptr, kept_ptr, dkv_ptr,
+    D: tl.constexpr, R: tl.constexpr, A: tl.constexpr, B: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """The rows of one key's places, R at a time: A <= D columns and, where B > 0, the rest in B. kept: fp32 [S, D], the
     sums so far unless FIRST, and after unless LAST, when they are rounded to dkv."""
@@ -114,7 +114,8 @@ def _sum_rows(
         row = rows_ptr + tl.load(order_ptr + at + i, at + i < last, 0).to(tl.int64)[:, None] * D
         of_a += tl.load(row + a[None, :], there, 0.0).to(tl.float32)
         if B > 0:
-            of_b += tl.load(row + b[None, :], there & (b < D)[None, :], 0.0).to(tl.float32)
+            mask = there if A + B == D else there & (b < D)[None, :]
+            of_b += tl.load(row + b[None, :], mask, 0.0).to(tl.float32)
     _finish(tl.sum(of_a, axis=0), a, kept_ptr + s * D, dkv_ptr + s * D, D, FIRST, LAST)
     if B > 0:
         _finish(tl.sum(of_b, axis=0), b, kept_ptr + s * D, dkv_ptr + s * D, D, FIRST, LAST)
@@ -130,11 +131,10 @@ def _finish(total, d, kept_ptr, dkv_ptr, D, FIRST: tl.constexpr, LAST: tl.conste
         tl.store(kept_ptr + d, total, d < D)
 
 
-def sum_rows(rows, lists, kept, dkv, first, last):
-    """Add the rows [T · k, D] to the sums of their keys, see `_sum_rows`. lists: int32 [T, k], the keys."""
+def sum_rows(rows, order, bounds, kept, dkv, first, last):
+    """Add the rows [T · k, D] to the sums of their keys, see `_sum_rows`. order, bounds: `places_of_keys`."""
     S, D = dkv.shape
-    order, bounds = places_of_keys(lists, S)
     A = 1 << (D.bit_length() - 1)
     B = next_power_of_2(D - A)
     R = next_power_of_2(min(len(order), 4096)) if INTERPRETED else max(1, min(8, 4096 // A))
-    _sum_rows[(S,)](rows, order, bounds, kept, dkv, D, R=R, A=A, B=B, FIRST=first, LAST=last, num_warps=4)
+    _sum_rows[(S,)](rows, order, bounds, kept, dkv, D=D, R=R, A=A, B=B, FIRST=first, LAST=last, num_warps=4)

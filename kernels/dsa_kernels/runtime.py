@@ -17,7 +17,7 @@ from . import cards, interpreter
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take; fp64 is the reference's alone
 FEWEST_FOR_HOPPER = 512  # queries, for `index_scores` and `lightning_select`; a block of Hopper's kernels takes eight
 SCORES_AT_ONCE = 1 << 28  # of `lightning_select`: 1 GiB of fp32
-GRADIENTS_AT_ONCE = 1 << 31  # bytes of `sparse_attention_backward`: probabilities and rows between its kernels
+GRADIENTS_AT_ONCE = 7 << 29  # bytes of `sparse_attention_backward`: probabilities and rows between its kernels
 REDONE_AT_ONCE = 1 << 27  # of its flagged rows, while lists of a fused kernel may still be in memory
 PAIRS_AT_ONCE = 1 << 26  # of `indexer_loss`: of p and of scores in fp32, 256 MiB each
 SHARES_AT_ONCE = 1 << 29  # of its sparse stage: what keys get from each place of the lists, 1 GiB of bf16

@@ -23,7 +23,7 @@ from dsa_ref.contracts import check_sparse_attention_backward
 
 from . import runtime
 from .index_scores import TRITON_NAMES
-from .key_sums import deltas, sum_rows
+from .key_sums import deltas, places_of_keys, sum_rows
 from .rounding import round_to
 from .runtime import FLOATS, INTERPRETED, cdiv, check_runnable, dot_dtype, hopper_variant, next_power_of_2
 from .sparse_attention import check_scale_in_base_2, packed
@@ -34,7 +34,7 @@ def _weights(
     q_ptr, kv_ptr, indices_ptr, dout_ptr, lse_ptr, delta_ptr, p_ptr, ds_ptr, sums_ptr, scale, H, D, V, k,
     LIST: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """P and dS / scale [heads, k] of BH heads, for the places up to the list's last index; P summed over the heads."""
+    """P and dS [heads, k] of BH heads, for the places up to the list's last index; P summed over the heads."""
     t, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     h, d = block * BH + tl.arange(0, BH), tl.arange(0, BD)
     row = (t * H + h)[:, None]
@@ -59,7 +59,7 @@ def _weights(
             dp += tl.dot(dout, tl.trans(value), input_precision="ieee")
         seen = there[None, :] & some
         p = tl.where(seen, tl.exp2(logits * (scale * 1.4426950408889634) - lse[:, None]), 0.0)
-        ds = tl.where(seen, p * (dp - delta[:, None]), 0.0)
+        ds = tl.where(seen, p * (dp - delta[:, None]) * scale, 0.0)
         place, mask = row * k + j[None, :], (h < H)[:, None] & (j < k)[None, :]
         tl.store(p_ptr + place, round_to(p, p_ptr.dtype.element_ty), mask)
         tl.store(ds_ptr + place, round_to(ds, ds_ptr.dtype.element_ty), mask)
@@ -78,7 +78,7 @@ def _used(list_ptr, k, LIST: tl.constexpr):
 
 @triton.jit
 def _queries(
-    kv_ptr, indices_ptr, ds_ptr, dq_ptr, scale, H, D, k,
+    kv_ptr, indices_ptr, ds_ptr, dq_ptr, H, D, k,
     LIST: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BD columns of dq of BH heads."""
@@ -94,12 +94,12 @@ def _queries(
         ds = tl.load(ds_ptr + row * k + j[None, :], (h < H)[:, None] & (s >= 0)[None, :], 0.0).to(DOT)
         dq += tl.dot(ds, kv, input_precision="ieee")
     mask = (h < H)[:, None] & (d < D)[None, :]
-    tl.store(dq_ptr + row * D + d[None, :], round_to(dq * scale, dq_ptr.dtype.element_ty), mask)
+    tl.store(dq_ptr + row * D + d[None, :], round_to(dq, dq_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
 def _keys(
-    q_ptr, indices_ptr, dout_ptr, p_ptr, ds_ptr, rows_ptr, scale, H, D, V, k,
+    q_ptr, indices_ptr, dout_ptr, p_ptr, ds_ptr, rows_ptr, H, D, V, k,
     BK: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, DOT: tl.constexpr, ATOMIC: tl.constexpr,
 ):  # fmt: skip
     """BD columns of the rows of BK places: row t · k + j of rows, or with ATOMIC added to rows' row indices[t, j]."""
@@ -108,20 +108,18 @@ def _keys(
     s = tl.load(indices_ptr + t * k + j, j < k, -1)
     there = s >= 0
     if tl.max(s, axis=0) >= 0:  # behind a list's end there are no P and dS
-        of_s = tl.zeros([BK, BD], tl.float32)
-        of_v = tl.zeros([BK, BD], tl.float32)
+        total = tl.zeros([BK, BD], tl.float32)
         for h0 in range(0, H, BH):
             h = h0 + tl.arange(0, BH)
             row = (t * H + h)[:, None]
             place, mask = row * k + j[None, :], (h < H)[:, None] & there[None, :]
             ds = tl.load(ds_ptr + place, mask, 0.0).to(DOT)
             q = tl.load(q_ptr + row * D + d[None, :], (h < H)[:, None] & (d < D)[None, :], 0.0).to(DOT)
-            of_s += tl.dot(tl.trans(ds), q, input_precision="ieee")
+            total += tl.dot(tl.trans(ds), q, input_precision="ieee")
             if tl.program_id(2) * BD < V:
                 p = tl.load(p_ptr + place, mask, 0.0).to(DOT)
                 dout = tl.load(dout_ptr + row * V + d[None, :], (h < H)[:, None] & (d < V)[None, :], 0.0).to(DOT)
-                of_v += tl.dot(tl.trans(p), dout, input_precision="ieee")
-        total = of_s * scale + of_v
+                total += tl.dot(tl.trans(p), dout, input_precision="ieee")
         if ATOMIC:
             place, mask = s.to(tl.int64)[:, None] * D + d[None, :], there[:, None] & (d < D)[None, :]
             tl.atomic_add(rows_ptr + place, total, mask, sem="relaxed")
@@ -152,7 +150,7 @@ def sparse_attention_backward(
     too. Sums are fp32. fp32 goes without TF32.
     sums: "sorted" gives the same bits each time; "atomic" adds to dkv as the programs come, in less memory, and dkv's
     last bits differ from call to call. dq and target are the same bits each time with both.
-    Memory beside what is returned: at most 2 GiB, or what one query takes, and an fp32 dkv.
+    Memory beside what is returned: at most 3.5 GiB, or what one query takes, and an fp32 dkv.
 
     variant: "portable", "hopper" (compute capability 9.0, bf16, D = 576, v_dim = 512, at most 128 heads), or None for
     "hopper" where it can serve, else "portable". "hopper" computes 64 or 128 heads, of which those beyond H are zeros.
@@ -189,7 +187,7 @@ def tiles(size, H, k, D):
     if size == 4:
         return ((16, 32, 32, 4),) * 3
     BH = max(16, min(64, next_power_of_2(H)))
-    return (BH, 64, 64, 4), (BH, 64, 128, 4), (32, 64, 128, 4)
+    return (BH, 64, 64, 4), (BH, 64, 128, 4), (64, 64, 128, 4)
 
 
 def launch_portable(q, kv, lists, scale, v_dim, lse, dout, delta, sorted_sums, dq, dkv, target):
@@ -217,15 +215,15 @@ def launch_portable(q, kv, lists, scale, v_dim, lse, dout, delta, sorted_sums, d
         torch.sum(sums, dim=1, out=target[some]).div_(H)
         BH, BK, BD, warps = of_queries
         _queries[(m, cdiv(H, BH), cdiv(D, BD))](
-            kv, some_lists, ds, dq[some], scale, H, D, k,
+            kv, some_lists, ds, dq[some], H, D, k,
             LIST=list_places, BH=BH, BK=BK, BD=BD, DOT=dot, STAGES=3, num_warps=warps,
         )  # fmt: skip
         BH, BK, BD, warps = of_keys
         _keys[(m, cdiv(k, BK), cdiv(D, BD))](
-            some_q, some_lists, some_dout, p, ds, rows if sorted_sums else kept, scale, H, D, V, k,
+            some_q, some_lists, some_dout, p, ds, rows if sorted_sums else kept, H, D, V, k,
             BK=BK, BD=BD, BH=BH, DOT=dot, ATOMIC=not sorted_sums, num_warps=warps,
         )  # fmt: skip
         if sorted_sums:
-            sum_rows(rows, some_lists, kept, dkv, start == 0, some.stop == T)
+            sum_rows(rows, *places_of_keys(some_lists, S), kept, dkv, start == 0, some.stop == T)
     if not sorted_sums:
         dkv.copy_(kept)

@@ -146,7 +146,7 @@ def test_queries_at_once_fill_the_card():
     )
     found = list(map(int, run(code).split()))
     assert found[0] % 66 == 0 and found[1] % 66 == 0 and found[2:] == [100, 1]
-    assert found[0] * 2048 * (2 * 128 * 2 + 576 * 2) <= 1 << 31
+    assert found[0] * 2048 * (2 * 128 * 2 + 576 * 2) <= 7 << 29
 
 
 def run(code, **environment):

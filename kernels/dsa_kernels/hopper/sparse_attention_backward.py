@@ -17,12 +17,14 @@ measures it; the chapter kernels/book/sparse_attention_backward.md has the clock
 Read `backward_shared` first: what the warpgroups share, and how they wait for each other.
 """
 
+import functools
+
 import torch
 from torch.nn.functional import pad
 
 from .. import runtime
 from ..cards import on_hopper
-from ..key_sums import sum_rows
+from ..key_sums import places_of_keys, sum_rows
 from ..runtime import aligned, multiprocessors
 from .backward_keys import key_pass
 from .backward_query import query_pass
@@ -52,6 +54,29 @@ def queries_at_once(T, H, k, sorted_sums, multiprocessors):
     return min(T, most - most % wave if most > wave else most)
 
 
+@functools.cache
+def _side_stream(device):
+    return torch.cuda.Stream(device)
+
+
+def _places_beside(lists, S):
+    """`places_of_keys` on a stream of its own, for `_wait_for_places`."""
+    if not lists.is_cuda:  # compiled without a GPU
+        return places_of_keys(lists, S)
+    side = _side_stream(lists.device)
+    side.wait_stream(torch.cuda.current_stream(lists.device))
+    with torch.cuda.stream(side):
+        return places_of_keys(lists, S)
+
+
+def _wait_for_places(places):
+    for x in places:
+        if x.is_cuda:
+            here = torch.cuda.current_stream(x.device)
+            here.wait_stream(_side_stream(x.device))
+            x.record_stream(here)  # or its memory could be given away while it is read here
+
+
 def sparse_attention_backward(q, kv, lists, scale, v_dim, lse, dout, delta, sorted_sums, dq, dkv, target):
     """Write dq, dkv and target. `dsa_kernels.sparse_attention_backward` has checked the arguments."""
     (T, heads, _), S, places = q.shape, len(kv), lists.shape[1]
@@ -74,6 +99,7 @@ def sparse_attention_backward(q, kv, lists, scale, v_dim, lse, dout, delta, sort
             some_lse, some_delta = pad(some_lse, (0, H - heads), value=-torch.inf), pad(some_delta, (0, H - heads))
             some_dq = torch.empty_like(some_q)
         some_lists = lists[some]
+        order = _places_beside(some_lists, S) if sorted_sums else None  # beside the query pass, which hides most of it
         query_pass(some_q, some_dout, kv, some_lists, some_lse, some_delta, scale, some_dq, p, ds, sums)
         key_pass(some_q, some_dout, some_lists, p, ds, rows if sorted_sums else kept, not sorted_sums)
         if heads < H:
@@ -81,6 +107,7 @@ def sparse_attention_backward(q, kv, lists, scale, v_dim, lse, dout, delta, sort
         mean = sums[:m].sum(dim=1) / heads
         target[some] = mean.masked_fill_(some_lists < 0, 0.0)[:, :places]
         if sorted_sums:
-            sum_rows(rows, some_lists, kept, dkv, start == 0, some.stop == T)
+            _wait_for_places(order)
+            sum_rows(rows, *order, kept, dkv, start == 0, some.stop == T)
     if not sorted_sums:
         dkv.copy_(kept)
