@@ -86,8 +86,12 @@ def decode() -> str:
 
 def training_kernels() -> str:
     """The kernels of training, two tables for each of the records that are there."""
-    files = [file for file in TRAINING if (records.figures_folder() / file).is_file()]
-    return "\n\n".join(trained(file, records.read(file)["steps"]) for file in files)
+    return "\n\n".join(trained(file, records.read(file)["steps"]) for file in training_records())
+
+
+def training_records() -> list[str]:
+    """The records of the kernels of training that are there."""
+    return [file for file in TRAINING if (records.figures_folder() / file).is_file()]
 
 
 def trained(file, steps) -> str:
@@ -250,11 +254,12 @@ TABLES = {
 def written(text) -> str:
     """README's text with each of its tables made anew.
 
-    "training" belongs there once there is a record of it. Raises: ValueError for a table that nobody makes or that
-    has nothing to show, or one that is missing.
+    "training" and "training_kernels" belong there once there is a record of them. Raises: ValueError for a table that
+    nobody makes or that has nothing to show, or one that is missing.
     """
     found = re.findall(r"<!-- table: (\w+) -->", text)
-    wanted = [name for name in TABLES if name != "training" or results.recorded()]
+    recorded = {"training": results.recorded(), "training_kernels": training_records()}
+    wanted = [name for name in TABLES if recorded.get(name, True)]
     if sorted(found) != sorted(wanted):
         raise ValueError(f"README.md must have the tables {', '.join(wanted)} once each, got {', '.join(found)}")
     return re.sub(

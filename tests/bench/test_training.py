@@ -14,7 +14,10 @@ from dsa_ref import cost
 from dsa_ref.config import V32
 from notebooks.maintain import tables
 
-pytestmark = pytest.mark.skipif(not rungs.has_triton(), reason=NEEDS_TRITON)
+pytestmark = [
+    pytest.mark.skipif(not rungs.has_triton(), reason=NEEDS_TRITON),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="toy sizes on a CPU, without peers: on a GPU run the bench"),
+]
 
 TINY = dataclasses.replace(
     V32, dim=64, n_heads=4, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16,
