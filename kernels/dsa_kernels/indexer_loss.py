@@ -76,10 +76,9 @@ def loss_and_gradients(q_idx, k_idx, w, q, kv, scale, indices, start, end, lse, 
     if indices is None:
         width = _width(start, end, S)
         at_once = runtime.PAIRS_AT_ONCE // width
-    else:  # a bit for each row and key says where a key's shares lie
+    else:
         width = indices.shape[1]
         at_once = min(runtime.PAIRS_AT_ONCE // width, runtime.SHARES_AT_ONCE // (width * Di))
-        at_once = min(at_once, 32 * runtime.PAIRS_AT_ONCE // S)
     at_once = max(1, at_once)
     for first in range(0, T, at_once):
         part = slice(first, first + at_once)
