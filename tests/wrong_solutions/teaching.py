@@ -55,6 +55,19 @@ def printed_only(q, kv, scale):
     target(q, kv, scale)
 
 
+@wrong("kl_target", "queries come last")
+def queries_first_in_a_long_chunk(q, kv, scale):
+    seen = torch.ones(len(q), len(kv), dtype=torch.bool).tril(0 if 2 * len(q) > len(kv) else len(kv) - len(q))
+    return logits_of(q, kv, scale).masked_fill(~seen[:, None], -torch.inf).softmax(dim=-1).mean(dim=1)
+
+
+@wrong("kl_target", "queries come last")
+def an_even_number_of_keys_before(q, kv, scale):
+    before = len(kv) - len(q)
+    seen = torch.ones(len(q), len(kv), dtype=torch.bool).tril(before if before < 2 else before // 2 * 2)
+    return logits_of(q, kv, scale).masked_fill(~seen[:, None], -torch.inf).softmax(dim=-1).mean(dim=1)
+
+
 @wrong("kl_target", "scale")
 def no_scale(q, kv, scale):
     return target(q, kv, 1.0)
@@ -232,6 +245,30 @@ def log_of_zero(scores, p, indices):
             total += (target * (target.log() - scores[t, mask[t]].log_softmax(dim=0))).sum()
             rows += 1
     return total / max(rows, 1)
+
+
+def on_eight_bits(scores, p, indices):
+    return loss(scores, p, mask_of(indices.to(torch.int8).int(), scores.shape[1]))
+
+
+def on_sixteen_bits(scores, p, indices):
+    return loss(scores, p, mask_of(indices.to(torch.int16).int(), scores.shape[1]))
+
+
+for bits in (on_eight_bits, on_sixteen_bits):
+    wrong("kl_loss", "selected keys alone")(bits)
+
+
+@wrong("kl_loss", "selected keys alone")
+def a_row_is_empty_if_it_begins_with_none(scores, p, indices):
+    rows = indices[:, 0] >= 0
+    return loss(scores[rows], p[rows], mask_of(indices[rows], scores.shape[1]))
+
+
+@wrong("kl_loss", "empty rows")
+def the_first_empty_row_ends_it(scores, p, indices):
+    rows = (indices >= 0).any(dim=1).cumprod(dim=0).bool()
+    return loss(scores[rows], p[rows], mask_of(indices[rows], scores.shape[1]))
 
 
 @wrong("kl_loss", "zero in the target")

@@ -118,6 +118,36 @@ def the_gate_only_for_q(q, k, w, p, visible):
     return of_scores, of_q, gradients(q, k, w, p, visible, gate=torch.ones_like)[2], of_w
 
 
+@wrong("kl_gradients", "large scores")
+def a_guess_is_never_below_a_millionth(q, k, w, p, visible):
+    of_scores, *others = gradients(q, k, w, p, visible)
+    rows = visible.any(dim=1).sum()
+    guess = (of_scores * rows + p).clamp(min=1e-6) * (visible & visible.any(dim=1, keepdim=True))
+    return (guess - p) / rows, *others
+
+
+@wrong("kl_gradients", "large scores")
+def exp_without_a_shift(q, k, w, p, visible):
+    e = torch.einsum("ths,th->ts", torch.einsum("thd,sd->ths", q, k).relu(), w).exp() * visible
+    guess = e / e.sum(dim=1, keepdim=True).clamp(min=1e-300)
+    return (guess - p) / visible.any(dim=1).sum(), *gradients(q, k, w, p, visible)[1:]
+
+
+@wrong("kl_gradients", "closed at 0")
+def open_at_0(q, k, w, p, visible):
+    return gradients(q, k, w, p, visible, gate=lambda dots: (dots >= 0).double())
+
+
+@wrong("kl_gradients", "closed at 0")
+def half_open_at_0(q, k, w, p, visible):
+    return gradients(q, k, w, p, visible, gate=lambda dots: (dots.sign() + 1) / 2)
+
+
+@wrong("kl_gradients", "finite differences")
+def axes_of_size_1_dropped(q, k, w, p, visible):
+    return tuple(x.squeeze() for x in gradients(q, k, w, p, visible))
+
+
 @wrong("kl_gradients", "finite differences")
 def more_than_eight_numbers(q, k, w, p, visible):
     of_scores, of_q, of_k, of_w = gradients(q, k, w, p, visible)
@@ -188,6 +218,32 @@ def selection_in_the_warm_up(layer, stage, k):
     return loss(layer, "sparse", k, language=False)
 
 
+@wrong("lesson_loss", "warm-up teaches the indexer")
+def backward_called_inside(layer, stage, k):
+    lesson_loss_of(layer, stage, k).backward()
+    return (0 * layer.x).sum()
+
+
+@wrong("lesson_loss", "warm-up teaches the indexer")
+def a_step_of_its_own(layer, stage, k):
+    total = lesson_loss_of(layer, stage, k)
+    with torch.no_grad():
+        for weight in layer.indexer.values():
+            weight -= 0.01 * weight
+    return total
+
+
+@wrong("lesson_loss", "warm-up leaves the model alone")
+def the_norm_moves(layer, stage, k):
+    h = layer.normed(layer.x)
+    latent = layer.latent(h)
+    q, kv = layer.attention_side(h, latent)
+    scores = layer.scores(layer.normed(layer.x.detach()), latent.detach())
+    indices = None if stage == "warm-up" else layer.select(scores, k)
+    kl = layer.kl(layer.target(q, kv, indices).detach(), scores, indices)
+    return kl if stage == "warm-up" else kl + layer.language(layer.x, q, kv, indices)
+
+
 @wrong("lesson_loss", "warm-up leaves the model alone")
 def nothing_detached(layer, stage, k):
     return loss(layer, stage, k, cut=())
@@ -226,6 +282,11 @@ def kl_forgotten(layer, stage, k):
 @wrong("lesson_loss", "sparse: the indexer learns from KL alone")
 def kl_on_every_key(layer, stage, k):
     return loss(layer, stage, k, select=False)
+
+
+@wrong("lesson_loss", "sparse: the indexer learns from KL alone")
+def always_eight_keys(layer, stage, k):
+    return lesson_loss_of(layer, stage, 8)
 
 
 @wrong("lesson_loss", "sparse: the indexer learns from KL alone")

@@ -132,7 +132,7 @@ def _query_t_at_position_t(q, kv, scale):
 @kl_target.property("queries come last")
 def kl_target_queries_come_last(solution):
     why = "query t was taken for position t: the queries are the last T of S, so t sees S - T + t + 1 keys"
-    for seed, T, S, H in ((7, 3, 9, 2), (8, 1, 5, 3), (9, 5, 37, 1)):
+    for seed, T, S, H in ((7, 4, 9, 2), (8, 1, 5, 3), (9, 5, 37, 1), (10, 6, 7, 2)):
         q, kv = _queries_and_keys(seed, T, S, H, 4)
         cause = "right where T = S: with fewer queries than keys they are the last T of the S positions"
         _expect_target(solution, q, kv, 0.5, cause, {why: _query_t_at_position_t})
@@ -141,7 +141,10 @@ def kl_target_queries_come_last(solution):
 
 @kl_target.property("large logits")
 def kl_target_large_logits(solution):
-    cause = "exp of a large number is infinite, and inf / inf is NaN: subtract each row's largest logit first"
+    cause = (
+        "exp of a large number is infinite, and inf / inf is NaN: subtract each row's largest visible logit first, and "
+        "hide later keys with -inf, not with a number below which a logit may lie"
+    )
     for seed in (10, 11):
         q, kv = _queries_and_keys(seed, 5, 5, 2, 4, size=1000.0)
         _expect_target(solution, q, kv, 1.0, cause)
@@ -153,7 +156,7 @@ def kl_target_large_logits(solution):
 @kl_target.property("trained model")
 def kl_target_trained_model(solution):
     step, scale = trained()
-    cause = "right on random numbers, wrong on the trained model's: 8 heads, 96 bytes, logits of its own size"
+    cause = "right on random numbers, wrong on the trained model's: more heads, more keys, logits of its own size"
     _expect_target(solution, step["q"], step["kv"], scale, cause)
 
 
@@ -224,7 +227,7 @@ def kl_loss_every_key(solution):
         ),
     }
     for seed, T in ((1, 6), (2, 9)):
-        cause = "with every visible key selected: not the mean over rows of Σ p · (ln p - ln softmax(I))"
+        cause = "with every visible key selected: not the mean over rows of Σ p · (ln p - ln softmax(I)); -1 names none"
         _expect_loss(solution, _given_loss(seed, T, full=True), cause, suspects)
 
 
@@ -255,8 +258,14 @@ def kl_loss_selected_keys_alone(solution):
         cause = "right where everything is selected: with fewer keys, both sides are cut to S_t and sum to 1 there"
         scores, p, indices = _given_loss(seed, T, S, k=3)
         _expect_loss(solution, (scores, p, indices), cause, suspects)
-        indices[-2:, 1] = -1  # rows that see the last key, and select fewer than they could
-        _expect_loss(solution, (scores, p, indices), "-1 is no key, wherever it stands: as an index it is the last one")
+        cause = "-1 is no key, wherever it stands: as an index it is the last one"
+        for row, place in ((-1, 0), (-2, 1)):  # rows that see the last key, and select fewer than they could
+            indices[row, place] = -1
+            _expect_loss(solution, (scores, p, indices), cause)
+    scores, p, indices = _given_loss(5, 2, 40_000, k=3)
+    indices[:, 0] = 39_998  # more than 15 bits
+    cause = "right with few keys: with 40,000, the indices need more bits than they got"
+    _expect_loss(solution, (scores, p, indices), cause)
 
 
 @kl_loss.property("zero in the target")
@@ -278,11 +287,13 @@ def kl_loss_empty_rows(solution):
     }
     for seed, T in ((7, 6), (8, 9)):
         scores, p, indices = _given_loss(seed, T)
-        indices[T // 2 :] = -1
-        cause = "a row that selects nothing counts neither above nor below the line"
-        _expect_loss(solution, (scores, p, indices), cause, suspects)
-        scores[T // 2 :], p[T // 2 :] = -torch.inf, 0.0  # a row that does not see anything, either
-        _expect_loss(solution, (scores, p, indices), cause, suspects)
+        cause = "a row that selects nothing counts neither above nor below the line, and the rows after it still count"
+        for empty in (slice(T // 2, T), slice(1, 3), slice(1)):  # behind, between and before the others
+            these = [x.clone() for x in (scores, p, indices)]
+            these[2][empty] = -1
+            _expect_loss(solution, these, cause, suspects)
+            these[0][empty], these[1][empty] = -torch.inf, 0.0  # a row that does not see anything, either
+            _expect_loss(solution, these, cause, suspects)
     scores, p, indices = _given_loss(9)
     _expect_loss(solution, (scores, p, torch.full_like(indices, -1)), "with no row at all the loss is 0, not 0 / 0")
 

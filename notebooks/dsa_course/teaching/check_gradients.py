@@ -167,42 +167,66 @@ def kl_gradients_k_idx(solution):
         _expect_gradient(solution, _given(seed, T, S, Hi), "k_idx", cause, suspects)
 
 
+@kl_gradients.property("large scores")
+def kl_gradients_large_scores(solution):
+    for seed in (15, 16):
+        q_idx, k_idx, w, p, visible = _given(seed)
+        for times in (1e3, -1e3):
+            cause = "scores in the thousands: take the softmax with each row's largest subtracted, and clamp no guess"
+            _expect_gradient(solution, (q_idx, k_idx, times * w, p, visible), "I", cause)
+
+
+@kl_gradients.property("closed at 0")
+def kl_gradients_closed_at_0(solution):
+    cause = "where q · k is exactly 0 the gate is closed, [0 > 0] = 0"
+    for seed in (17, 18):
+        q_idx, k_idx, w, p, visible = _given(seed)
+        k_idx[1] = 0.0
+        q_idx[-1, 0] = 0.0
+        for which in ("q_idx", "k_idx"):
+            _expect_gradient(solution, (q_idx, k_idx, w, p, visible), which, cause)
+
+
 @kl_gradients.property("finite differences")
 def kl_gradients_finite_differences(solution):
     """The loss itself is moved a little, along a random direction: no formula of ours is in between."""
     for seed, T, S, Hi, Di, empty in ((11, 7, 7, 2, 3, 1), (12, 2, 30, 1, 1, 0), (13, 1, 1, 4, 8, 0)):
         given = _given(seed, T, S, Hi, Di, empty, holes=S > 1)
+        given = *given[:3], given[3].roll(1, 0), given[4].roll(1, 0)  # the empty row comes first
         for laid in (given, tuple(map(strided, given))):
             got = solution(*laid)
             *inputs, p, visible = given
-            for place, name in enumerate(NAMES[1:]):
-                step = 1e-6 * normal(*inputs[place].shape, seed=seed + 20, dtype=torch.float64)
+            for place, name in enumerate(NAMES):
+                at = _scores(*inputs) if name == "I" else inputs[place - 1]
+                gradient = tensor(got[place], name)
+                sizes = f"{name}: got shape {list(gradient.shape)}, expected {list(at.shape)}"
+                expect(gradient.shape == at.shape, sizes, "axes of size 1 stay: squeeze() drops them")
+                step = 1e-6 * normal(*at.shape, seed=seed + 20, dtype=torch.float64)
                 moved = []
-                for sign in (1, -1):
-                    there = [*inputs]
-                    there[place] = there[place] + sign * step
-                    moved.append(float(loss_of(_scores(*there), p, visible)))
+                for there in (at + step, at - step):
+                    scores = there if name == "I" else _scores(*inputs[: place - 1], there, *inputs[place:])
+                    moved.append(float(loss_of(scores, p, visible)))
                 wanted = (moved[0] - moved[1]) / 2e-6
-                promised = float((tensor(got[place + 1], name).double() * step).sum() / 1e-6)
+                promised = float((gradient.double() * step).sum() / 1e-6)
                 expect(
                     abs(promised - wanted) <= 1e-5 * max(1.0, abs(wanted)),
                     f"{name} moved along a random direction: the gradient promises {promised:.6g} a step, the loss "
                     f"changes by {wanted:.6g}",
-                    f"wrong for T = {T}, S = {S}, Hi = {Hi}, where `visible` has holes, or for tensors that are not "
-                    "contiguous",
+                    f"wrong for T = {T}, S = {S}, Hi = {Hi}, where `visible` is not causal and has holes, or for "
+                    "tensors that are not contiguous",
                 )
 
 
 # ------------------------------------------------------------------------------------------------------- lesson_loss
 
-K = 8
+K = {0: 8, 1: 5}  # by seed
 INDEXER = "indexer."
 
 
 @functools.cache
 def _right(stage, seed):
     """{name: gradient} after the right loss's backward pass."""
-    return _gradients_after(lesson_loss_of(layer := OpenLayer(seed), stage, K), layer)
+    return _gradients_after(lesson_loss_of(layer := OpenLayer(seed), stage, K[seed]), layer)
 
 
 def _gradients_after(loss, layer):
@@ -213,7 +237,9 @@ def _gradients_after(loss, layer):
 def _learnt(solution, stage, seed):
     """{name: gradient} after the learner's loss's backward pass."""
     layer = OpenLayer(seed)
-    loss = solution(layer, stage, K)
+    weights = {"x": layer.x, **layer.trunk, **layer.indexer}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    loss = solution(layer, stage, K[seed])
     kind = "None" if loss is None else type(loss).__name__
     expect(
         isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.is_floating_point(),
@@ -225,6 +251,11 @@ def _learnt(solution, stage, seed):
         f"{stage}: the loss has no gradient, so nothing at all would learn",
         "everything is frozen or detached, or the loss left torch (no_grad, .item()): the scores must keep theirs",
     )
+    for name, weight in weights.items():
+        left = f"{stage}: the call left {name}"
+        expect(weight.grad is None, f"{left} with a gradient", "return the loss: backward() is called afterwards, once")
+        same = torch.equal(weight.detach(), before[name])
+        expect(same, f"{left} with other numbers", "return the loss: the step is the optimizer's, afterwards")
     try:
         return _gradients_after(loss.sum(), layer)
     except RuntimeError as error:
@@ -303,7 +334,8 @@ def lesson_loss_sparse_the_model(solution):
             (
                 _always,
                 "not the gradient of the language loss over the selected keys. Either the KL leaks into the model "
-                "(h, latent and p are detached in this stage too), or attention saw keys that are not selected",
+                "(h, latent and p are detached in this stage too), or attention saw keys that are not selected, or "
+                "something is detached (x, h, latent, q, kv) through which the language loss has to go",
             ),
         ]
         _expect_same(got, right, _of_model(got), "sparse", causes)

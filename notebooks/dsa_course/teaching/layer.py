@@ -47,7 +47,7 @@ class OpenLayer:
         below, self._next = _inputs(length)
         self.x = below.clone().requires_grad_()
         self._positions = torch.arange(length)
-        named = dict(self._attention.named_parameters())
+        named = {"norm.weight": self._block.attention_norm.weight, **dict(self._attention.named_parameters())}
         self.indexer = {name: p for name, p in named.items() if name.startswith("indexer.")}
         self.trunk = {name: p for name, p in named.items() if name not in self.indexer}
 
