@@ -2,7 +2,8 @@
 hold, or says which one is broken, where, and why that usually is. `checking` explains how they are made.
 """
 
-from .capstone.check import cached, layer
+from .capstone.check import layer
+from .capstone.check_cached import cached
 from .capstone.check_claim import ablate, claim, paired
 from .checking import Check
 from .dense_attention.check import attention_bytes, attention_flops, bill_growth, dense_attention

@@ -19,6 +19,29 @@ def broken(exercise, property, name, *changes):
 
 
 @wrong("layer", "shape")
+def the_forbidden_layer(x, positions, weights, config):
+    built = dsa_ref.DSALayer(config).requires_grad_(False)
+    built.load_state_dict(weights)
+    return built(x, positions)
+
+
+@wrong("layer", "shape")
+def left_in_float64(x, positions, weights, config):
+    return layer(x, positions, weights, config).double()
+
+
+broken(
+    "layer", "other sizes", "eps_of_torch", (', W["q_a_layernorm.weight"], c.norm_eps', ', W["q_a_layernorm.weight"]')
+)
+broken(
+    "layer",
+    "other sizes",
+    "layer_norm_eps_of_torch",
+    (', W["indexer.k_norm.bias"], 1e-6', ', W["indexer.k_norm.bias"]'),
+)
+
+
+@wrong("layer", "shape")
 def heads_not_put_together(x, positions, weights, config):
     return layer(x, positions, weights, config).unflatten(-1, (2, -1))
 
@@ -240,6 +263,21 @@ def the_last_k_keys_once_there_is_a_cache(x, cache, weights, config):
         end = torch.arange(before + 1, before + len(x) + 1, dtype=torch.int32)
         indices = dsa_ref.testing.window_selection(config.index_topk, 0 * end, end)
     return attend(new["q"], rows[0], indices, weights, config), tuple(rows)
+
+
+@wrong("cached", "branches")
+def one_buffer_for_all_branches(x, cache, weights, config):
+    """Each call writes below the rows that it was given, into the memory of all: right until two take turns."""
+    before, buffers = (0, None) if cache is None else cache
+    new = project(x, torch.arange(before, before + len(x)), weights, config)
+    names, end = ("kv", "k_idx", "k_scale"), before + len(x)
+    if buffers is None:
+        buffers = [torch.zeros(256, *new[name].shape[1:]).to(new[name].dtype) for name in names]
+    for name, buffer in zip(names, buffers, strict=True):
+        buffer[before:end] = new[name]
+    kv, k_idx, k_scale = (buffer[:end] for buffer in buffers)
+    indices = dsa_ref.select_topk(dsa_ref.index_scores(new["q_idx"], k_idx, new["w"], k_scale), config.index_topk)
+    return attend(new["q"], kv, indices, weights, config), (end, buffers)
 
 
 STORE = types.SimpleNamespace()

@@ -90,6 +90,28 @@ broken("paired", "two standard errors", "of_many_windows", ("2 * error", "1.96 *
 broken("paired", "two standard errors", "upper_end_alone", ("float(gap.mean() - 2 * error)", "float(gap.mean())"))
 
 
+broken("paired", "difference", "absolute_differences", ("gap = a - b", "gap = (a - b).abs()"))
+broken("paired", "difference", "rounded_to_float32", ("gap = a - b", "gap = a.float() - b.float()"))
+broken(
+    "paired",
+    "difference",
+    "means_in_float32",
+    ("float(gap.mean()), float", "float(a.float().mean() - b.float().mean()), float"),
+)
+broken(
+    "paired",
+    "two standard errors",
+    "no_end_below_0",
+    ("float(gap.mean() - 2 * error)", "max(0.0, float(gap.mean() - 2 * error))"),
+)
+broken(
+    "ablate",
+    "equal k",
+    "dense_with_all_keys",
+    ("losses(window, method, k)", "losses(window, method, length if method == 'dense' else k)"),
+)
+broken("ablate", "windows", "windows_of_int64", ("losses(window, method, k)", "losses(window.long(), method, k)"))
+
 # ------------------------------------------------------------------------------------------------------------- claim
 
 
@@ -139,3 +161,7 @@ broken(
 )
 broken("claim", "words", "text_unsaid", ("held-out windows", "windows"))
 broken("claim", "words", "windows_uncounted", ("{len(gap)} held-out windows", "held-out windows"))
+broken("claim", "words", "windows_of_another_day", ("{len(gap)} held-out windows", "six held-out windows"))
+broken(
+    "claim", "words", "text_not_held_out", ("held-out windows of Python source", "windows, not held out from training")
+)
