@@ -41,6 +41,7 @@ from .rope import rope, rope_frequencies, rope_loops
 from .rotate_quantize import rotate_quantize, rotate_quantize_loops
 from .select_topk import select_topk, select_topk_loops
 from .sparse_attention import sparse_attention, sparse_attention_loops
+from .sparse_attention_backward import sparse_attention_backward, sparse_attention_backward_loops
 from .version import __version__ as __version__
 
 # isort: split
@@ -54,7 +55,7 @@ __all__ = [
     "pack_index", "pack_index_loops", "pack_kv", "pack_kv_loops", "paged_index_scores", "paged_index_scores_loops",
     "paged_select", "paged_select_loops", "paged_sparse_attention", "paged_sparse_attention_loops", "place_tokens",
     "quantize", "quantize_loops", "rms_norm", "rope", "rope_frequencies", "rope_loops", "rotate_quantize",
-    "rotate_quantize_loops", "select_topk", "select_topk_loops", "sparse_attention", "sparse_attention_loops",
-    "turn_into", "unchecked_values", "unpack_index", "unpack_index_loops", "unpack_kv", "unpack_kv_loops",
-    "write_index", "write_kv",
+    "rotate_quantize_loops", "select_topk", "select_topk_loops", "sparse_attention", "sparse_attention_backward",
+    "sparse_attention_backward_loops", "sparse_attention_loops", "turn_into", "unchecked_values", "unpack_index",
+    "unpack_index_loops", "unpack_kv", "unpack_kv_loops", "write_index", "write_kv",
 ]  # fmt: skip

@@ -45,6 +45,8 @@ from .arguments import (  # noqa: F401 - for others
 )
 
 LAYOUTS = ("interleaved", "half")
+REDUCTIONS = ("mean", "sum")
+SUMS = ("sorted", "atomic")  # how `sparse_attention_backward` sums dkv
 
 
 def check_rope(x, positions, freqs, layout="half", floats=FLOATS) -> None:
@@ -90,10 +92,39 @@ def check_select_topk(scores, k, start, end, floats=FLOATS) -> None:
     check_ranges(*scores.shape, scores.device, start, end)
 
 
-def check_sparse_attention(q, kv, indices, scale, v_dim, floats=FLOATS) -> None:
+def check_sparse_attention(q, kv, indices, scale, v_dim, floats=FLOATS, probe=None) -> None:
     """Arguments of `sparse_attention`."""
-    check_shapes(q=(q, "T H D"), kv=(kv, "S D"), indices=(indices, "T k"))
+    check_shapes(q=(q, "T H D"), kv=(kv, "S D"), indices=(indices, "T k"), probe=(probe, "T k | None"))
     check_attention(q, kv, scale, v_dim, floats)
+    if probe is not None:
+        check_dtype("probe", probe, (torch.float32,))
+    check_indices(indices, len(kv))
+    check_distinct(indices)
+
+
+def check_sparse_attention_backward(
+    q, kv, indices, scale, v_dim, out, lse, dout, dlse, sums, floats=FLOATS
+) -> None:  # fmt: skip
+    """Arguments of `sparse_attention_backward`."""
+    check_shapes(
+        q=(q, "T H D"),
+        kv=(kv, "S D"),
+        indices=(indices, "T k"),
+        out=(out, "T H v_dim"),
+        lse=(lse, "T H"),
+        dout=(dout, "T H v_dim"),
+        dlse=(dlse, "T H | None"),
+    )
+    check_attention(q, kv, scale, v_dim, floats)
+    if out.shape[2] != v_dim:
+        raise ValueError(f"out must have shape [T, H, v_dim] with v_dim = {v_dim}, got {list(out.shape)}")
+    for name, tensor in (("out", out), ("dout", dout)):
+        check_dtype(name, tensor, (q.dtype,))
+    for name, tensor in (("lse", lse), ("dlse", dlse)):
+        if tensor is not None:
+            check_dtype(name, tensor, (torch.promote_types(q.dtype, torch.float32),))
+    if sums not in SUMS:
+        raise ValueError(f"sums must be one of {SUMS}, got {sums!r}")
     check_indices(indices, len(kv))
     check_distinct(indices)
 
@@ -118,16 +149,36 @@ def check_mha_attention(q, k, v, scale, indices, start, end, floats=FLOATS) -> N
     check_ranges(len(q), len(k), q.device, start, end)
 
 
-def check_indexer_loss(q_idx, k_idx, w, q, kv, scale, indices, start, end) -> None:
-    """Arguments of `indexer_loss`."""
-    check_index_scores(q_idx, k_idx, w, None, start, end)
-    both = {"q_idx": (q_idx, "T Hi Di"), "k_idx": (k_idx, "S Di")}
-    check_shapes(**both, q=(q, "T H D"), kv=(kv, "S D"), indices=(indices, "T k | None"))
-    check_dtype("q_idx", q_idx, FLOATS)  # FP8 values have a scale, for which there is no argument
-    check_attention(q, kv, scale, v_dim=1)
+def check_indexer_loss(
+    q_idx, k_idx, w, q, kv, scale, indices, start, end, lse=None, target=None, reduction="mean", floats=FLOATS
+) -> None:
+    """Arguments of `indexer_loss`: attention's side is q, kv and scale, or in the sparse stage `target` alone."""
+    check_index_scores(q_idx, k_idx, w, None, start, end, floats)
+    check_dtype("q_idx", q_idx, floats)  # FP8 values have a scale, for which there is no argument
+    check_shapes(q_idx=(q_idx, "T Hi Di"), k_idx=(k_idx, "S Di"), indices=(indices, "T k | None"))
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if indices is not None:
-        check_indices(indices, len(kv))
+        check_indices(indices, len(k_idx))
         check_distinct(indices)
+    exact = tuple(dtype for dtype in (torch.float32, torch.float64) if dtype in floats)
+    given = {name: x for name, x in {"q": q, "kv": kv, "scale": scale, "lse": lse}.items() if x is not None}
+    if target is not None:
+        if indices is None:
+            raise ValueError("target must be None without indices, for whose places it is")
+        if given:
+            raise ValueError(f"{next(iter(given))} must be None with target, which is all that attention has to tell")
+        check_shapes(indices=(indices, "T k"), target=(target, "T k"))
+        check_dtype("target", target, exact)
+        return
+    for name in ("q", "kv", "scale"):
+        if name not in given:
+            raise ValueError(f"{name} must be given where target is not: the loss compares with attention")
+    both = {"q_idx": (q_idx, "T Hi Di"), "k_idx": (k_idx, "S Di")}
+    check_shapes(**both, q=(q, "T H D"), kv=(kv, "S D"), lse=(lse, "T H | None"))
+    check_attention(q, kv, scale, v_dim=1, floats=floats)
+    if lse is not None:
+        check_dtype("lse", lse, exact)
 
 
 def check_attention(q, kv, scale, v_dim, floats=FLOATS) -> None:

@@ -20,6 +20,12 @@ def masked_einsum(equation: str, a: Tensor, b: Tensor, mask: Tensor | None = Non
     return _MaskedEinsum.apply(equation, a, b, mask)
 
 
+def gather_rows(table: Tensor, lists: Tensor, mask: Tensor) -> Tensor:
+    """The rows of table [S, D] that lists [T, k] name, [T, k, D], and zeros where the mask [T, k] does not hold."""
+    gathered = table[lists.clamp(min=0)]
+    return gathered if mask.all() else gathered.masked_fill(~mask[:, :, None], 0.0)
+
+
 class _MaskedEinsum(torch.autograd.Function):
     """The derivative of such a product is such a product, with the same mask."""
 

@@ -11,10 +11,12 @@ Source: DeepSeek-V3.2-Exp report, equation 2 and appendix A; SPEC section 3.
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .blocks import list_blocks
 from .contracts import Array, check_sparse_attention
-from .products import masked_einsum
+from .products import gather_rows, masked_einsum
+from .sparse_attention_backward import sparse_attention_backward
 
 
 def sparse_attention_loops(q: Array, kv: Array, indices: Array, scale: float, v_dim: int) -> tuple[Array, Array]:
@@ -35,7 +37,9 @@ def sparse_attention_loops(q: Array, kv: Array, indices: Array, scale: float, v_
     return out, lse
 
 
-def sparse_attention(q: Tensor, kv: Tensor, indices: Tensor, scale: float, v_dim: int) -> tuple[Tensor, Tensor]:
+def sparse_attention(
+    q: Tensor, kv: Tensor, indices: Tensor, scale: float, v_dim: int, probe: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attend from each query to its selected rows of kv. Differentiable in q and kv.
 
     q: float [T, H, D]; kv: [S, D] of the same dtype; indices: int32 [T, k], -1 where nothing is selected, distinct
@@ -44,10 +48,21 @@ def sparse_attention(q: Tensor, kv: Tensor, indices: Tensor, scale: float, v_dim
     with nothing selected, or with logits of -inf alone, gives 0 and -inf. Time and memory follow the selected keys, not
     k.
 
+    probe: fp32 [T, k], whose values nobody reads, or None. If it requires a gradient, it receives in the place of one
+    the mean over heads of the probabilities of each selected key, `target` of `sparse_attention_backward`, whatever the
+    gradients of out and lse are: the indexer's loss needs it, and so the model's own backward pass yields it. With such
+    a probe the gradients are `sparse_attention_backward`'s, which are not differentiable again, nor in forward mode.
+
     Raises: ValueError for wrong shapes, devices, indices outside [-1, S) or named twice in a row, scale or v_dim;
     TypeError for wrong dtypes.
     """
-    check_sparse_attention(q, kv, indices, scale, v_dim)
+    check_sparse_attention(q, kv, indices, scale, v_dim, probe=probe)
+    if probe is not None and torch.is_grad_enabled() and probe.requires_grad:
+        return _Probed.apply(q, kv, indices, scale, v_dim, probe)
+    return _forward(q, kv, indices, scale, v_dim)
+
+
+def _forward(q, kv, indices, scale, v_dim):
     dtype = torch.promote_types(q.dtype, torch.float32)
     outs, lses = [], []
     for rows, lists in list_blocks(indices, per_index=q.shape[1] + q.shape[2]):
@@ -59,10 +74,24 @@ def sparse_attention(q: Tensor, kv: Tensor, indices: Tensor, scale: float, v_dim
     return torch.cat(outs), torch.cat(lses)
 
 
-def gather_rows(table: Tensor, lists: Tensor, mask: Tensor) -> Tensor:
-    """The rows of table [S, D] that lists [T, k] name, [T, k, D], and zeros where the mask [T, k] does not hold."""
-    gathered = table[lists.clamp(min=0)]
-    return gathered if mask.all() else gathered.masked_fill(~mask[:, :, None], 0.0)
+class _Probed(torch.autograd.Function):
+    """Attention that hands its mean probabilities to the probe."""
+
+    @staticmethod
+    def forward(q, kv, indices, scale, v_dim, probe):
+        return _forward(q, kv, indices, scale, v_dim)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, kv, indices, ctx.scale, ctx.v_dim, _ = inputs
+        ctx.save_for_backward(q, kv, indices, *output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse):
+        q, kv, indices, out, lse = ctx.saved_tensors
+        dq, dkv, target = sparse_attention_backward(q, kv, indices, ctx.scale, ctx.v_dim, out, lse, dout, dlse)
+        return dq, dkv, None, None, None, target.float()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, dims: str) -> tuple[Tensor, Tensor]:

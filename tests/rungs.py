@@ -82,13 +82,22 @@ def _sparse_attention(q, kv, indices, scale, v_dim):
     return _back(out, q, q.dtype), _back(lse, q)
 
 
+def _sparse_attention_backward(q, kv, indices, scale, v_dim, out, lse, dout, dlse=None, sums="sorted"):
+    """There is one order of a sum in loops, whatever `sums` says."""
+    dq, dkv, target = _call(dsa_ref.sparse_attention_backward_loops, q, kv, indices, scale, v_dim, out, lse, dout, dlse)
+    return _back(dq, q, q.dtype), _back(dkv, q, q.dtype), _back(target, q)
+
+
 def _dense_attention(q, kv, scale, v_dim, start=None, end=None):
     out, lse = _call(dsa_ref.dense_attention_loops, q, kv, scale, v_dim, start, end)
     return _back(out, q, q.dtype), _back(lse, q)
 
 
-def _indexer_loss(q_idx, k_idx, w, q, kv, scale, indices=None, start=None, end=None):
-    return torch.tensor(_call(dsa_ref.indexer_loss_loops, q_idx, k_idx, w, q, kv, scale, indices, start, end))
+def _indexer_loss(
+    q_idx, k_idx, w, q, kv, scale, indices=None, start=None, end=None, lse=None, target=None, reduction="mean"
+):
+    given = (q_idx, k_idx, w, q, kv, scale, indices, start, end, lse, target, reduction)
+    return torch.tensor(_call(dsa_ref.indexer_loss_loops, *given))
 
 
 def _paged_index_scores(q_idx, index_pages, w, page_table, lengths):
@@ -120,6 +129,7 @@ LOOPS = types.SimpleNamespace(
     select_topk=_select_topk,
     lightning_select=_lightning_select,
     sparse_attention=_sparse_attention,
+    sparse_attention_backward=_sparse_attention_backward,
     dense_attention=_dense_attention,
     indexer_loss=_indexer_loss,
     paged_index_scores=_paged_index_scores,

@@ -18,8 +18,8 @@ from dsa_ref.long_context import __main__ as long_context
 from dsa_ref.long_context import run as long_context_run
 from dsa_ref.nn import ModelConfig, SmallModel
 from dsa_ref.nn.model import save_small_model
-from dsa_ref.training import evaluate, train
-from dsa_ref.training.evaluate import held_out_windows
+from dsa_ref.training import compare, evaluate, train
+from dsa_ref.training.corpus import held_out_windows
 
 
 def bench(module):
@@ -31,11 +31,13 @@ def commands():
     found = {
         "train weights": (train.main, ["--log", "log.json"], "--weights"),
         "train log": (train.main, ["--weights", "w.safetensors"], "--log"),
+        "train state": (train.main, ["--weights", "w.safetensors", "--log", "log.json"], "--state"),
+        "compare": (compare.main, [], "--log"),
         "evaluate": (evaluate.main, [], "--log"),
         "traps": (traps.main, [], "--log"),
         "long context": (long_context.main, [], "--log"),
     }
-    for name in ("__main__", "exact", "layer_cpu", "bill.__main__", "models.__main__"):
+    for name in ("__main__", "exact", "layer_cpu", "bill.__main__", "models.__main__", "training.__main__"):
         if importlib.util.find_spec("triton"):
             found[f"dsa_bench {name}"] = (lambda arguments, name=name: bench(name).main(arguments), [], "--log")
     return found
@@ -52,7 +54,12 @@ def refused(monkeypatch, tmp_path, capsys):
     def nothing(*_, **__):
         raise AssertionError("work began")
 
-    for module, name in ((train, "load_corpus"), (evaluate, "load_small_model"), (traps, "load_corpus")):
+    for module, name in (
+        (train, "load_corpus"),
+        (compare, "load_corpus"),
+        (evaluate, "load_small_model"),
+        (traps, "load_corpus"),
+    ):
         monkeypatch.setattr(module, name, nothing)
     monkeypatch.setattr(long_context_run, "make_subject", nothing)
     monkeypatch.setattr(traps, "run_tests", nothing)
@@ -91,6 +98,9 @@ COUNTS = [
     ("train log", ["--steps", "3", "0", "3"], "--steps"),
     ("train log", ["--batch", "0"], "--batch"),
     ("train log", ["--length", "-1"], "--length"),
+    ("train log", ["--save-every", "0"], "--save-every"),
+    ("train log", ["--micro", "0.5"], "--micro"),
+    ("compare", ["--asked", "0"], "--asked"),
     ("evaluate", ["--windows", "0"], "--windows"),
     ("evaluate", ["--k", "4", "0"], "--k"),
     ("traps", ["--windows", "none"], "--windows"),
@@ -108,7 +118,17 @@ def test_counts_are_positive(command, given, option, refused):
 
 OTHERS = [
     ("train log", ["--log", "w.safetensors"], "--weights and --log must be two files"),
+    ("train log", ["--log", "s", "--state", "s"], "--log and --state must be two files"),
     ("train log", ["--log", "x.json", "--device", "nonsense"], "--device must be one that torch can use here"),
+    ("train log", ["--log", "x.json", "--device", "meta"], "--device must be one that torch can use here, got meta"),
+    ("train log", ["--log", "x.json", "--minutes", "9"], "--minutes must be above 0, with --state to go on from"),
+    ("train log", ["--log", "x.json", "--state", "s", "--minutes", "0"], "--minutes must be above 0"),
+    ("train log", ["--log", "x.json", "--state", "s", "--minutes", "nan"], "--minutes must be above 0"),
+    ("train log", ["--log", "x.json", "--length", "64", "--k", "64"], "--k must be below --length 64"),
+    ("train log", ["--log", "x.json", "--pairs", "-1"], "--pairs must be at least 0, got -1"),
+    ("compare", ["--log", "x.json", "--length", "64", "--k", "64"], "--k must be below --length 64"),
+    ("compare", ["--log", "x.json", "--merge", "missing.json"], "--merge must name logs of this program"),
+    ("compare", ["--log", "x.json", "--regimes", "dense", "sparse"], "--regimes: invalid choice: 'sparse'"),
     ("evaluate", ["--log", "x.json", "--length", "100", "--k", "4", "100"], "--k must be below --length 100"),
     ("long context", ["--decode", "-1"], "decode must be at least 0, got -1"),
     ("long context", ["--device", "meta"], "--device must be one that torch can use here, got meta"),
@@ -131,6 +151,15 @@ def test_what_makes_no_sense_is_refused_at_the_start(command, given, reason, ref
 def test_a_gpu_that_is_not_there(refused):
     said = refused(train.main, ["--weights", "w", "--log", "x.json", "--device", "cuda:99"])
     assert "--device must be one that torch can use here, got cuda:99" in said
+
+
+def test_kernels_without_a_gpu(refused, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    given = ["--weights", "w", "--log", "x.json", "--kernels", "--device", "cpu"]
+    assert "--kernels needs a GPU, got --device cpu" in refused(train.main, given)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, "dsa_kernels", None)  # not installed
+    assert "--kernels needs a package that can be imported" in refused(train.main, given)
 
 
 @pytest.mark.parametrize(
@@ -164,8 +193,6 @@ def test_a_window_longer_than_the_text_is_refused(size):
     text = torch.zeros(size, dtype=torch.uint8)
     with pytest.raises(ValueError, match=f"length must be from 1 to {size - 1}, .*, got 100"):
         held_out_windows(text, 2, 100)
-    with pytest.raises(ValueError, match="length must be"):
-        train.train_stage(None, "dense", text, 1, 1, 100, None, None)
 
 
 def test_the_longest_window_is_the_whole_text():

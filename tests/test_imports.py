@@ -30,6 +30,7 @@ STEPS = (
     "indexer_loss"
 ).split()
 DECODE = "paged_index_scores paged_select paged_sparse_attention".split()  # in dsa_kernels; dsa_ref.decode has all
+BACKWARD = "sparse_attention_backward"  # a gradient of a step, in both packages
 OWN_FILE = "head_weights mha_attention warm".split()  # in dsa_kernels; in dsa_ref they stand beside other steps
 
 
@@ -53,9 +54,12 @@ TABLE = [
     Row("dsa_ref.contracts dsa_ref.blocks", "dsa_ref.config dsa_ref.arguments dsa_ref.contracts", "torch"),
     Row(
         "dsa_ref/step",
-        "dsa_ref.config dsa_ref.products dsa_ref.contracts dsa_ref.blocks dsa_ref/step",
+        "dsa_ref.config dsa_ref.products dsa_ref.contracts dsa_ref.blocks dsa_ref.sparse_attention_backward "
+        "dsa_ref/step",
         "numpy torch",
     ),
+    # sparse attention's gradient, which that step hands to autograd where a probe asks for the probabilities
+    Row("dsa_ref.sparse_attention_backward", "dsa_ref.products dsa_ref.contracts dsa_ref.blocks", "numpy torch"),
     # serving: layouts, whose pages they are, a layer's pools, and the decode steps on them
     Row("dsa_ref.paged", "dsa_ref.contracts dsa_ref/step", "numpy torch"),
     Row("dsa_ref.append", "dsa_ref.contracts dsa_ref.precision dsa_ref.paged dsa_ref/step", "numpy torch"),
@@ -75,8 +79,8 @@ TABLE = [
     Row("dsa_ref.records", "", "torch"),
     Row(
         "dsa_ref",
-        "dsa_ref.version dsa_ref.config dsa_ref.contracts dsa_ref/step dsa_ref.paged dsa_ref.page_table "
-        "dsa_ref.paged_cache dsa_ref.append dsa_ref.decode dsa_ref.nn",
+        "dsa_ref.version dsa_ref.config dsa_ref.contracts dsa_ref/step dsa_ref.sparse_attention_backward "
+        "dsa_ref.paged dsa_ref.page_table dsa_ref.paged_cache dsa_ref.append dsa_ref.decode dsa_ref.nn",
         "",
     ),
     Row(
@@ -99,7 +103,7 @@ TABLE = [
         "dsa_ref.training.*",
         "dsa_ref dsa_ref.config dsa_ref.precision dsa_ref.contracts dsa_ref/step dsa_ref.testing dsa_ref.records "
         "dsa_ref.nn.* dsa_ref.training.*",
-        "torch",
+        "torch safetensors ?",  # dsa_kernels, where the command line asks for them
     ),
     Row(
         "dsa_ref.long_context.*",
@@ -121,8 +125,8 @@ TABLE = [
     ),
     Row(
         "dsa_kernels.hopper.*",
-        "dsa_ref.config dsa_ref.contracts dsa_kernels.cards dsa_kernels.runtime dsa_kernels.topk.* "
-        "dsa_kernels.hopper.*",
+        "dsa_ref.config dsa_ref.contracts dsa_kernels.cards dsa_kernels.runtime dsa_kernels.key_sums "
+        "dsa_kernels.topk.* dsa_kernels.hopper.*",
         "torch triton",
     ),
     Row(
@@ -131,6 +135,23 @@ TABLE = [
         "dsa_kernels.topk.* dsa_kernels/step",
         "torch triton",
     ),
+    Row(  # the kernels of the indexer's loss
+        "dsa_kernels.teach.*",
+        "dsa_kernels.cards dsa_kernels.runtime dsa_kernels.rounding dsa_kernels.index_scores dsa_kernels.teach.*",
+        "torch triton",
+    ),
+    Row(
+        "dsa_kernels.indexer_loss",
+        "dsa_ref.contracts dsa_kernels.runtime dsa_kernels/step dsa_kernels.teach dsa_kernels.teach.*",
+        "torch",
+    ),
+    Row(
+        "dsa_kernels.sparse_attention_backward",
+        "dsa_ref.contracts dsa_kernels.cards dsa_kernels.runtime dsa_kernels.rounding dsa_kernels.key_sums "
+        "dsa_kernels/step",
+        "torch triton",
+    ),
+    Row("dsa_kernels.key_sums", "dsa_kernels.runtime dsa_kernels.rounding", "torch triton"),
     Row(
         "dsa_kernels.lightning_select",
         "dsa_ref.contracts dsa_kernels.runtime dsa_kernels.flagged dsa_kernels/step",
@@ -155,6 +176,12 @@ TABLE = [
         "dsa_ref.contracts dsa_kernels.runtime dsa_kernels.rounding dsa_kernels/step",
         "torch triton",
     ),
+    Row(  # gradients live here alone; the steps call its operators by name
+        "dsa_kernels.autograd",
+        "dsa_ref.contracts dsa_kernels.runtime dsa_kernels/step dsa_kernels.mha_attention "
+        "dsa_kernels.sparse_attention_backward",
+        "torch",
+    ),
     Row(  # it calls the steps
         "dsa_kernels.warm",
         "dsa_ref.config dsa_ref.contracts dsa_kernels.runtime dsa_kernels/step dsa_kernels.append "
@@ -164,9 +191,10 @@ TABLE = [
     ),
     Row(
         "dsa_kernels",
-        "dsa_ref.version dsa_kernels.runtime dsa_kernels/step dsa_kernels.append dsa_kernels.head_weights "
+        "dsa_ref.version dsa_kernels.runtime dsa_kernels/step dsa_kernels.sparse_attention_backward "
+        "dsa_kernels.append dsa_kernels.head_weights "
         "dsa_kernels.mha_attention dsa_kernels.paged_index_scores dsa_kernels.paged_select "
-        "dsa_kernels.paged_sparse_attention dsa_kernels.warm",
+        "dsa_kernels.paged_sparse_attention dsa_kernels.warm dsa_kernels.autograd",
         "",
     ),
     # the bench, which knows the reference as a user does
@@ -174,7 +202,7 @@ TABLE = [
         "dsa_bench.*",
         "dsa_ref dsa_ref.nn dsa_ref.training dsa_ref.testing dsa_ref.cost dsa_ref.records "
         "dsa_ref.integrations.transformers dsa_kernels.* dsa_bench.*",
-        "numpy torch triton transformers deep_gemm",
+        "numpy torch triton transformers deep_gemm tilelang",
     ),
     # the course, which nothing but notebooks, tests and maintain imports
     Row("dsa_course.*", "dsa_ref.* dsa_kernels.* dsa_course.*", "numpy torch matplotlib ipywidgets IPython PIL"),
@@ -187,7 +215,7 @@ TABLE = [
 ]
 PUBLIC = ("dsa_bench",)  # may take from a package of the reference only what its __all__ names
 DYNAMIC = {"import_module", "__import__"}  # to be called directly, so that what is imported can be read off
-SHADOWED = {f"{package}.{step}" for package in ("dsa_ref", "dsa_kernels") for step in STEPS}  # there, the function
+SHADOWED = {f"{package}.{step}" for package in ("dsa_ref", "dsa_kernels") for step in (*STEPS, BACKWARD)}
 SHADOWED |= {f"dsa_kernels.{step}" for step in DECODE + OWN_FILE}
 
 
@@ -486,7 +514,7 @@ def test_allowed_arrows_are_not_found():
 
 def test_gradients_of_kernels_live_in_one_file():
     for module, path in MODULES.items():
-        if module.startswith("dsa_kernels") and module != "dsa_kernels.autograd":
+        if module.startswith("dsa_kernels") and module not in ("dsa_kernels.autograd", "dsa_kernels.indexer_loss"):
             assert "autograd.Function" not in path.read_text(encoding="utf-8"), module
 
 

@@ -7,7 +7,9 @@ Source: DeepSeek-V3.2-Exp report, section 2 and appendix A; SPEC sections 2, 3 a
 """
 
 import contextlib
+import functools
 import importlib
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -33,6 +35,7 @@ from .checkpointing import (
     NEEDS_NON_REENTRANT,
     inside_reentrant_checkpoint,
     recorded_before,
+    selected_once,
     will_be_repeated,
 )
 from .decode import check_decode, decode_step, recorded
@@ -42,7 +45,7 @@ from .wrapped import matrix
 
 STEPS = ("rope", "rotate_quantize", "lightning_select", "sparse_attention")  # of `ops`
 ATTENTION = ("sparse", "mha", "dense")
-RECORDED = ("q_idx", "k_idx", "w", "k_scale", "q", "q_heads", "kv", "start", "indices", "lse")  # in this order
+RECORDED = ("q_idx", "k_idx", "w", "k_scale", "q", "q_heads", "kv", "start", "indices", "lse", "probe")  # in this order
 
 
 class Ops(Protocol):
@@ -57,12 +60,19 @@ class Ops(Protocol):
     sparse_attention: Callable
 
 
+@functools.lru_cache(maxsize=16)  # reading a signature takes longer than launching a kernel
+def _takes_probe(attention: Callable) -> bool:
+    return "probe" in inspect.signature(attention).parameters
+
+
 class DSALayer(nn.Module):
     """V3.2's attention layer on packed tokens [T, dim].
 
     ops: the package whose `rope`, `rotate_quantize`, `lightning_select` and `sparse_attention` run (`dsa_ref` or
-    `dsa_kernels`); what has no kernel always runs in the reference. Where it also has the small steps of `decode`, they
-    run in calls that keep no gradient: see `prefill`.
+    `dsa_kernels`, which both train); what has no kernel always runs in the reference. "dense" runs `mha_attention` of
+    an ops that has it and no `dense_attention`, which takes fewer FLOPs. Where ops also has the small steps of
+    `decode`, they run in calls that keep no gradient: see `prefill`.
+    Under torch's activation checkpointing, of either kind, keys are selected once.
     indexer: False for a layer that shares another layer's selection and has no indexer (`DSAConfig.has_indexer`).
 
     Submodules may be wrapped (adapters, hooks, shards) as long as kv_b_proj stays linear without a bias: see `wrapped`.
@@ -108,8 +118,10 @@ class DSALayer(nn.Module):
         record: a list that receives one dict of the steps' inputs and outputs: "q_idx", "k_idx", "w" (with the query's
         scale), "k_scale" (or None), "kv" and "start" as `lightning_select` and `sparse_attention` take them; "indices"
         [T, min(index_topk, keys so far)] but for "dense"; "q", the absorbed query [T, H, D], or for "mha" in its place
-        "q_heads" [T, H, nope + rope]; "lse" [T, H]. A layer without an indexer leaves out the first four. Under
-        activation checkpointing, which runs the layer again for the gradients, a step is recorded once; it needs
+        "q_heads" [T, H, nope + rope]; "lse" [T, H]; in a sparse step that gradients pass through, "probe", fp32 like
+        indices, whose .grad holds after the language loss's backward pass the target that `indexer_loss` takes (where
+        `ops.sparse_attention` has a probe). A layer without an indexer leaves out the first four. Under activation
+        checkpointing, which runs the layer again for the gradients, a step is recorded once; it needs
         use_reentrant=False. Tensors of FP8 cannot be unpickled, which is torch's own limit: pickle their
         `.view(torch.uint8)`, or use torch.save.
 
@@ -126,7 +138,7 @@ class DSALayer(nn.Module):
             if serves(self, x, attention):
                 y, step = prefill_step(self, x, positions, cache, indices, record is not None)
             else:
-                y, step = self._attend(x, positions, cache, attention, indices)
+                y, step = self._attend(x, positions, cache, attention, indices, record is not None)
             if cache is not None and will_be_repeated(y):
                 raise ValueError(CACHE_REPEATED)
             if record is not None and not recorded_before(record, step):
@@ -164,25 +176,27 @@ class DSALayer(nn.Module):
                 record.append(recorded(step))
         return y
 
-    def _attend(self, x, positions, cache, attention, indices) -> tuple[Tensor, dict]:
+    def _attend(self, x, positions, cache, attention, indices, recording) -> tuple[Tensor, dict]:
         """`forward` on checked arguments: the output, and the step as `record` gets it."""
         c = self.config
         start = self._row_starts(positions, cache).to(torch.int32)
         q_latent = self.q_a_layernorm(self.q_a_proj(x))
         q_heads, kv = self._queries(q_latent, positions), self._latents(x, positions)
-        q_idx, k_idx, w, q_scale, k_scale = [None] * 5 if self.indexer is None else self._index(x, q_latent, positions)
+        indexing = self.indexer is not None and (attention != "dense" or recording or cache is not None)
+        q_idx, k_idx, w, q_scale, k_scale = self._index(x, q_latent, positions) if indexing else [None] * 5
         if cache is not None:
             kv, k_idx, k_scale = cache.append(kv, k_idx, k_scale)
             if q_idx is not None:
                 q_idx = q_idx.to(k_idx.dtype)  # wider only inside autocast
         step = {"kv": kv, "start": start}
-        if self.indexer is not None:
+        if indexing:
             weights = w if q_scale is None else w * q_scale  # a positive scale may cross the relu
             step |= {"q_idx": q_idx, "k_idx": k_idx, "w": weights, "k_scale": k_scale}
         if attention != "dense" and self.indexer is not None:
             scored = (tensor.detach() for tensor in (q_idx, k_idx, weights))
             k = min(c.index_topk, len(k_idx))  # a list has no more places than there are keys
-            step["indices"] = self.ops.lightning_select(*scored, k, k_scale=k_scale, start=start)
+            select = functools.partial(self.ops.lightning_select, *scored, k, k_scale=k_scale, start=start)
+            step["indices"] = selected_once(select)
         elif attention != "dense":
             step["indices"] = indices
         # What was made here needs no check; of shared indices nobody has looked yet whether one stands twice in a row.
@@ -192,18 +206,40 @@ class DSALayer(nn.Module):
             q, k, v = self._decompressed(q_heads, kv)
             with known:
                 out, step["lse"] = mha_attention(q, k, v, c.softmax_scale, step["indices"], start)
+        elif attention == "dense" and hasattr(self.ops, "mha_attention") and not hasattr(self.ops, "dense_attention"):
+            q, k, v = self._decompressed(q_heads, kv)
+            # A cache holds one sequence: causal is all there is. Values of start are read, as they save a mask.
+            ranges = start if cache is None else None
+            out, step["lse"] = self.ops.mha_attention(q, k, v, c.softmax_scale, None, ranges)
+            if recording:  # for the indexer's target alone, which is a constant
+                with torch.no_grad():
+                    step["q"] = self._absorbed(q_heads, self._up_projections(kv)[0], kv.dtype)
         else:
             W_UK, W_UV = self._up_projections(kv)
             scale, v_dim = c.softmax_scale, c.kv_lora_rank
-            nope, turned = q_heads.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
-            step["q"] = torch.cat((torch.einsum("thn,hnc->thc", nope, W_UK), turned), dim=-1).to(kv.dtype)
+            step["q"] = self._absorbed(q_heads, W_UK, kv.dtype)
             with known:
                 if attention == "dense":
                     u, step["lse"] = dense_attention(step["q"], kv, scale, v_dim, start)
                 else:
-                    u, step["lse"] = self.ops.sparse_attention(step["q"], kv, step["indices"], scale, v_dim)
+                    probe = self._probe(step) if recording else {}
+                    u, step["lse"] = self.ops.sparse_attention(step["q"], kv, step["indices"], scale, v_dim, **probe)
+                    step |= probe
             out = torch.einsum("thc,hvc->thv", u, W_UV)
         return self.o_proj(out.flatten(1)), step
+
+    def _absorbed(self, q_heads, W_UK, dtype) -> Tensor:
+        """MQA mode's queries [T, H, D]: their nope part in the latents' space."""
+        nope, turned = q_heads.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1)
+        return torch.cat((torch.einsum("thn,hnc->thc", nope, W_UK), turned), dim=-1).to(dtype)
+
+    def _probe(self, step) -> dict:
+        """{"probe": what will receive the indexer's target}, where a backward pass can come and `ops` knows probes."""
+        learns = torch.is_grad_enabled() and (step["q"].requires_grad or step["kv"].requires_grad)
+        if not learns or not _takes_probe(self.ops.sparse_attention):
+            return {}
+        indices = step["indices"]
+        return {"probe": torch.zeros(indices.shape, device=indices.device, requires_grad=True)}
 
     def _apply(self, fn, recurse=True):
         """Move or cast the weights; RoPE's frequencies follow to the device but stay fp32, whatever the weights are."""

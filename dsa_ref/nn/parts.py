@@ -37,7 +37,10 @@ class Indexer(nn.Module):
 
         The inputs are detached: no gradient of the indexer ever reaches the main model.
         """
-        x, q_latent = x.detach(), q_latent.detach()
+        return self.project(x.detach(), q_latent.detach())
+
+    def project(self, x: Tensor, q_latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward` on inputs that are detached, or not."""
         c = self.config
         q = self.wq_b(q_latent).unflatten(-1, (c.index_n_heads, c.index_head_dim))
         k = self.wk(x)

@@ -22,12 +22,13 @@ from torch.autograd import forward_ad
 from ..contracts import check_finite, unchecked_values, values_readable
 from ..precision import autocast_on
 from .cache import LayerCache
+from .checkpointing import will_be_repeated_with_gradients
 from .decode import SMALL_STEPS, absorbed, append_latents, index_step, product_into, query_latent, small_step
 
 
 def serves(layer, x: Tensor, attention: str) -> bool:
     """Whether `prefill_step` gives what `_attend` does: a selection of its own, `ops` with all small steps, no
-    derivative of any kind to keep, and no autocast, whose products have another dtype than the weights."""
+    derivative of any kind to keep or to come, and no autocast, whose products have another dtype than the weights."""
     return (
         attention == "sparse"
         and all(hasattr(layer.ops, name) for name in SMALL_STEPS)
@@ -35,6 +36,7 @@ def serves(layer, x: Tensor, attention: str) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
         and not autocast_on(x.device)
+        and not will_be_repeated_with_gradients()
     )
 
 

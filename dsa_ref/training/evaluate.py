@@ -18,23 +18,7 @@ from ..precision import exact
 from ..records import output_file, positive, provenance, write_log
 from ..select_topk import select_topk
 from ..testing import attention_recall, random_selection, window_selection
-from .corpus import load_corpus
-
-
-def held_out_windows(corpus: Tensor, count: int, length: int) -> Tensor:
-    """`count` windows of length + 1 bytes, evenly spread over `corpus`, uint8 [bytes]: uint8 [count, length + 1].
-
-    Raises: ValueError where the corpus is shorter than a window.
-    """
-    check_length(corpus, length)
-    starts = torch.linspace(0, len(corpus) - length - 1, count, dtype=torch.float32, device="cpu").long()
-    return corpus[(starts[:, None] + torch.arange(length + 1, device="cpu")).to(corpus.device)]
-
-
-def check_length(corpus: Tensor, length: int) -> None:
-    """Raise ValueError unless a window of length + 1 bytes fits into `corpus`, uint8 [bytes]."""
-    if length < 1 or length >= len(corpus):
-        raise ValueError(f"length must be from 1 to {len(corpus) - 1}, the corpus less the byte after it, got {length}")
+from .corpus import held_out_windows, load_corpus
 
 
 @torch.no_grad()

@@ -1,173 +1,234 @@
 """Train the small model and its indexer as the report trains V3.2: dense, then the indexer alone, then both, sparse.
 
-    python -m dsa_ref.training.train --weights small_model.safetensors --log small_model.json
+    python -m dsa_ref.training.train --kernels --weights small_model.safetensors --log log.json --state run.state
+    python -m dsa_ref.training.train --weights w.safetensors --log log.json --steps 2 2 2 --batch 2 --length 256 --k 32
 
-1. Dense: a plain language model, attention over everything. The indexer is not touched.
-2. Warm-up (equation 3): everything frozen but the indexer, which learns the dense attention's distribution.
-3. Sparse (equation 4): attention over the k selected keys. The model learns from the language loss, the indexer from
-   the KL on the selected keys. One backward pass serves both, since no gradient passes from one side to the other.
+The first trains the course's model through the kernels, in minutes on a GPU; the second shows the mechanics on a CPU.
+`stages` has what is learned from what, `data` the windows and the needles in them, `optimizer` the fp32 weights.
 
-The indexer trains unquantised and is used in FP8 afterwards. Settings are scaled to a model of 2.8 million weights; the
-report's are in SPEC section 5. Minutes on a GPU; `--steps 3 3 3 --batch 1` shows the mechanics on a CPU.
+With --state, the run keeps its state in a file every --save-every steps. The same command goes on from there, to the
+same bits as a run that was never stopped. With --minutes it stops by itself, before so many are over, and ends with
+the exit code 75 while anything is left to do: `until COMMAND; do [ $? = 75 ] || break; done` carries it to the end.
+
+The indexer trains unquantised and is used in FP8 afterwards. Settings are scaled to a model of 3.5 million weights; the
+report's are in SPEC section 5.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import json
-import math
+import os
+import sys
 import time
-from collections.abc import Callable
+import types
+import zlib
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..indexer_loss import indexer_loss
 from ..nn.model import ModelConfig, SmallModel, load_small_model, save_small_model
 from ..records import output_file, positive, provenance, regular_file, replacing, write_log
-from .corpus import load_corpus
-from .evaluate import check_length, held_out_loss, held_out_windows
+from .corpus import held_out_windows, load_corpus
+from .data import STARTS, Data
+from .evaluate import held_out_loss
+from .measures import needles_by_distance, position_edges
+from .needle import LINE, needle_windows
+from .optimizer import BETAS, LARGEST_NORM, PEAK_RATES, WEIGHT_DECAY
+from .run import OutOfTime, Run
+from .show import Show
+from .stages import STAGES
+from .state import check_space
 
-STAGES = ("dense", "warm-up", "sparse")
-PEAK_RATES = {"dense": 2e-3, "warm-up": 2e-3, "sparse": 3e-4}
+PROGRAM = "dsa_ref.training.train"
+NOT_FINISHED = 75  # EX_TEMPFAIL: the same command again goes on
+STEPS = (2300, 150, 300)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def indexer_parameters(model: nn.Module, inside: bool = True) -> list[nn.Parameter]:
-    """The parameters of all indexers of a model or of one layer, or (inside=False) all others."""
-    return [p for name, p in model.named_parameters() if (".indexer." in f".{name}") == inside]
-
-
-def stage_loss(model: SmallModel, tokens: Tensor, stage: str) -> tuple[Tensor | None, Tensor | None]:
-    """(language loss, indexer loss), in nats, of token windows int64 [n, L + 1]; None where the stage has none.
-
-    stage: one of STAGES. The indexer loss is the mean over layers.
-    """
-    n, length = tokens.shape[0], tokens.shape[1] - 1
-    record = []
-    logits = model(
-        tokens[:, :-1].flatten(),
-        torch.arange(length, device=tokens.device).repeat(n),
-        attention="sparse" if stage == "sparse" else "dense",
-        record=record,
+def course_config(k: int, length: int) -> ModelConfig:
+    """The sizes of the course's model, 7.1 MB in bf16, unquantised: k keys selected, for contexts of `length`."""
+    config = ModelConfig(hidden_dim=768)
+    attention = dataclasses.replace(
+        config.attention, index_topk=k, max_seq_len=max(8192, length), index_fp8=False, rope_factor=1.0
     )
-    language = None if stage == "warm-up" else F.cross_entropy(logits, tokens[:, 1:].flatten())
-    if stage == "dense":
-        return language, None
-    scale = model.config.attention.softmax_scale
-    losses = [
-        indexer_loss(s["q_idx"], s["k_idx"], s["w"], s["q"], s["kv"], scale, s.get("indices"), s["start"])
-        for s in record
-    ]
-    return language, torch.stack(losses).mean()
+    return dataclasses.replace(config, attention=attention)
 
 
-def train_stage(
-    model: SmallModel,
-    stage: str,
-    corpus: Tensor,
-    steps: int,
-    batch: int,
-    length: int,
-    generator: torch.Generator,
-    log: Callable[[str, int, float | None, float | None], None],
-) -> None:
-    """Run one stage in place: `steps` optimizer steps on `batch` random windows of length + 1 bytes of uint8 `corpus`.
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """The same bits in every run: torch refuses what has none, cuBLAS gets a workspace of a fixed size.
 
-    generator: draws the windows, on the CPU. log receives (stage, step, language loss, indexer loss), losses in nats,
-    some 20 times.
-
-    Raises: ValueError where the corpus is shorter than a window.
+    cuBLAS reads the variable when CUDA starts, so this must come before.
     """
-    check_length(corpus, length)
-    trained = {"dense": [False], "warm-up": [True], "sparse": [False, True]}[stage]
-    for inside in (False, True):
-        for parameter in indexer_parameters(model, inside):
-            parameter.requires_grad_(inside in trained)
-    groups = [{"params": indexer_parameters(model, inside)} for inside in trained]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_RATES[stage], betas=(0.9, 0.95), weight_decay=0.01)
-
-    def rate(step: int) -> float:  # a short linear rise, then half a cosine down to a tenth
-        return min(1.0, (step + 1) / max(1, steps // 20)) * (0.55 + 0.45 * math.cos(math.pi * step / max(1, steps)))
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    for step in range(steps):
-        first = torch.randint(0, max(1, len(corpus) - length - 1), (batch, 1), generator=generator, device="cpu")
-        tokens = corpus[(first + torch.arange(length + 1, device="cpu")).to(corpus.device)].long()
-        losses = stage_loss(model, tokens, stage)
-        optimizer.zero_grad()
-        sum(loss for loss in losses if loss is not None).backward()
-        for group in optimizer.param_groups:
-            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
-        with torch.device("cpu"):  # AdamW counts its steps there; older ones ask the default device
-            optimizer.step()
-        scheduler.step()
-        if step % max(1, steps // 20) == 0 or step == steps - 1:
-            log(stage, step, *(None if loss is None else round(loss.item(), 4) for loss in losses))
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # the kernels write all that they allocate
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train all stages, write the weights and the figures; arguments as on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=regular_file, required=True, help="where the safetensors file goes")
-    parser.add_argument("--log", type=output_file, required=True, help="where the figures go, as JSON")
-    parser.add_argument(
-        "--steps", type=positive, nargs=3, default=(1300, 250, 300), metavar=("DENSE", "WARM", "SPARSE")
-    )
-    parser.add_argument("--batch", type=positive, default=8, help="windows a step")
-    parser.add_argument("--length", type=positive, default=2048, help="bytes a window")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    began = time.monotonic()
+    parser = _make_parser()
     options = parser.parse_args(arguments)
-    if options.weights.resolve() == options.log.resolve():
-        parser.error(f"--weights and --log must be two files, got {options.log} for both")
+    ops = resolve_options(parser, options)
+    session = provenance(PROGRAM, arguments, options.device)
+    show = Show(sys.stderr.isatty())
+    with deterministic():
+        try:
+            corpus, held_out = load_corpus()
+            data = Data(
+                corpus, options.length, options.batch, options.seed, options.pairs, options.device, options.asks,
+                options.steps[0],
+            )  # fmt: skip
+            measure = _make_measure(held_out.to(options.device), options)
+            torch.manual_seed(options.seed)
+            with torch.device("cpu"):  # the same weights for every device
+                model = SmallModel(course_config(options.k, options.length), ops).float()
+            size = sum(p.numel() for p in model.parameters())
+            needs = {options.weights: 2 * size} | ({options.state: 12 * size} if options.state else {})
+            check_space(needs)
+            run = Run(
+                model.to(options.device), data, dict(zip(STAGES, options.steps, strict=True)),
+                _fixed_options(options, model.config, corpus), measure, show, options.state, options.save_every,
+                options.log_every, options.micro, DTYPES[options.dtype], session,
+                began + 60 * options.minutes if options.minutes else float("inf"),
+            )  # fmt: skip
+        except ValueError as error:
+            parser.error(str(error))
+        try:
+            result = run.run()
+            _finish(run, options, ops, result, measure, session)
+        except OutOfTime:
+            show.say(f"--minutes {options.minutes:g} are over at step {run.done} of {run.stage}: run it again to go on")
+            sys.exit(NOT_FINISHED)
+        except KeyboardInterrupt:
+            show.say(f"interrupted at step {run.done} of {run.stage}")
+            sys.exit(130)
+        except (OSError, FloatingPointError) as error:  # a full disk, for one: the last state that was saved is whole
+            show.say("")
+            sys.exit(f"{parser.prog}: error: at step {run.done} of {run.stage}: {error}")
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            show.say("")
+            sys.exit(f"{parser.prog}: error: memory ran out in the stage {run.stage}; --micro 1 needs less: {error}")
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--weights", type=regular_file, required=True, help="where the safetensors file goes")
+    add("--log", type=output_file, required=True, help="where the figures go, as JSON")
+    add("--state", type=regular_file, help="where the run keeps its state; where there is one, it goes on from it")
+    add("--save-every", type=positive, default=100, metavar="STEPS", help="(default %(default)s)")
+    add("--log-every", type=positive, default=10, metavar="STEPS", help="(default %(default)s)")
+    add("--minutes", type=float, help="stop before so many are over, with exit code 75; needs --state")
+    add("--steps", type=positive, nargs=3, default=STEPS, metavar=("DENSE", "WARM", "SPARSE"),
+        help=f"optimizer steps of each stage (default {' '.join(map(str, STEPS))})")  # fmt: skip
+    add("--batch", type=positive, default=8, help="windows a step (default %(default)s)")
+    add("--micro", type=positive, help="windows at a time, to save memory (default: all of a step)")
+    add("--length", type=positive, default=8192, help="bytes a window (default %(default)s)")
+    add("--k", type=positive, default=256, help="keys selected (default %(default)s)")
+    add("--pairs", type=int, default=32, help="needles a window (default %(default)s)")
+    add("--asks", type=positive, default=Data.asks, help="queries of each needle (default %(default)s)")
+    add("--seed", type=int, default=0, help="of weights, windows and needles (default %(default)s)")
+    add("--windows", type=positive, default=16, help="held-out windows to measure on (default %(default)s)")
+    add("--kernels", action="store_const", dest="ops", const="dsa_kernels", default="dsa_ref",
+        help="run the steps of dsa_kernels, not of dsa_ref: for a GPU")  # fmt: skip
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
+    add("--dtype", choices=DTYPES, help="of what the model computes with (default bf16 on a GPU, fp32 on a CPU)")
+    return parser
+
+
+def resolve_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> types.ModuleType:
+    """End with what is wrong, before any work; fill in --dtype; the package that `options.ops` names."""
+    files = {"--weights": options.weights, "--log": options.log, "--state": options.state}
+    named = [(option, path.resolve()) for option, path in files.items() if path is not None]
+    for i, (option, path) in enumerate(named):
+        for other, same in named[i + 1 :]:
+            if path == same:
+                parser.error(f"{option} and {other} must be two files, got {path} for both")
+    if options.minutes is not None and not (options.minutes > 0 and options.state):
+        parser.error(f"--minutes must be above 0, with --state to go on from, got {options.minutes:g}")
+    if options.k >= options.length:
+        parser.error(f"--k must be below --length {options.length}, else nothing is left out, got {options.k}")
+    if options.pairs < 0:
+        parser.error(f"--pairs must be at least 0, got {options.pairs}")
     if importlib.util.find_spec("safetensors") is None:
         parser.error("safetensors must be installed to save the weights: pip install safetensors")
     try:
-        torch.empty(0, device=options.device)
+        torch.empty(0, device=options.device).cpu()  # "meta" has no numbers
     except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
         parser.error(f"--device must be one that torch can use here, got {options.device}: {error}")
-    origin = provenance("dsa_ref.training.train", arguments, options.device)
+    on_gpu = torch.device(options.device).type == "cuda"
+    if options.ops == "dsa_kernels" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error(
+            f"--kernels needs a GPU, got --device {options.device}: interpreted on a CPU they take a thousand times as "
+            "long. TRITON_INTERPRET=1 in the environment asks for that"
+        )
+    options.dtype = options.dtype or ("bf16" if on_gpu else "fp32")
+    try:
+        return importlib.import_module(options.ops)
+    except ImportError as error:
+        parser.error(f"--kernels needs a package that can be imported: {error}")
 
-    began = time.time()
-    torch.manual_seed(options.seed)
-    torch.set_float32_matmul_precision("high")
-    generator = torch.Generator().manual_seed(options.seed)
-    corpus, held_out = (side.to(options.device) for side in load_corpus())
-    windows = held_out_windows(held_out, 24, options.length)
-    config = ModelConfig()
-    config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, index_fp8=False))
-    model = SmallModel(config).to(options.device)
-    result = {"history": [], "held_out_loss": {}}
 
-    def log(stage, step, language, indexer):
-        result["history"].append({"stage": stage, "step": step, "language_loss": language, "indexer_loss": indexer})
-        print(f"{time.time() - began:6.0f} s  {stage:8} {step:5}  language {language}  indexer {indexer}", flush=True)
-
-    for stage, steps in zip(STAGES, options.steps, strict=True):
-        train_stage(model, stage, corpus, steps, options.batch, options.length, generator, log)
-        for attention in ("dense",) if stage == "dense" else ("dense", "sparse"):
-            name = f"after {stage}, {attention} attention"
-            result["held_out_loss"][name] = round(held_out_loss(model, windows, attention), 4)
-            print(name, result["held_out_loss"][name], flush=True)
-    trained_seconds = time.time() - began
-
-    model.config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, index_fp8=True))
-    with replacing(options.weights) as new:
-        save_small_model(model, new)
-    final = load_small_model(options.weights).to(options.device)  # what a reader gets: bf16 weights, FP8 indexer
-    for attention in ("dense", "sparse"):
-        result["held_out_loss"][f"as saved, {attention} attention"] = round(held_out_loss(final, windows, attention), 4)
-    result["provenance"] = {
-        **origin,
-        "options": {name: str(value) for name, value in vars(options).items()},
-        "seconds": round(trained_seconds),
-        "training_bytes": len(corpus),
-        "held_out_bytes": len(held_out),
-        "parameters": sum(p.numel() for p in model.parameters()),
+def _fixed_options(options: argparse.Namespace, config: ModelConfig, corpus: torch.Tensor) -> dict:
+    """What decides about the bits that come out, and must be equal to go on from a state."""
+    names = "steps batch micro length k pairs asks seed windows log_every ops dtype".split()
+    return {
+        **{f"--{name.replace('_', '-')}".replace("--ops", "--kernels"): getattr(options, name) for name in names},
+        "starts": STARTS,
+        "rates": PEAK_RATES,
+        "AdamW": [BETAS, WEIGHT_DECAY, LARGEST_NORM],
+        "sizes": dataclasses.asdict(config),
+        "text": f"{len(corpus)} bytes, CRC {zlib.crc32(corpus.numpy()):08x}",  # another Python's library is another
     }
-    write_log("dsa_ref.training.train", options.log, result)
-    print(json.dumps(result["held_out_loss"], indent=1))
+
+
+def _make_measure(held_out: torch.Tensor, options: argparse.Namespace):
+    """measure(model, stage): held-out loss, and how many needles are found, of those more than k bytes back."""
+    windows = held_out_windows(held_out, options.windows, options.length)
+    least = max(LINE, options.k + 1)
+    needles = needle_windows(held_out, options.windows, options.length, options.pairs, least) if options.pairs else None
+    edges = position_edges(options.length, options.k)[1:]
+
+    def measure(model: SmallModel, stage: str) -> dict:
+        figures = {"held_out_loss": {}, "distances": edges, "needles": {}}
+        for attention in ("dense",) if stage == "dense" else ("dense", "sparse"):
+            figures["held_out_loss"][attention] = round(held_out_loss(model, windows, attention), 4)
+            if needles:
+                figures["needles"][attention] = needles_by_distance(model, *needles, attention, edges)
+        return figures
+
+    return measure
+
+
+def _finish(run: Run, options: argparse.Namespace, ops: types.ModuleType, result: dict, measure, session: dict) -> None:
+    """Write the weights, measure what a reader gets, and write the log."""
+    config = run.model.config
+    run.model.config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, index_fp8=True))
+    with replacing(options.weights) as new:
+        save_small_model(run.model, new)
+    final = load_small_model(options.weights, ops).to(options.device, DTYPES[options.dtype])  # bf16, FP8 indexer
+    result["after"]["saved"] = measure(final, "saved")
+    result["provenance"] = {
+        **session,
+        "options": {name: str(value) for name, value in vars(options).items()},
+        "seconds": round(result.pop("seconds")),
+        "training_bytes": len(run.data.corpus),
+        "parameters": sum(p.numel() for p in final.parameters()),
+    }
+    write_log(PROGRAM, options.log, result)
+    print(json.dumps(result["after"], indent=1))
 
 
 if __name__ == "__main__":

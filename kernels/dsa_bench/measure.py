@@ -50,6 +50,10 @@ class Timing:
         ratios = [theirs / own for own, theirs in zip(self.rounds, other.rounds, strict=True)]
         return statistics.median(ratios), percentile(ratios, 10), percentile(ratios, 90)
 
+    def ratio_to(self, other):
+        """How many times as long this one takes as `other`, measured in the same rounds: (median, 10th, 90th)."""
+        return other.speed_over(self)
+
 
 def percentile(values, percent) -> float:
     """The value below which `percent` per cent of `values` lie, interpolated."""
@@ -60,14 +64,17 @@ def percentile(values, percent) -> float:
     return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
 
 
-def time_together(calls, rounds=ROUNDS, round_ms=ROUND_MS):
+def time_together(calls, rounds=ROUNDS, round_ms=ROUND_MS, as_they_are=()):
     """{name: Timing} of the callables in the dict `calls`, measured in turn in every round. Each must run without fail.
 
     Their results are dropped. The graphs live, with the memory they allocate in, until this returns.
+    as_they_are: {name: how} of callables that are not captured.
     """
     scratch = _scratch()
     pool = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
-    prepared = {name: _prepare(call, pool) for name, call in calls.items()}
+    prepared = {
+        name: (call, as_they_are[name]) if name in as_they_are else _prepare(call, pool) for name, call in calls.items()
+    }
     return _in_turns(prepared, lambda run, count: _call_ms(run, scratch, count), rounds, LEAD_MS, round_ms)
 
 

@@ -31,6 +31,12 @@ def layer_log(gpu):
     return found and found.with_name(f"layer_{found.name}")
 
 
+def training_log(gpu):
+    """Where figures of training's kernels go, None for a card that has no file."""
+    found = default_log(gpu)
+    return found and found.with_name(f"training_kernels_{found.name}")
+
+
 def ladder_log():
     """Where the ladder's figures go, on any card."""
     return figures_folder() / "ladder.json"

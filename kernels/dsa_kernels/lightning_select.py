@@ -10,7 +10,7 @@ from dsa_ref.contracts import check_count, check_index_scores, row_ranges
 
 from . import flagged, runtime
 from .index_scores import launch as launch_scores
-from .runtime import FLOATS, check_runnable, hopper_variant
+from .runtime import FLOATS, check_runnable, dispatched, hopper_variant
 from .select_topk import launch as launch_selection
 from .select_topk import padded, refuse_nan
 
@@ -38,6 +38,10 @@ def lightning_select(
     Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does, and for a
     variant that is unknown or cannot serve these inputs. Source: SPEC sections 2 and 4.
     """
+    if dispatched():
+        scored = q_idx.detach(), k_idx.detach(), w.detach()
+        k_scale = None if k_scale is None else k_scale.detach()
+        return torch.ops.dsa_kernels.lightning_select(*scored, k, k_scale, start, end, variant)
     check_index_scores(q_idx, k_idx, w, k_scale, start, end, FLOATS)
     check_count("k", k)
     T, S = len(q_idx), len(k_idx)

@@ -16,7 +16,7 @@ import triton.language as tl
 from dsa_ref.contracts import check_rope, check_vectors, values_readable
 
 from .rounding import quantized, round_to
-from .runtime import FLOATS, INTERPRETED, cdiv, check_runnable, next_power_of_2
+from .runtime import FLOATS, INTERPRETED, cdiv, check_runnable, dispatched, next_power_of_2, wants_gradient
 
 NO_FUSION = {"enable_fp_fusion": False, "num_warps": 4}
 
@@ -100,7 +100,7 @@ def _launch(x, positions=None, freqs=None, layout="half", rotate=False, fp8=Fals
 
 
 def rope(x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, layout: str) -> torch.Tensor:
-    """`dsa_ref.rope` in one pass: x with its first R dims turned, in x's shape and dtype. No gradient.
+    """`dsa_ref.rope` in one pass: x with its first R dims turned, in x's shape and dtype. Differentiable in x.
 
     x: bf16, fp16 or fp32 [T, D] or [T, heads, D]; positions: int32 or int64 [T]; freqs: fp32 [R/2], radians a position;
     layout: "interleaved" (pairs 2i, 2i + 1) or "half" (pairs i, i + R/2).
@@ -108,22 +108,29 @@ def rope(x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, layout: 
     Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does. Source: SPEC
     section 2, step 3.
     """
+    if dispatched():
+        return torch.ops.dsa_kernels.rope(x, positions, freqs, layout)
     check_rope(x, positions, freqs, layout, FLOATS)
-    check_runnable(x=x, freqs=freqs)
+    check_runnable(True, x=x)
+    check_runnable(freqs=freqs)
+    if wants_gradient(x):
+        return torch.ops.dsa_kernels.rope(x, positions, freqs, layout)
     return _launch(x, positions, freqs, layout)
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:
-    """`dsa_ref.hadamard` in one pass: x times the orthonormal Walsh-Hadamard matrix, in x's dtype. No gradient.
+    """`dsa_ref.hadamard` in one pass: x times the orthonormal Walsh-Hadamard matrix, in x's dtype. Differentiable.
 
     x: bf16, fp16 or fp32 [..., D], D a power of two.
 
     Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does. Source: SPEC
     section 2, step 4.
     """
+    if dispatched():
+        return torch.ops.dsa_kernels.hadamard(x)
     check_vectors(x, FLOATS, power_of_two=True)
-    check_runnable(x=x)
-    return _launch(x, rotate=True)
+    check_runnable(True, x=x)
+    return torch.ops.dsa_kernels.hadamard(x) if wants_gradient(x) else _launch(x, rotate=True)
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,6 +141,8 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Raises: as the reference does (fp64 is a TypeError here), ValueError for NaN or infinity in x (not while a CUDA
     graph is captured) and as `runtime.check_runnable` does. Source: SPEC section 2, step 5.
     """
+    if dispatched():
+        return torch.ops.dsa_kernels.quantize(x.detach())
     check_vectors(x, FLOATS)
     check_runnable(x=x.detach())  # rounding has no gradient, here as in the reference
     return _launch(x, fp8=True)
@@ -147,6 +156,8 @@ def rotate_quantize(x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tenso
 
     Raises: as `rope`, `hadamard` and `quantize` do. Source: SPEC section 2, steps 3 to 5.
     """
+    if dispatched():
+        return torch.ops.dsa_kernels.rotate_quantize(x.detach(), positions, freqs)
     check_rope(x, positions, freqs, floats=FLOATS)
     check_vectors(x, FLOATS, power_of_two=True)
     check_runnable(x=x.detach())

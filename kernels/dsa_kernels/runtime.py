@@ -17,7 +17,10 @@ from . import cards, interpreter
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take; fp64 is the reference's alone
 FEWEST_FOR_HOPPER = 512  # queries, for `index_scores` and `lightning_select`; a block of Hopper's kernels takes eight
 SCORES_AT_ONCE = 1 << 28  # of `lightning_select`: 1 GiB of fp32
+GRADIENTS_AT_ONCE = 7 << 29  # bytes of `sparse_attention_backward`: probabilities and rows between its kernels
 REDONE_AT_ONCE = 1 << 27  # of its flagged rows, while lists of a fused kernel may still be in memory
+PAIRS_AT_ONCE = 1 << 26  # of `indexer_loss`: of p and of scores in fp32, 256 MiB each
+SHARES_AT_ONCE = 1 << 29  # of its sparse stage: what keys get from each place of the lists, 1 GiB of bf16
 # The steps that can read e4m3 as bytes.
 WIDENED = ("index_scores", "lightning_select", "paged_index_scores", "paged_sparse_attention")
 NO_GLUON = "needs a triton with Gluon, and no interpreter"
@@ -57,17 +60,27 @@ def mode() -> str:
     return "interpreter" if INTERPRETED else "compiled"
 
 
-def check_runnable(**tensors: torch.Tensor | None) -> None:
+def dispatched() -> bool:
+    """Whether somebody looks at operators: torch.compile while it traces, or a mode such as selective checkpointing."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd would record what is done with these tensors (None is skipped)."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def check_runnable(differentiable: bool = False, /, **tensors: torch.Tensor | None) -> None:
     """Raise unless the kernels can serve these tensors (None is skipped).
 
-    ValueError: a CPU tensor in compiled mode, a GPU of AMD's or older than compute capability 8.0, a tensor that asks
-    for a gradient, or one that carries a tangent of forward mode or that `torch.func` has wrapped. These kernels
-    compute no derivatives: a missing one must not pass as zero.
+    ValueError: a CPU tensor in compiled mode, a GPU of AMD's or older than compute capability 8.0, one that carries a
+    tangent of forward mode or that `torch.func` has wrapped, and, unless the step is differentiable, one that asks for
+    a gradient. A derivative that no kernel computes must not pass as zero.
     """
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if torch.is_grad_enabled() and tensor.requires_grad:
+        if not differentiable and torch.is_grad_enabled() and tensor.requires_grad:
             raise ValueError(f"{name} must not require a gradient, which only dsa_ref computes: use torch.no_grad()")
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # it has no memory that a kernel could read
             raise ValueError(

@@ -14,12 +14,22 @@ import torch
 import triton
 import triton.language as tl
 
-from dsa_ref.contracts import check_sparse_attention
+from dsa_ref.contracts import check_sparse_attention, unchecked_values
 
 from . import cards
 from .index_scores import TRITON_NAMES
 from .rounding import round_to
-from .runtime import FLOATS, INTERPRETED, cdiv, check_runnable, dot_dtype, hopper_variant, next_power_of_2
+from .runtime import (
+    FLOATS,
+    INTERPRETED,
+    cdiv,
+    check_runnable,
+    dispatched,
+    dot_dtype,
+    hopper_variant,
+    next_power_of_2,
+    wants_gradient,
+)
 
 LARGEST_SCALE = 2.358e38  # times log2(e), as kernels take it, just below fp32's largest number
 
@@ -136,9 +146,13 @@ def sparse_attention(
     indices: torch.Tensor,
     scale: float,
     v_dim: int,
+    probe: torch.Tensor | None = None,
     variant: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`dsa_ref.sparse_attention` on tensor cores: (out [T, H, v_dim] in q.dtype, lse fp32 [T, H]). No gradient.
+    """`dsa_ref.sparse_attention` on tensor cores: (out [T, H, v_dim] in q.dtype, lse fp32 [T, H]).
+
+    Differentiable once in q and kv, by `sparse_attention_backward`. probe: fp32 [T, k] or None; in place of a gradient
+    it receives that function's `target`, whatever the upstream gradients.
 
     q [T, H, D] and kv [S, D], S > 0: one dtype of bf16, fp16 and fp32; indices: int32 [T, k], k > 0, -1 for none,
     distinct within a row; scale: of the logits, a positive number up to 2.358e38; v_dim: how many of the first columns
@@ -159,10 +173,15 @@ def sparse_attention(
     Raises: as the reference does (fp64 is a TypeError here); ValueError as `runtime.check_runnable` does, and for a
     variant that is unknown or cannot serve these inputs. Source: SPEC section 3.
     """
-    check_sparse_attention(q, kv, indices, scale, v_dim, FLOATS)
+    if dispatched():
+        return torch.ops.dsa_kernels.sparse_attention(q, kv, indices, scale, v_dim, probe, variant)
+    check_sparse_attention(q, kv, indices, scale, v_dim, FLOATS, probe)
     (T, H, D), k = q.shape, indices.shape[1]
     check_scale_in_base_2(scale)
-    check_runnable(q=q, kv=kv)
+    check_runnable(True, q=q, kv=kv)
+    if wants_gradient(q, kv, probe):
+        with unchecked_values():  # they are checked
+            return torch.ops.dsa_kernels.sparse_attention(q, kv, indices, scale, v_dim, probe, variant)
     hopper = hopper_variant("sparse_attention", variant, "hopper", q, v_dim)
     out = torch.empty(T, H, v_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(T, H, dtype=torch.float32, device=q.device)

@@ -89,6 +89,8 @@ def _guarded(solution):
         try:
             with poisoned():
                 got = solution(*(copies[i] for i in range(len(args))), **{name: copies[name] for name in kwargs})
+        except Failed:  # from what the check handed in, such as a made-up model
+            raise
         except Exception as error:
             if isinstance(error, NotImplementedError) and not error.args:  # the stub
                 raise
@@ -242,15 +244,21 @@ def _copy(value):
         return copy.requires_grad_(value.requires_grad)
     if isinstance(value, np.ndarray):
         return value.copy(order="K")
-    return value.copy() if isinstance(value, (list, dict)) else value
+    if isinstance(value, dict):
+        return {name: _copy(item) for name, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
 def _same(a, b):
-    """Whether nothing changed in an argument: bit by bit in tensors and arrays, by `==` in lists and dicts."""
-    if isinstance(a, (list, dict)):
-        return a == b
+    """Whether nothing changed in an argument: bit by bit in tensors and arrays, also those in a list or dict."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(_same, a, b))
     if not isinstance(a, (torch.Tensor, np.ndarray)):
-        return True
+        return a is b or bool(a == b)
+    if type(a) is not type(b):
+        return False
     if isinstance(a, np.ndarray):
         return a.shape == b.shape and a.tobytes() == b.tobytes()
     return a.shape == b.shape and torch.equal(bits(a), bits(b))
@@ -263,8 +271,16 @@ def bits(x):
 
 
 def _kinds(given):
-    kinds = (f"{list(x.shape)}" if isinstance(x, (torch.Tensor, np.ndarray)) else repr(x) for x in given.values())
-    return ", ".join(kinds)
+    return ", ".join(map(_kind, given.values()))
+
+
+def _kind(x):
+    """A shape, the length of a dict, or the value itself where it is short."""
+    if isinstance(x, (torch.Tensor, np.ndarray)):
+        return f"{list(x.shape)}"
+    if isinstance(x, dict):
+        return f"a dict of {len(x)}"
+    return repr(x) if len(repr(x)) <= 100 else type(x).__name__
 
 
 def _argument_name(solution, name):

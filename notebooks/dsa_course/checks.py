@@ -2,6 +2,9 @@
 hold, or says which one is broken, where, and why that usually is. `checking` explains how they are made.
 """
 
+from .capstone.check import layer
+from .capstone.check_cached import cached
+from .capstone.check_claim import ablate, claim, paired
 from .checking import Check
 from .dense_attention.check import attention_bytes, attention_flops, bill_growth, dense_attention
 from .gather.check import attended_pairs, gather_rows, gathered_attention, pays_from
@@ -24,6 +27,8 @@ from .serving.check import merge_splits, step_bytes
 from .serving.check_pages import pack_page, paged_scores, slots_of
 from .start.check import three_lines
 from .start.check_last import keep_last
+from .teaching.check import kl_loss, kl_target
+from .teaching.check_gradients import kl_gradients, lesson_loss
 from .traps.check import diagnose, match_symptoms, rope_probe
 from .triton_index_scores.check import copy_kernel, planted_bug_kernel, row_sum_kernel, tile_cost
 from .triton_index_scores.check_kernel import index_scores_kernel

@@ -6,6 +6,7 @@ In README.md a table stands between `<!-- table: name -->` and `<!-- end of tabl
 import re
 
 from dsa_ref import records
+from dsa_ref.training import results
 
 README = records.figures_folder().parent / "README.md"
 SHAPES = {  # a step of h200.json and h100.json -> (what it is called here, its shapes)
@@ -20,6 +21,8 @@ SHAPES = {  # a step of h200.json and h100.json -> (what it is called here, its 
 }
 
 MODELS = ("models_h200.json", "models_h100.json", "models_cpu.json")  # those that are there have a table
+TRAINING = ("training_kernels_h200.json", "training_kernels_h100.json")  # likewise
+DENSE = ("dense MHA, cuDNN", "dense MHA, flash")
 WHO = {"eager": "eager", "sdpa": "sdpa", "ours": "ours", "ours_fp8": "FP8"}
 
 
@@ -79,6 +82,63 @@ def decode() -> str:
         dsa, saved, fewer = row["results"]["DSA"]["warm_us"], row["saved"]["warm"], row["bytes"]["times"]
         rows.append([row["case"], f"{dsa:.0f}", f"{saved['dense_us']:.0f}", f"{saved['times']:.2f}", f"{fewer:.2f}"])
     return table(["context", "DSA, µs", "dense, µs", "times quicker", "times fewer bytes"], rows)
+
+
+def training_kernels() -> str:
+    """The kernels of training, two tables for each of the records that are there."""
+    return "\n\n".join(trained(file, records.read(file)["steps"]) for file in training_records())
+
+
+def training_records() -> list[str]:
+    """The records of the kernels of training that are there."""
+    return [file for file in TRAINING if (records.figures_folder() / file).is_file()]
+
+
+def trained(file, steps) -> str:
+    """The backward beside what others have, then the losses and a layer's step, from one record of a card."""
+    made = next(iter(steps.values()))["provenance"]
+    order = [step for step in ("backward", "warm-up", "layer") if step in steps]
+    found = {(step, row["case"]): row["results"] for step in order for row in steps[step]["rows"]}
+    others = {"TileLang": "TileLang, ms", "TileLang, miles": "miles, ms", "torch, gather": "autograd, ms"}
+    rows = []
+    for (step, case), measured in found.items():
+        if step == "backward":
+            ours = measured.get("sorted", {})
+            right = [measured[who]["ms"] for who in others if measured.get(who, {}).get("verdict") == "right"]
+            times = f"{min(right) / ours['ms']:.2f}" if right and "ms" in ours else ""
+            cells = [milliseconds(measured.get(who)) for who in ("sorted", "atomic", *others, DENSE[0])]
+            more = [f"{ours['rate']:.0f}", f"{ours['memory_bytes'] / 2**30:.1f}"] if "ms" in ours else ["", ""]
+            rows.append([case, cells[0], *more, *cells[1:5], times, *cells[5:]])
+    heads = ["queries x keys", "ours, ms", "TFLOP/s", "GiB", "by atomics, ms", *others.values(), "times"]
+    lines = [
+        f"*{made['device']}, torch {made['torch']}, triton {made['triton']}",
+        f"([`{file}`](figures/{file}), `{made['command']}`).*",
+        "",
+        table([*heads, f"{DENSE[0]}, ms"], rows),
+        "",
+    ]
+    rows = []
+    for (step, case), measured in found.items():
+        against = {"backward": "sorted", "warm-up": next((who for who in DENSE if "ms" in measured.get(who, {})), "")}
+        called = {"backward": "sparse attention's backward", "warm-up": f"{against['warm-up']}, backward"}
+        for who, result in measured.items():
+            if step != "layer" and not who.startswith("KL"):
+                continue
+            base = measured.get(against.get(step, "sparse"), {})
+            times = f"{result['ms'] / base['ms']:.2f}" if "ms" in result and "ms" in base else ""
+            memory = f"{result['memory_bytes'] / 2**30:.1f}" if "ms" in result else ""
+            name = who if step != "layer" else f"a layer's step, {who}"
+            rows.append([f"{name}, {case}", milliseconds(result), times, called.get(step, "the sparse step"), memory])
+    return "\n".join([*lines, table(["", "ms", "times", "of", "GiB"], rows)])
+
+
+def milliseconds(result) -> str:
+    """A time, with what is wrong with it; or why there is none."""
+    if result is None:
+        return ""
+    if "ms" not in result:
+        return result["verdict"]
+    return f"{result['ms']:.2f}" + ("" if result["verdict"] == "right" else ", wrong")
 
 
 def models() -> str:
@@ -155,17 +215,53 @@ def cell(result, what) -> str:
     return f"{(result['peak_bytes'] - result['held_bytes']) / 2**20:.0f}"
 
 
-TABLES = {"layer": layer, "kernels": kernels, "decode": decode, "models": models}
+def training() -> str:
+    """What each way to select comes to, a table for each of the records of training that are there."""
+    return "\n\n".join(regimes(file, results.read_runs(file)) for file in results.recorded())
+
+
+def regimes(file, runs) -> str:
+    """How the runs of one record were made, and the table of their regimes: mean and range over the seeds."""
+    made, plan = runs[0]["provenance"], runs[0]["plan"]
+    dense, warm, last = plan["steps"]
+    lines = [
+        f"*{made['device']}, torch {made['torch']}, triton {made['triton']} ([`{file}`](figures/{file}),",
+        f"`{made['command']}`); seeds {', '.join(str(run['seed']) for run in runs)}, {dense} steps of dense",
+        f"training, {warm} of warm-up, {last} of the last stage, of {plan['batch']} windows of {plan['length']} bytes",
+        f"each; k = {plan['k']}, {plan['windows']} held-out windows. Mean, and range over the seeds.*",
+        "",
+    ]
+    digits = {"loss": 4, "ratio": 4, "error": 4, "worst": 4, "needles": 3, "recall": 3}
+    rows = [
+        [f"DSA, {name}" if name in results.PRECISIONS else name]
+        + [results.spread([getattr(run, column) for run in found], places) for column, places in digits.items()]
+        for name, found in results.rows(runs).items()
+    ]
+    heads = ["regime", "loss", "to dense", "its error", "largest of a part", "needles", "mass, of the oracle's"]
+    return "\n".join([*lines, table(heads, rows)])
+
+
+TABLES = {
+    "layer": layer,
+    "kernels": kernels,
+    "decode": decode,
+    "training_kernels": training_kernels,
+    "models": models,
+    "training": training,
+}
 
 
 def written(text) -> str:
     """README's text with each of its tables made anew.
 
-    Raises: ValueError for a table that nobody makes, or one that is missing.
+    "training" and "training_kernels" belong there once there is a record of them. Raises: ValueError for a table that
+    nobody makes or that has nothing to show, or one that is missing.
     """
     found = re.findall(r"<!-- table: (\w+) -->", text)
-    if sorted(found) != sorted(TABLES):
-        raise ValueError(f"README.md must have the tables {', '.join(TABLES)} once each, got {', '.join(found)}")
+    recorded = {"training": results.recorded(), "training_kernels": training_records()}
+    wanted = [name for name in TABLES if recorded.get(name, True)]
+    if sorted(found) != sorted(wanted):
+        raise ValueError(f"README.md must have the tables {', '.join(wanted)} once each, got {', '.join(found)}")
     return re.sub(
         r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)",
         lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}",

@@ -215,6 +215,29 @@ def test_a_strided_copy_holds_the_same_and_reaches_the_solution_strided():
     assert not checking._guarded(lambda x: x)(checking.strided(np.ones((2, 3)))).flags.c_contiguous
 
 
+@pytest.mark.parametrize("pack", [lambda x: {"w": x, "k": 3}, lambda x: [x, 3], lambda x: {"of": [x]}])
+def test_a_change_inside_a_dict_or_list_is_noticed_and_stays_there(pack):
+    given = pack(torch.ones(2, 2))
+
+    def in_place(weights):
+        inside = weights if isinstance(weights, list) else next(iter(weights.values()))
+        (inside[0] if isinstance(inside, list) else inside).mul_(2)
+
+    def exchanged(weights):
+        weights["new" if isinstance(weights, dict) else 0] = torch.zeros(3)
+
+    for solution in (in_place, exchanged):
+        with pytest.raises(Failed, match="weights was changed by the call"):
+            checking._guarded(solution)(given)
+    assert checking._same(given, pack(torch.ones(2, 2)))  # the caller's own
+    assert checking._guarded(lambda weights: len(weights))(given) == len(given)
+
+
+def test_a_crash_names_a_large_argument_by_its_kind_alone():
+    with pytest.raises(Failed, match=r"called with a dict of 2, \[3\], 'text', list\)"):
+        checking._guarded(lambda *given: 1 / 0)({"a": torch.ones(99), "b": 1}, torch.ones(3), "text", ["long"] * 99)
+
+
 def test_lines_bytes_and_peak_of_a_solution_are_counted():
     def loop(n):
         total = 0

@@ -358,6 +358,23 @@ def test_kernels(family, monkeypatch):
     assert not called
 
 
+@pytest.mark.parametrize("index_fp8", (False, True))
+@families
+def test_gradients_of_kernels(family, index_fp8):
+    dsa_kernels = pytest.importorskip("dsa_kernels", reason="no triton here")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, x = tiny(family).train().requires_grad_(True).to(device), tokens(length=12).to(device)
+    results = []
+    for ops in (dsa_ref, dsa_kernels):
+        model.zero_grad()
+        make_sparse(model, ops=ops, index_fp8=index_fp8)(x, labels=x, use_cache=False).loss.backward()
+        results.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    wanted, got = results
+    assert got.keys() == wanted.keys()
+    for name in got:
+        assert (got[name] - wanted[name]).abs().max() < 1e-4 * wanted[name].abs().max() + 1e-9, name
+
+
 MUTANTS = {
     "one key too few": ("_select", lambda own: lambda self, *args: own(self, *args)[..., :-1]),
     "keys in order of place": (

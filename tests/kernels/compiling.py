@@ -54,6 +54,14 @@ def sparse_attention(size, dtype, variant, T=2, heads=None, S=4096):
     dsa_kernels.sparse_attention(q, kv, indices, 0.1, v_dim, variant=variant)
 
 
+def sparse_attention_backward(size, dtype, variant, T=2, heads=None, sums="sorted", k=2048):
+    H, D, v_dim = ATTENTION[size]
+    q, kv = torch.zeros(T, heads or H, D, dtype=dtype), torch.zeros(4096, D, dtype=dtype)
+    out, lse = torch.zeros(T, heads or H, v_dim, dtype=dtype), torch.zeros(T, heads or H)
+    indices = torch.arange(k, dtype=torch.int32).repeat(T, 1)
+    dsa_kernels.sparse_attention_backward(q, kv, indices, 0.1, v_dim, out, lse, out, lse, sums, variant)
+
+
 def paged_index_scores(size, variant, N=1, page=64, first_byte=0, B=2):
     heads, dim = INDEXER[size]
     q, w = torch.zeros(B, N, heads, dim).to(E4M3), torch.zeros(B, N, heads)
@@ -120,6 +128,20 @@ def small_steps(size, dtype, fp8, T=3, page=64):
     )
 
 
+def indexer_loss(size, dtype, kind, k=2048, T=256, S=4096):
+    """kind: "warm-up", "sparse" with attention's side, or "target" with its target; forward and gradients."""
+    (heads, dim), (H, D, _) = INDEXER[size], ATTENTION[size]
+    indexer = [
+        torch.zeros(*shape, dtype=dtype, requires_grad=True) for shape in ((T, heads, dim), (S, dim), (T, heads))
+    ]
+    attention = None, None, None
+    if kind != "target":
+        attention = torch.zeros(T, H, D, dtype=dtype), torch.zeros(S, D, dtype=dtype), 0.1
+    indices = None if kind == "warm-up" else torch.arange(k, dtype=torch.int32).repeat(T, 1)
+    target = torch.zeros(T, k) if kind == "target" else None
+    dsa_kernels.indexer_loss(*indexer, *attention, indices, target=target)
+
+
 MANY = 401  # rows: twice a card's multiprocessors and more
 LONG = (1 << 18) + 16  # keys
 # A launch with the same types, tiles and options as one for 8.0 is the same program on these cards: of what Triton asks
@@ -132,11 +154,18 @@ CASES = [  # those with "hopper" are for cards of compute capability 9.0
     *((paged_index_scores, V32, "hopper", N, 64, 0, B) for N in (1, 2) for B in (1, 2)),
     (sparse_attention, V32, BF16, "hopper"),
     (sparse_attention, V32, BF16, "hopper", MANY, 16),
+    *(
+        (sparse_attention_backward, V32, BF16, "hopper", 2, heads, sums)
+        for heads in (64, 128)
+        for sums in ("sorted", "atomic")
+    ),
     *((index_scores, size, dtype, "portable") for size in INDEXER for dtype in (E4M3, BF16, FP16, FP32)),
     *((index_scores, size, E4M3, "widened") for size in INDEXER),
     (index_scores, V32, E4M3, "portable", 1),
     *((sparse_attention, size, dtype, "portable") for size in ATTENTION for dtype in (BF16, FP16, FP32)),
     (sparse_attention, V32, BF16, "portable", 2, 16),
+    *((sparse_attention_backward, size, dtype, "portable") for size in ATTENTION for dtype in (BF16, FP16, FP32)),
+    (sparse_attention_backward, V32, BF16, "portable", 2, 16, "atomic"),
     (sparse_attention, SMALL, BF16, "portable", 2, 8, 100),  # fewer keys than places in a list
     *((indexer_vectors, size, dtype) for size in INDEXER for dtype in (BF16, FP32)),
     *((head_weights_of_many, size, *both) for size in INDEXER for both in ((BF16, BF16), (BF16, FP32), (FP32, FP32))),
@@ -175,6 +204,13 @@ CASES = [  # those with "hopper" are for cards of compute capability 9.0
     (select_topk, "listed", 2048, MANY),
     (select_topk, "sampled", 2048),
     (select_topk, "sampled", 8192, 2, LONG),
+    *(
+        (indexer_loss, size, dtype, kind)
+        for size in INDEXER
+        for dtype in (BF16, FP16, FP32)
+        for kind in ("warm-up", "sparse")
+    ),
+    (indexer_loss, SMALL, BF16, "target", 256),
 ]
 
 

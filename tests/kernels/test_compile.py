@@ -29,6 +29,8 @@ SPILLED_BY = {
         ("dsa_kernels.hopper.index_scores._index_scores", "dsa_kernels.hopper.lightning_select._collect"), 0
     ),
     "dsa_kernels.hopper.sparse_attention._sparse_attention": 0,
+    "dsa_kernels.hopper.backward_query._query_pass": 0,
+    "dsa_kernels.hopper.backward_keys._key_pass": 0,
     # Its four warpgroups share 128 registers a thread; measured faster than versions that spill less.
     "dsa_kernels.hopper.paged_sparse_attention._paged_sparse_attention": 160,
     "dsa_kernels.hopper.paged_sparse_part._paged_sparse_part": 0,
@@ -40,6 +42,9 @@ SPILLED_BY = {
     "dsa_kernels.topk.decode._tournament": 640,  # 32 entries of 64 bits a thread, and 128 registers
     "dsa_kernels.paged_index_scores._paged_index_scores": 448,  # four queries, with half of the registers
     "dsa_kernels.paged_sparse_attention._paged_sparse_attention": 192,  # FP8: bytes and their bf16 form side by side
+    "dsa_kernels.teach.attention._log_sum_exp": 256,  # Blackwell, and only where attention does not hand it over
+    "dsa_kernels.teach.kl._queries": 400,  # cards whose tensor cores take operands from registers, three products
+    "dsa_kernels.teach.kl._keys": 256,  # fp32, as in the next line
     "dsa_kernels.index_scores._index_scores": 320,  # fp32 without tensor cores: 128 dims of two operands at once
 }
 
@@ -106,7 +111,14 @@ def check(launches, number):
     for size in ("V3.2", "the small model"):
         assert f"index_scores {size} torch.float8_e4m3fn portable" in cases
         for dtype in ("bfloat16", "float16", "float32"):
-            assert {f"{step} {size} torch.{dtype} portable" for step in ("index_scores", "sparse_attention")} <= cases
+            steps = ("index_scores", "sparse_attention", "sparse_attention_backward")
+            assert {f"{step} {size} torch.{dtype} portable" for step in steps} <= cases
+
+    if number == 90:  # the kernel book's last line of the memory map
+        chapter = (ROOT / "kernels" / "book" / "sparse_attention_backward.md").read_text(encoding="utf-8")
+        for name in ("backward_query._query_pass", "backward_keys._key_pass"):
+            most = max(one["shared"] for one in launches if one["kernel"].endswith(name))
+            assert f"**{most:,}**" in chapter, (name, most)
 
     def too_many(key, limit):
         return [(one["kernel"], one["case"], one[key]) for one in launches if one[key] > limit(one)]

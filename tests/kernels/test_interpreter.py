@@ -163,9 +163,13 @@ def stored(step, pages, *arguments):
 
 CALLS = {
     "index_scores": lambda ops: ops.index_scores(q, k, w).relu(),
+    "indexer_loss": lambda ops: ops.indexer_loss(q, k, w, q, k, 0.3, indices) * 2,
     "select_topk": lambda ops: ops.select_topk(q[:, 0], 3, *(torch.full([len(q)], n).int() for n in (0, 9))) + 1,
     "lightning_select": lambda ops: ops.lightning_select(q, k, w, 4).sort().values,
     "sparse_attention": lambda ops: ops.sparse_attention(q, k, indices, 0.3, 12)[0] * 2,
+    "sparse_attention_backward": lambda ops: (
+        ops.sparse_attention_backward(q, k, indices, 0.3, 12, q[..., :12], q[..., 12], q[..., 4:])[1] + 1
+    ),
     "rope": lambda ops: ops.rope(x, positions, freqs, "half") + 1,
     "hadamard": lambda ops: ops.hadamard(x) + 1,
     "quantize": lambda ops: ops.quantize(x)[0].float(),

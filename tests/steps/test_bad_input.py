@@ -44,11 +44,23 @@ GOOD = {  # one good call of each step
         "scale": 0.2,
         "v_dim": 24,
     },
+    "sparse_attention_backward": lambda: {
+        "q": normal(T, H, D),
+        "kv": normal(S, D, seed=1),
+        "indices": random_indices(T, S, K),
+        "scale": 0.2,
+        "v_dim": 24,
+        "out": normal(T, H, 24, seed=2),
+        "lse": normal(T, H, seed=3),
+        "dout": normal(T, H, 24, seed=4),
+        "dlse": normal(T, H, seed=5),
+        "sums": "sorted",
+    },
 }
 # Dims that another argument shares, so that a change must be noticed; and dtypes that are wrong.
 SHARED_DIMS = {
     "positions": (0,), "q_idx": (0, 1, 2), "k_idx": (1,), "w": (0, 1), "k_scale": (0,), "start": (0,), "end": (0,),
-    "q": (0, 2), "kv": (1,), "indices": (0,),
+    "q": (0, 2), "kv": (1,), "indices": (0,), "out": (0, 1, 2), "lse": (0, 1), "dout": (0, 1, 2), "dlse": (0, 1),
 }  # fmt: skip
 ANY_RANK = ("hadamard", "quantize")
 WRONG_DTYPES = {
@@ -59,6 +71,7 @@ WRONG_DTYPES = {
     "start": FLOATS + (torch.int64, torch.int16, torch.bool),
     "end": FLOATS + (torch.int64, torch.int16, torch.bool),
     "indices": FLOATS + (torch.int64, torch.int16, torch.bool),
+    **dict.fromkeys(("out", "lse", "dout", "dlse"), OTHERS + FLOATS[1:]),
 }
 NOT_TENSORS = (1.0, "x", [0.0, 1.0], np.zeros((T, S)), object())
 NOT_NUMBERS = (None, "1", [1], True, False, torch.tensor(1), np.float32(1))
@@ -67,6 +80,7 @@ PLAIN = {  # bad values of the arguments that are no tensors
     "k": BELOW_ONE | st.floats() | st.sampled_from(NOT_NUMBERS),
     "v_dim": BELOW_ONE | st.integers(min_value=D + 1) | st.floats() | st.sampled_from(NOT_NUMBERS),
     "scale": st.floats(max_value=0) | st.sampled_from((torch.nan, torch.inf, *NOT_NUMBERS)),
+    "sums": st.text().filter(lambda text: text not in ("sorted", "atomic")) | st.sampled_from((None, 0)),
     "layout": st.text().filter(lambda text: text not in ("half", "interleaved")) | st.sampled_from((None, 0)),
 }
 
@@ -163,13 +177,21 @@ def test_widths(ops, device):
 
 @pytest.mark.rungs("kernels")
 @pytest.mark.parametrize(
-    "step, name", [("rope", "x"), ("hadamard", "x"), ("index_scores", "w"), ("sparse_attention", "kv")]
+    "step, name",
+    [
+        *(("rope", "x"), ("rope", "freqs"), ("hadamard", "x"), ("sparse_attention", "kv"), ("lightning_select", "w")),
+        *(("index_scores", name) for name in ("q_idx", "k_idx", "w", "k_scale")),
+        *(("sparse_attention_backward", name) for name in ("q", "kv", "out", "lse", "dout", "dlse")),
+    ],
 )
 def test_kernels_refuse_what_they_cannot_do(ops, device, step, name):
-    """fp64, and a gradient that would silently be missing."""
+    """fp64, and a gradient that would silently be missing. A choice has none to miss."""
     arguments = good_arguments(step, device)
     with pytest.raises(TypeError, match=rf"\b{name}\b"):
         getattr(ops, step)(**arguments | {name: arguments[name].double()})
+    if (step, name) in (("rope", "x"), ("hadamard", "x"), ("sparse_attention", "kv"), ("lightning_select", "w")):
+        getattr(ops, step)(**arguments | {name: arguments[name].requires_grad_()})  # `kernels.test_operators` has more
+        return
     with pytest.raises(ValueError, match=rf"\b{name}\b.*gradient"):
         getattr(ops, step)(**arguments | {name: arguments[name].requires_grad_()})
 

@@ -10,6 +10,9 @@ import types
 import numpy as np
 import torch
 
+import dsa_ref
+from dsa_course.capstone.layer import attend, project
+
 from ._triton import jit, tl
 
 NOTEBOOKS = pathlib.Path(__file__).parents[2] / "notebooks" / "solutions"
@@ -44,6 +47,9 @@ def changed(exercise, name, *changes):
         "math": math,
         "np": np,
         "torch": torch,
+        "dsa_ref": dsa_ref,
+        "attend": attend,
+        "project": project,
         "tl": tl,
         "triton": types.SimpleNamespace(jit=jit),
         "__name__": name,

@@ -32,7 +32,7 @@ def make_sparse(
     """Let every attention layer of the model, in place, select and attend by the steps of `ops`; returns the model.
 
     model: a DeepseekV32ForCausalLM or GlmMoeDsaForCausalLM, or anything that holds their attention layers, as PEFT's
-    models do. ops: `dsa_ref`, which has gradients, or `dsa_kernels`, which has none and wants a GPU.
+    models do. ops: `dsa_ref`, or `dsa_kernels`, which wants a GPU.
     index_fp8: False scores with the model's indexer as transformers has it, in the model's dtype, so that the selection
     is the same up to rounding, and to ties, of which the earliest key is taken; True rotates and quantises its queries
     and keys as DeepSeek's own code for V3.2 does, which Hopper's kernels score twice as fast or more.

@@ -1,0 +1,1 @@
+"""Notebook 13: how an indexer is taught."""
