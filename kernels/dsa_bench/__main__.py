@@ -65,10 +65,7 @@ def main(arguments=None) -> int:
         log = None  # part of a step must not replace the whole
     if log:
         check_log(parser, log, "entries" if options.ladder else "steps")
-    for name, value in provenance.items():
-        print(f"{name}: {value}")
-    ceilings = measure.ceilings(options.rounds)
-    print(*records.ceiling_lines(ceilings), sep="\n", flush=True)
+    ceilings = announced(provenance, options.rounds)
     if options.decode:
         return measure_decode(options, log, provenance, ceilings)
     measured = measure_ladder if options.ladder else measure_steps
@@ -90,6 +87,15 @@ def check_log(parser, log, holds):
             raise ValueError(f"it has no {holds!r}")
     except (ValueError, TypeError) as error:
         parser.error(f"--log {log} cannot take these figures: {error}")
+
+
+def announced(provenance, rounds) -> dict:
+    """The card's ceilings, measured and printed below where and how this run measures."""
+    for name, value in provenance.items():
+        print(f"{name}: {value}")
+    ceilings = measure.ceilings(rounds)
+    print(*records.ceiling_lines(ceilings), sep="\n", flush=True)
+    return ceilings
 
 
 def measure_steps(options, log, provenance, ceilings) -> int:

@@ -97,6 +97,34 @@ def test_a_wrong_gradient_is_refused(bench, case):
             call.check(result)
 
 
+def test_the_backward_is_not_blamed_for_the_bits_of_out(bench):
+    """Where one key has nearly all the weight, a gradient from an exact forward pass is another one."""
+    gradients, checks = bench("gradients"), bench("checks")
+    q, kv, indices, scale, _, _, dout = gradients.attention_gradients(4 * T, 2 * S, TINY.n_heads, K, TINY, "cpu")
+    q, v_dim = 4 * q, TINY.kv_lora_rank
+    given = importlib.import_module("dsa_kernels").sparse_attention(q, kv, indices, scale, v_dim)
+    exact = dsa_ref.sparse_attention(q.float(), kv.float(), indices, scale, v_dim)
+    *found, _ = importlib.import_module("dsa_kernels").sparse_attention_backward(
+        q, kv, indices, scale, v_dim, *given, dout
+    )
+    wanted = {out: gradients.wanted_gradients(q, kv, indices, scale, *out, dout)[0] for out in (given, exact)}
+    checks.check_gradients(found, wanted[given])
+    with pytest.raises(checks.Wrong, match="row"):
+        checks.check_gradients(found, wanted[exact])
+    no_delta = gradients.wanted_gradients(q, kv, indices, scale, torch.zeros_like(given[0]), given[1], dout)[0]
+    with pytest.raises(checks.Wrong, match="dq is off"):
+        checks.check_gradients(list(no_delta.values()), wanted[given])
+
+
+def test_autograds_wider_bound_still_refuses(bench, case):
+    call, Wrong = case.calls["torch, gather"], bench("checks").Wrong
+    dq, dkv = call.run()
+    assert call.check((dq, dkv))
+    for spoilt in ((1.05 * dq, dkv), (dq, 1.05 * dkv)):
+        with pytest.raises(Wrong, match="off by"):
+            call.check(spoilt)
+
+
 def test_one_wrong_row_of_many_is_refused_and_a_small_one_judged_by_the_usual(bench):
     checks = bench("checks")
     want = torch.randn(40_000, 8)

@@ -17,7 +17,7 @@ from dsa_ref import V32
 from dsa_ref.records import output_file, positive
 
 from .. import measure, records
-from ..__main__ import NO_GPU, check_log, missing_peers
+from ..__main__ import NO_GPU, announced, check_log, missing_peers
 from ..decode import QUICK_ROUNDS
 from ..decode_layer import random_layer
 from ..run import free
@@ -69,10 +69,7 @@ def main(arguments=None) -> int:
         parser.error(f"no file for figures of a {provenance['device']}: pass --log")
     if log:
         check_log(parser, log, "steps")
-    for name, value in provenance.items():
-        print(f"{name}: {value}")
-    ceilings = measure.ceilings(options.rounds)
-    print(*records.ceiling_lines(ceilings), sep="\n", flush=True)
+    ceilings = announced(provenance, options.rounds)
     steps, missing = {}, missing_peers(options)
 
     def keep(section, made):

@@ -8,10 +8,10 @@ import sys
 
 import torch
 
-from dsa_ref.records import check_writable, output_file, positive
+from dsa_ref.records import output_file, positive
 
 from .. import measure, records
-from ..__main__ import NO_GPU
+from ..__main__ import NO_GPU, announced, check_log
 from . import gradients, losses, peers, step
 from .run import measure_case
 
@@ -56,11 +56,8 @@ def main(arguments=None) -> int:
     if options.only and not options.log:
         log = None  # part of a step must not replace the whole
     if log:
-        check_writable(log)
-    for name, value in provenance.items():
-        print(f"{name}: {value}")
-    ceilings = measure.ceilings(options.rounds)
-    print(*records.ceiling_lines(ceilings), sep="\n", flush=True)
+        check_log(parser, log, "steps")
+    ceilings = announced(provenance, options.rounds)
     return int(measured(options, log, provenance, ceilings))
 
 

@@ -13,7 +13,7 @@ from dsa_ref import V32
 from .. import inputs
 from ..cases import K
 from . import losses, peers
-from .checks import check_gradients, check_target
+from .checks import GRADIENT_ERROR, ROW_ERROR, check_gradients, check_target
 from .run import Call, Case
 
 SUMS = ("sorted", "atomic")
@@ -34,19 +34,21 @@ def attention_gradients(T, S, H, k=K, config=V32, device="cuda", seed=0):
     return q, kv, indices, scale, out, lse, dout
 
 
-def wanted_gradients(q, kv, indices, scale, dout):
-    """({"dq", "dkv"}, target) of the reference in fp32, which makes its own out and lse."""
-    q, kv, dout = q.float(), kv.float(), dout.float()
-    v_dim = dout.shape[2]
-    out, lse = dsa_ref.sparse_attention(q, kv, indices, scale, v_dim)
-    dq, dkv, target = dsa_ref.sparse_attention_backward(q, kv, indices, scale, v_dim, out, lse, dout)
+def wanted_gradients(q, kv, indices, scale, out, lse, dout):
+    """({"dq", "dkv"}, target) of the reference in fp32 from the same out and lse, which the forward pass has judged.
+
+    From an out of its own, in fp32, it would blame the backward pass for out's bf16: where one key has nearly all of
+    a head's weight, dS is what is left of dP after delta, the sum of out · dout, and a bit of out may be a third of it.
+    """
+    q, kv, out, dout = (tensor.float() for tensor in (q, kv, out, dout))
+    dq, dkv, target = dsa_ref.sparse_attention_backward(q, kv, indices, scale, dout.shape[2], out, lse, dout)
     return {"dq": dq, "dkv": dkv}, target
 
 
 def gradient_case(T, S, H, k=K, config=V32, device="cuda"):
     """Ours by both sums, the peers, and, at the model's number of heads, the KL over the same lists."""
     q, kv, indices, scale, out, lse, dout = given = attention_gradients(T, S, H, k, config, device)
-    wanted, wanted_target = wanted_gradients(q, kv, indices, scale, dout)
+    wanted, wanted_target = wanted_gradients(*given)
     v_dim = config.kv_lora_rank
     selected = int((indices >= 0).sum())
     work = backward_flops(H, selected, config)
@@ -65,9 +67,10 @@ def gradient_case(T, S, H, k=K, config=V32, device="cuda"):
         "torch, gather": peers.Gathered(*given),
     }
     for who, peer in theirs.items():
+        bounds = getattr(peer, "bounds", (GRADIENT_ERROR, ROW_ERROR))
         calls[who] = Call(
-            peer, lambda found: check_gradients(found, wanted), work, False, getattr(peer, "eager", None),
-            getattr(peer, "whole", None),
+            peer, lambda found, bounds=bounds: check_gradients(found, wanted, *bounds), work, False,
+            getattr(peer, "eager", None), getattr(peer, "whole", None),
         )  # fmt: skip
     who, dense = next(iter(peers.dense_backwards(T, S, H, config, device).items()))
     calls[who] = Call(dense, dense.check, dense.work, ours=False)

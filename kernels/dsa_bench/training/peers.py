@@ -107,6 +107,7 @@ class Gathered:
     """
 
     eager = "eager: autograd's graphs were made before"
+    bounds = 3e-2, torch.inf  # of all and of a row: autograd has logits and dP in bf16, whose differences are dS
 
     def __init__(self, q, kv, indices, scale, out, lse, dout):
         self.q = [part.detach().clone().requires_grad_() for part in q.split(CHUNK)]
