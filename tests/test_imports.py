@@ -142,7 +142,8 @@ TABLE = [
     ),
     Row(
         "dsa_kernels.indexer_loss",
-        "dsa_ref.contracts dsa_kernels.runtime dsa_kernels/step dsa_kernels.teach dsa_kernels.teach.*",
+        "dsa_ref.contracts dsa_kernels.runtime dsa_kernels.key_sums dsa_kernels/step dsa_kernels.teach "
+        "dsa_kernels.teach.*",
         "torch",
     ),
     Row(

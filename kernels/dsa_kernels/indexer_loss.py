@@ -12,10 +12,10 @@ from torch import Tensor
 from dsa_ref.contracts import check_indexer_loss, row_ranges, values_readable
 
 from . import runtime
+from .key_sums import places_by_sort, sum_rows
 from .runtime import FLOATS, cdiv, check_runnable, dispatched, wants_gradient
 from .sparse_attention import check_scale_in_base_2
 from .teach import attention, kl
-from .teach.shares import add_shares
 from .teach.walk import ALIGN
 
 
@@ -128,7 +128,7 @@ def _add_sparse(here, pairs, dq, dw, dk):
     shares = torch.empty(T * k, dk.shape[1], dtype=torch.float32 if exact else torch.bfloat16, device=dk.device)
     kl.queries(*here, *pairs, dq, dw, shares)
     seen = (indices >= start[:, None]) & (indices < end[:, None])
-    add_shares(shares, torch.where(seen, indices, -1), dk)
+    sum_rows(shares, *places_by_sort(torch.where(seen, indices, -1), len(dk)), dk, dk, False, False)
 
 
 def _without_gaps(indices, target, width):

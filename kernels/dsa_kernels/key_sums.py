@@ -1,11 +1,12 @@
-"""What the gradient of sparse attention takes beside its products: delta, and the sum of the rows of each key.
+"""What gradients over lists of keys take beside their products: delta, and the sum of the rows of each key.
 
 A key's gradient is a sum over all queries that selected it. Added up by atomics, it would depend on who comes first. So
 each place of each list has a row of its own, the places that hold a key are listed in ascending order, and one program
 adds up their rows in that order, in fp32.
 
-The lists of places are a counting sort. A list of 32 bits for each key and 32 queries says who selected it. What stands
-before a place is then the number of smaller keys' places, of this key's in earlier queries, and of bits below.
+`places_of_keys` is a counting sort. A list of 32 bits for each key and 32 queries says who selected it. What stands
+before a place is then the number of smaller keys' places, of this key's in earlier queries, and of bits below. Its time
+grows with keys and queries, that of torch's sort with the places: `places_by_sort` serves the indexer's short rows.
 """
 
 import torch
@@ -98,6 +99,15 @@ def places_of_keys(lists, S):
     return order, bounds
 
 
+def places_by_sort(lists, S):
+    """As `places_of_keys`, both int64, by a stable sort."""
+    keys = lists.flatten()
+    if S < 2**15:  # fewer digits to sort by
+        keys = keys.to(torch.int16)
+    keys, order = torch.sort(keys, stable=True)  # -1, which is no key, comes first
+    return order, torch.searchsorted(keys, torch.arange(S + 1, dtype=keys.dtype, device=keys.device))
+
+
 @triton.jit
 def _sum_rows(
     rows_ptr, order_ptr, bounds_ptr, kept_ptr, dkv_ptr,
@@ -132,9 +142,9 @@ def _finish(total, d, kept_ptr, dkv_ptr, D, FIRST: tl.constexpr, LAST: tl.conste
 
 
 def sum_rows(rows, order, bounds, kept, dkv, first, last):
-    """Add the rows [T · k, D] to the sums of their keys, see `_sum_rows`. order, bounds: `places_of_keys`."""
+    """Add the rows [T · k, D] to the sums of their keys, see `_sum_rows`. order, bounds: their places."""
     S, D = dkv.shape
     A = 1 << (D.bit_length() - 1)
     B = next_power_of_2(D - A)
-    R = next_power_of_2(min(len(order), 4096)) if INTERPRETED else max(1, min(8, 4096 // A))
+    R = next_power_of_2(min(len(order), 4096)) if INTERPRETED else max(1, min(64, 4096 // A))
     _sum_rows[(S,)](rows, order, bounds, kept, dkv, D=D, R=R, A=A, B=B, FIRST=first, LAST=last, num_warps=4)
