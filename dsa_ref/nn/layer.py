@@ -9,7 +9,6 @@ Source: DeepSeek-V3.2-Exp report, section 2 and appendix A; SPEC sections 2, 3 a
 import contextlib
 import functools
 import importlib
-import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -41,6 +40,7 @@ from .checkpointing import (
 from .decode import check_decode, decode_step, recorded
 from .parts import Indexer, RMSNorm
 from .prefill import prefill_step, serves
+from .probe import probe_of
 from .wrapped import matrix
 
 STEPS = ("rope", "rotate_quantize", "lightning_select", "sparse_attention")  # of `ops`
@@ -58,11 +58,6 @@ class Ops(Protocol):
     rotate_quantize: Callable
     lightning_select: Callable
     sparse_attention: Callable
-
-
-@functools.lru_cache(maxsize=16)  # reading a signature takes longer than launching a kernel
-def _takes_probe(attention: Callable) -> bool:
-    return "probe" in inspect.signature(attention).parameters
 
 
 class DSALayer(nn.Module):
@@ -222,8 +217,9 @@ class DSALayer(nn.Module):
                 if attention == "dense":
                     u, step["lse"] = dense_attention(step["q"], kv, scale, v_dim, start)
                 else:
-                    probe = self._probe(step) if recording else {}
-                    u, step["lse"] = self.ops.sparse_attention(step["q"], kv, step["indices"], scale, v_dim, **probe)
+                    attend = self.ops.sparse_attention
+                    probe = probe_of(attend, step["q"], kv, step["indices"]) if recording else {}
+                    u, step["lse"] = attend(step["q"], kv, step["indices"], scale, v_dim, **probe)
                     step |= probe
             out = torch.einsum("thc,hvc->thv", u, W_UV)
         return self.o_proj(out.flatten(1)), step
@@ -232,14 +228,6 @@ class DSALayer(nn.Module):
         """MQA mode's queries [T, H, D]: their nope part in the latents' space."""
         nope, turned = q_heads.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1)
         return torch.cat((torch.einsum("thn,hnc->thc", nope, W_UK), turned), dim=-1).to(dtype)
-
-    def _probe(self, step) -> dict:
-        """{"probe": what will receive the indexer's target}, where a backward pass can come and `ops` knows probes."""
-        learns = torch.is_grad_enabled() and (step["q"].requires_grad or step["kv"].requires_grad)
-        if not learns or not _takes_probe(self.ops.sparse_attention):
-            return {}
-        indices = step["indices"]
-        return {"probe": torch.zeros(indices.shape, device=indices.device, requires_grad=True)}
 
     def _apply(self, fn, recurse=True):
         """Move or cast the weights; RoPE's frequencies follow to the device but stay fp32, whatever the weights are."""

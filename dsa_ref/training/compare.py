@@ -18,7 +18,6 @@ import pathlib
 import statistics
 import sys
 import time
-import zlib
 from collections.abc import Callable
 
 import torch
@@ -28,7 +27,7 @@ from .. import records
 from ..nn.layer import Ops
 from ..nn.model import ModelConfig, SmallModel, load_small_model, save_small_model
 from ..records import positive, regular_file
-from .corpus import held_out_windows, load_corpus
+from .corpus import fingerprint, held_out_windows, load_corpus
 from .data import Data
 from .loop import Losses, train_stage
 from .measures import (
@@ -40,7 +39,7 @@ from .measures import (
     recall_by_layer,
 )
 from .needle import LINE, needle_windows
-from .optimizer import PEAK_RATES, MasterAdamW, master_weights
+from .optimizer import BETAS, LARGEST_NORM, PEAK_RATES, WEIGHT_DECAY, MasterAdamW, master_weights
 from .regimes import REGIMES, make_model, steps, without_hadamard
 from .results import merged, report
 from .stages import stage_backward
@@ -98,8 +97,9 @@ class Comparison:
         self.windows = held_out_windows(held_out, plan.windows, plan.length).to(device)
         self.few = held_out_windows(held_out, plan.recall[0], plan.length).to(device)
         self.needles = needle_windows(held_out, plan.windows, plan.length, plan.asked, least=max(LINE, plan.k + 1))
-        text = f"{len(corpus)} bytes, CRC {zlib.crc32(corpus.numpy()):08x}"  # another Python's library is another
-        about = {**dataclasses.asdict(plan), "sizes": dataclasses.asdict(self.config), "text": text}
+        about = {**dataclasses.asdict(plan), "sizes": dataclasses.asdict(self.config), "text": fingerprint(corpus)}
+        about |= {"asks": self.data.asks, "starts": self.data.starts, "rates": PEAK_RATES}
+        about["AdamW"] = BETAS, WEIGHT_DECAY, LARGEST_NORM
         self.about = json.loads(json.dumps(about))  # as it stands in a log
 
     def dense_stage(self) -> tuple[SmallModel, dict]:

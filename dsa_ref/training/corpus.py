@@ -42,6 +42,11 @@ def held_out_windows(corpus: Tensor, count: int, length: int) -> Tensor:
     return corpus[(starts[:, None] + torch.arange(length + 1, device="cpu")).to(corpus.device)]
 
 
+def fingerprint(corpus: Tensor) -> str:
+    """What tells a text from another one, uint8 [bytes]: another Python's library is another."""
+    return f"{len(corpus)} bytes, CRC {zlib.crc32(corpus.cpu().numpy()):08x}"
+
+
 def check_length(corpus: Tensor, length: int) -> None:
     """Raise ValueError unless a window of length + 1 bytes fits into `corpus`, uint8 [bytes]."""
     if length < 1 or length >= len(corpus):

@@ -24,14 +24,13 @@ import os
 import sys
 import time
 import types
-import zlib
 from collections.abc import Iterator
 
 import torch
 
 from ..nn.model import ModelConfig, SmallModel, load_small_model, save_small_model
 from ..records import output_file, positive, provenance, regular_file, replacing, write_log
-from .corpus import held_out_windows, load_corpus
+from .corpus import fingerprint, held_out_windows, load_corpus
 from .data import STARTS, Data
 from .evaluate import held_out_loss
 from .measures import needles_by_distance, position_edges
@@ -190,7 +189,7 @@ def _fixed_options(options: argparse.Namespace, config: ModelConfig, corpus: tor
         "rates": PEAK_RATES,
         "AdamW": [BETAS, WEIGHT_DECAY, LARGEST_NORM],
         "sizes": dataclasses.asdict(config),
-        "text": f"{len(corpus)} bytes, CRC {zlib.crc32(corpus.numpy()):08x}",  # another Python's library is another
+        "text": fingerprint(corpus),
     }
 
 

@@ -473,10 +473,14 @@ def test_no_regime_begins_that_would_end_too_late(tmp_path):
     assert not done and run["regimes"] == {} and run["start"]["stages"][0]["stage"] == "dense"
 
 
-def test_a_log_of_another_plan_or_code_is_not_continued(tmp_path):
+def test_a_log_of_another_plan_or_code_is_not_continued(tmp_path, monkeypatch):
     do(tmp_path, ["dense"])
     with pytest.raises(ValueError, match="same options and code to go on, got .* with seed 0, not 1$"):
         do(tmp_path, plan=dataclasses.replace(SHORT, seed=1))
+    with monkeypatch.context() as other:
+        other.setitem(compare.PEAK_RATES, "sparse", 1e-5)  # no option, and yet another comparison
+        with pytest.raises(ValueError, match="rates"):
+            do(tmp_path)
     log = json.loads((tmp_path / "log.json").read_text())
     log["runs"][0]["provenance"]["commit"] = "def"
     (tmp_path / "log.json").write_text(json.dumps(log))
