@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
             corpus, held_out = load_corpus()
             data = Data(
                 corpus, options.length, options.batch, options.seed, options.pairs, options.device, options.asks,
-                options.steps[0],
+                options.steps[0], STARTS if options.starts else (),
             )  # fmt: skip
             measure = _make_measure(held_out.to(options.device), options)
             torch.manual_seed(options.seed)
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
             check_space(needs)
             run = Run(
                 model.to(options.device), data, dict(zip(STAGES, options.steps, strict=True)),
-                _fixed_options(options, model.config, corpus), measure, show, options.state, options.save_every,
+                _fixed_options(options, model.config, data), measure, show, options.state, options.save_every,
                 options.log_every, options.micro, DTYPES[options.dtype], session,
                 began + 60 * options.minutes if options.minutes else float("inf"),
             )  # fmt: skip
@@ -138,6 +138,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--k", type=positive, default=256, help="keys selected (default %(default)s)")
     add("--pairs", type=int, default=32, help="needles a window (default %(default)s)")
     add("--asks", type=positive, default=Data.asks, help="queries of each needle (default %(default)s)")
+    add("--starts", action=argparse.BooleanOptionalAction, default=True,
+        help="whether the dense stage begins with shorter windows (default: it does)")  # fmt: skip
     add("--seed", type=int, default=0, help="of weights, windows and needles (default %(default)s)")
     add("--windows", type=positive, default=16, help="held-out windows to measure on (default %(default)s)")
     add("--kernels", action="store_const", dest="ops", const="dsa_kernels", default="dsa_ref",
@@ -180,16 +182,16 @@ def resolve_options(parser: argparse.ArgumentParser, options: argparse.Namespace
         parser.error(f"--kernels needs a package that can be imported: {error}")
 
 
-def _fixed_options(options: argparse.Namespace, config: ModelConfig, corpus: torch.Tensor) -> dict:
+def _fixed_options(options: argparse.Namespace, config: ModelConfig, data: Data) -> dict:
     """What decides about the bits that come out, and must be equal to go on from a state."""
     names = "steps batch micro length k pairs asks seed windows log_every ops dtype".split()
     return {
         **{f"--{name.replace('_', '-')}".replace("--ops", "--kernels"): getattr(options, name) for name in names},
-        "starts": STARTS,
+        "starts": data.starts,
         "rates": PEAK_RATES,
         "AdamW": [BETAS, WEIGHT_DECAY, LARGEST_NORM],
         "sizes": dataclasses.asdict(config),
-        "text": fingerprint(corpus),
+        "text": fingerprint(data.corpus),
     }
 
 

@@ -127,6 +127,13 @@ def test_a_state_of_other_options_is_refused_by_name(option, there, here, whole,
     assert (tmp_path / "state").read_bytes() == (whole / "state").read_bytes()
 
 
+def test_a_run_with_other_windows_at_first_is_another_run(whole, tmp_path, capsys):
+    shutil.copy(whole / "state", tmp_path / "state")
+    with pytest.raises(SystemExit):
+        train.main(command(tmp_path, "--no-starts"))
+    assert "whose starts is [[0.22, 512, 5], [0.39, 2048, 20]], wanted []" in capsys.readouterr().err
+
+
 def test_a_state_of_another_text_is_refused(whole, tmp_path, monkeypatch, capsys):
     shutil.copy(whole / "state", tmp_path / "state")
     corpus, held_out = train.load_corpus()
