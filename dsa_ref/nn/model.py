@@ -256,6 +256,9 @@ def load_small_model(
 ) -> SmallModel:
     """The trained small model in fp32, ready for inference; keywords replace fields of its DSAConfig.
 
+    The model of the course was trained on windows of 8192 bytes with 256 keys selected; its file selects 64, for texts
+    that a notebook can show. `index_topk=256` gives what it was trained with.
+
     Source: trained by `python -m dsa_ref.training.train`; figures/small_model.json has the command, seed and losses.
     Raises: FileNotFoundError where there is no such file, TypeError for an unknown DSAConfig field.
     """
