@@ -13,7 +13,7 @@ from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Ro
 
 from dsa_ref import TINY, V32, DSAConfig, rope_frequencies
 from dsa_ref.nn import ModelConfig, SmallModel, load_small_model
-from dsa_ref.nn.model import save_small_model
+from dsa_ref.nn.model import SMALL_MODEL, save_small_model
 
 V32_JSON = {  # the fields of DeepSeek-V3.2-Exp's own file that concern attention, and a few that do not
     "architectures": ["DeepseekV32ForCausalLM"],
@@ -291,14 +291,18 @@ def test_files_that_are_not_there_or_no_json(tmp_path):
 
 
 def test_a_length_alone_turns_no_yarn_on(tmp_path):
-    """Neither for a new config, nor for the small model, in whose file V3.2's factor stands."""
+    """Neither for a new config, nor for a small model trained without it, in whose file V3.2's factor stands."""
     assert not DSAConfig(max_seq_len=202752).yarn
     assert DSAConfig(max_seq_len=202752, rope_factor=40.0).yarn
-    plain = load_small_model().config.attention
-    longer = load_small_model(max_seq_len=16384).config.attention
-    assert plain.rope_factor == 40.0 and not longer.yarn
-    assert torch.equal(rope_frequencies(longer), rope_frequencies(plain))
-    assert load_small_model(max_seq_len=16384, rope_factor=4.0).config.attention.yarn
+    before = dataclasses.replace(TINY, rope_factor=40.0)
+    save_small_model(SmallModel(ModelConfig(n_layers=1, attention=before)), tmp_path / "b")
+    for path in (SMALL_MODEL, tmp_path / "b"):
+        plain = load_small_model(path).config.attention
+        longer = load_small_model(path, max_seq_len=16384).config.attention
+        assert not plain.yarn and not longer.yarn
+        assert torch.equal(rope_frequencies(longer), rope_frequencies(plain))
+        assert load_small_model(path, max_seq_len=16384, rope_factor=4.0).config.attention.yarn
+    assert plain.rope_factor == 40.0
     save_small_model(
         SmallModel(ModelConfig(n_layers=1, attention=dataclasses.replace(TINY, max_seq_len=8192))), tmp_path / "a"
     )

@@ -56,7 +56,7 @@ def test_several_prompts_one_from_standard_input():
     [
         (["x", "--tokens", "0"], "tokens must be at least 1, got 0"),
         (["x", "--tokens", "many"], "argument --tokens: invalid int value: 'many'"),
-        ([""], "prompts must have from 1 to max_seq_len = 4096 bytes, got 0 in prompts[0]"),
+        ([""], "prompts must have from 1 to max_seq_len = 8192 bytes, got 0 in prompts[0]"),
         (["x", "--temperature", "-1"], "temperature must be at least 0 and finite, got -1.0"),
         (["x", "--stop", ""], "stop must hold texts of at least one byte, got an empty one"),
         (["x", "--top-k-tokens", "0"], "top_k must be at least 1, got 0"),
