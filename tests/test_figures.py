@@ -15,8 +15,6 @@ OLD_RECORDS = {
     ("exact_h100.json", "2026-11-25"),
     ("h100.json", "2026-11-25"),
     ("layer_cpu.json", "2026-11-24"),
-    ("small_model.json", "2026-11-24"),
-    ("small_model_recall.json", "2026-11-24"),
     ("traps.json", "2026-11-24"),
 }
 FOLDERS = {"dsa_ref": ROOT, "dsa_bench": ROOT / "kernels", "dsa_course": ROOT / "notebooks"}
