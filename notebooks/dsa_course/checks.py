@@ -29,6 +29,7 @@ from .start.check import three_lines
 from .start.check_last import keep_last
 from .teaching.check import kl_loss, kl_target
 from .teaching.check_gradients import kl_gradients, lesson_loss
+from .teaching.check_record import verdict
 from .traps.check import diagnose, match_symptoms, rope_probe
 from .triton_index_scores.check import copy_kernel, planted_bug_kernel, row_sum_kernel, tile_cost
 from .triton_index_scores.check_kernel import index_scores_kernel

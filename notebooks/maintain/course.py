@@ -40,7 +40,7 @@ COURSE = (
     Notebook("11_ladder", "The ladder to Hopper's speed", 90, STEPS),
     Notebook("12_serving", "Serving: caches, pages, decode", 75, ("k_idx", "kv")),
     Notebook("12b_your_own_model", "Your own model", 30, STEPS),
-    Notebook("13_teaching", "Teaching the scout", 90, ("index_scores",)),
+    Notebook("13_teaching", "Teaching the scout", 100, ("index_scores",)),
     Notebook("14_million", "A million tokens", 60, STEPS),
     Notebook("15_trap_museum", "The trap museum", 60, STEPS),
     Notebook("16_capstone", "Capstone: DSA in a small GPT", 120, STEPS),

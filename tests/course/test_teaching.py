@@ -5,14 +5,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dsa_course.teaching.check_record import verdict_of
 from dsa_course.teaching.layer import LAYER, START, OpenLayer, lesson_loss_of
 from dsa_course.teaching.lesson import FILES, TEXT, Watch, forget, windows
 from dsa_course.teaching.live import bumps, lesson_chart, live_directions, live_lesson, one_bump
+from dsa_course.teaching.live_record import GROUPS, live_regimes
 from dsa_ref.index_scores import index_scores
 from dsa_ref.indexer_loss import indexer_loss
 from dsa_ref.nn import load_small_model
 from dsa_ref.testing import relative_error
 from dsa_ref.training.corpus import is_held_out
+from dsa_ref.training.results import read_runs
 
 K = 16
 
@@ -153,3 +156,53 @@ def test_the_reversed_kl_gives_up_a_peak_and_ours_does_not():
     ours, reversed_ = figure.data["recall"].values()
     assert ours > 0.95 and reversed_ < 0.55
     assert "98%" in figure.alt and "51%" in figure.alt
+
+
+# --------------------------------------------------------------------------------------------------------- the record
+
+
+def a_run(seed, dsa=1.1):
+    """Figures made by hand: two windows, parts of 8, 8 and 16 places, of the regimes that one picture needs."""
+    losses = [[5.0, 1.0, 2.0], [5.0, 2.0, 4.0]]
+
+    def entry(ratio, found, kept=None):
+        above = [[first, second, ratio * third] for first, second, third in losses]
+        entry = {"loss": above, "needles": {"asked": [4, 2], "found": found}, "stages": []}
+        return entry | ({"recall": {"after": {"kept": [kept, kept], "most": [0.8, 0.4]}}} if kept else {})
+
+    curve = [
+        {"step": 1, "kept": [0.2], "most": [0.8]},
+        {"step": 2},
+        {"step": 3, "kept": [0.4 + 0.2 * seed], "most": [0.8]},
+    ]
+    regimes = {"dense": entry(1.0, [4, 2]), "DSA": entry(dsa, [3, 1], 0.4), "no relu": entry(1.0, [4, 1], 0.2)}
+    regimes["DSA"]["stages"] = [{"stage": "warm-up", "curve": curve}, {"stage": "sparse", "curve": [{"step": 1}]}]
+    regimes["one head"] = entry(1.5, [2, 1], 0.32)
+    return {"seed": seed, "edges": [0, 8, 16, 32], "regimes": regimes}
+
+
+def test_the_picture_of_the_record_has_what_is_recorded():
+    figure = live_regimes([a_run(0), a_run(1, dsa=1.3)], group="other indexers")
+    data = figure.data
+    assert data["ends"] == [8, 16, 32]
+    assert data["above"]["DSA"] == [pytest.approx([0, 0]), pytest.approx([0, 0]), pytest.approx([10, 30])]
+    assert data["above"]["one head"][2] == pytest.approx([50, 50]) and "DSA" in data["kept"]
+    assert data["found"] == {"DSA": [0.75, 0.5], "one head": [0.5, 0.5], "no relu": [1.0, 0.5], "dense": [1.0, 1.0]}
+    assert data["kept"]["DSA"] == pytest.approx({1: 0.25, 3: 0.625, "end": 0.75})
+    assert data["kept"]["one head"] == pytest.approx({"end": 0.6})
+    assert "DSA +20.0 %" in figure.alt and "one head 50%" in figure.alt and "no relu 38%" in figure.alt
+
+
+def test_the_record_of_this_repository_has_all_that_can_be_chosen():
+    figure = live_regimes(read_runs())
+    pictures = set()
+    for group, names in GROUPS.items():
+        figure.children[0].value = group
+        assert list(figure.data["above"]) == ["DSA", *names] and list(figure.data["found"])[-1] == "dense"
+        pictures.add(figure.png)
+    assert len(pictures) == len(GROUPS)
+
+
+def test_the_verdict_is_that_of_numbers_with_a_known_answer():
+    assert verdict_of([1.02, 1.03], [0.001, 0.001]) == 1 and verdict_of([0.9, 0.95], [0.01, 0.02]) == -1
+    assert verdict_of([1.02], [0.001]) == 0 == verdict_of([1.02, 1.001], [0.001, 0.001])

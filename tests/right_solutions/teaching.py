@@ -138,3 +138,21 @@ def by_requires_grad(layer, stage, k):
     indices = None if stage == "warm-up" else layer.select(scores, k)
     loss = layer.kl(layer.target(q.detach(), kv.detach(), indices), scores, indices)
     return loss if stage == "warm-up" else loss + layer.language(layer.x, q, kv, indices)
+
+
+# ----------------------------------------------------------------------------------------------------------- verdict
+
+
+@right("verdict")
+def verdict_in_numpy(ratios, errors):
+    distance = (np.array(ratios) - 1) / np.array(errors)
+    if len(ratios) < 2:
+        return 0
+    return np.sign(distance[0]).astype(int) * int((np.abs(distance) > 2).all() and len(set(np.sign(distance))) == 1)
+
+
+@right("verdict")
+def verdict_in_torch(ratios, errors):
+    r, e = (torch.tensor(side, dtype=torch.float64) for side in (ratios, errors))
+    above, below = (r - 2 * e).min() > 1, (r + 2 * e).max() < 1
+    return (above.int() - below.int()) * int(len(r) >= 2)

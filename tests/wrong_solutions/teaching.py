@@ -307,3 +307,90 @@ def log_of_the_softmax(scores, p, indices):
 @wrong("kl_loss", "trained model")
 def the_first_hundred_numbers(scores, p, indices):
     return loss(scores, p, mask_of(indices[:, :40], scores.shape[1]))
+
+
+# ----------------------------------------------------------------------------------------------------------- verdict
+
+
+def sides(ratios, errors, above, below):
+    return (1 if above else 0) - (1 if below else 0) if len(ratios) > 1 else 0
+
+
+@wrong("verdict", "clear cases")
+def the_ratio_against_nothing(ratios, errors):
+    return int(all(ratio > 2 * error for ratio, error in zip(ratios, errors, strict=True)))
+
+
+@wrong("verdict", "clear cases")
+def never_below(ratios, errors):
+    return int(len(ratios) > 1 and all(r - 2 * e > 1 for r, e in zip(ratios, errors, strict=True)))
+
+
+@wrong("verdict", "clear cases")
+def the_sign_turned(ratios, errors):
+    both = list(zip(ratios, errors, strict=True))
+    return sides(ratios, errors, all(r + 2 * e < 1 for r, e in both), all(r - 2 * e > 1 for r, e in both))
+
+
+@wrong("verdict", "two errors")
+def whatever_is_above_one(ratios, errors):
+    return sides(ratios, errors, all(r > 1 for r in ratios), all(r < 1 for r in ratios))
+
+
+@wrong("verdict", "two errors")
+def one_error(ratios, errors):
+    both = list(zip(ratios, errors, strict=True))
+    return sides(ratios, errors, all(r - e > 1 for r, e in both), all(r + e < 1 for r, e in both))
+
+
+@wrong("verdict", "two errors")
+def three_errors(ratios, errors):
+    both = list(zip(ratios, errors, strict=True))
+    return sides(ratios, errors, all(r - 3 * e > 1 for r, e in both), all(r + 3 * e < 1 for r, e in both))
+
+
+@wrong("verdict", "two errors")
+def one_percent_for_all(ratios, errors):
+    return sides(ratios, errors, all(r > 1.01 for r in ratios), all(r < 0.99 for r in ratios))
+
+
+@wrong("verdict", "every seed")
+def any_seed(ratios, errors):
+    both = list(zip(ratios, errors, strict=True))
+    return sides(ratios, errors, any(r - 2 * e > 1 for r, e in both), any(r + 2 * e < 1 for r, e in both))
+
+
+@wrong("verdict", "every seed")
+def the_mean_of_the_seeds(ratios, errors):
+    r, e = sum(ratios) / len(ratios), sum(errors) / len(errors)
+    return sides(ratios, errors, r - 2 * e > 1, r + 2 * e < 1)
+
+
+@wrong("verdict", "every seed")
+def the_first_seed(ratios, errors):
+    return sides(ratios, errors, ratios[0] - 2 * errors[0] > 1, ratios[0] + 2 * errors[0] < 1)
+
+
+@wrong("verdict", "each seed's own error")
+def the_least_error(ratios, errors):
+    e = min(errors)
+    return sides(ratios, errors, all(r - 2 * e > 1 for r in ratios), all(r + 2 * e < 1 for r in ratios))
+
+
+@wrong("verdict", "each seed's own error")
+def the_mean_error(ratios, errors):
+    e = sum(errors) / len(errors)
+    return sides(ratios, errors, all(r - 2 * e > 1 for r in ratios), all(r + 2 * e < 1 for r in ratios))
+
+
+@wrong("verdict", "one seed")
+def a_single_seed_decides(ratios, errors):
+    both = list(zip(ratios, errors, strict=True))
+    return int(all(r - 2 * e > 1 for r, e in both)) - int(all(r + 2 * e < 1 for r, e in both))
+
+
+@wrong("verdict", "one seed")
+def three_seeds_at_least(ratios, errors):
+    both = list(zip(ratios, errors, strict=True))
+    found = sides(ratios, errors, all(r - 2 * e > 1 for r, e in both), all(r + 2 * e < 1 for r, e in both))
+    return found if len(ratios) > 2 else 0
