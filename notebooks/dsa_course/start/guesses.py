@@ -11,6 +11,7 @@ from dsa_ref.testing import random_selection, window_selection
 from dsa_ref.training.evaluate import selected_weights
 
 SHOWN = 4  # guesses for a byte
+LAYER = 2  # of 0 to 3, the one that is shown: it looks for what came after the same letters before
 
 
 def write_on(model, prompt, count, attention="sparse") -> bytes:
@@ -34,16 +35,16 @@ def top_bytes(logits) -> list:
 def reader(tokens):
     """A function of (byte, k): what the model sees and guesses there, a dict.
 
-    tokens: int64 [T]. The dict: byte, k, next (the byte that follows in the text, or None), chosen and weights (of the
-    last layer, [k]), dense and sparse (`top_bytes`).
+    tokens: int64 [T]. The dict: byte, k, next (the byte that follows in the text, or None), chosen and weights ([k], of
+    layer LAYER), dense and sparse (`top_bytes`).
     """
 
     @functools.cache
     def read(k):
-        """(logits [T, 256], the last layer's step) with k keys, or with all for None."""
+        """(logits [T, 256], the step of layer LAYER) with k keys, or with all for None."""
         model, steps = load_small_model(**({} if k is None else {"index_topk": k})).to(tokens.device), []
         logits = model(tokens, attention="dense" if k is None else "sparse", record=steps)
-        return logits, steps[-1], model.config.attention.softmax_scale
+        return logits, steps[LAYER], model.config.attention.softmax_scale
 
     def look(byte, k):
         logits, step, scale = read(k)
