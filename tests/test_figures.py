@@ -17,7 +17,6 @@ OLD_RECORDS = {
     ("layer_cpu.json", "2026-11-24"),
     ("small_model.json", "2026-11-24"),
     ("small_model_recall.json", "2026-11-24"),
-    ("traps.json", "2026-11-24"),
 }
 FOLDERS = {"dsa_ref": ROOT, "dsa_bench": ROOT / "kernels", "dsa_course": ROOT / "notebooks"}
 KEYS = {"command", "date", "python", "torch"}
