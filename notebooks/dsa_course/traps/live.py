@@ -134,7 +134,7 @@ def harm(record) -> Figure:
     errors = [2 * measured["error"] for _, _, measured in rows]
     right.errorbar(changes, places, xerr=errors, fmt="o", color="#222222", markersize=4, capsize=3)
     right.set_xscale("symlog", linthresh=0.01, linscale=0.6)
-    right.set_xticks([-0.01, 0, 0.01, 0.1, 1], labels=["−0.01", "0", "0.01", "0.1", "1"])
+    right.set_xticks([-0.1, -0.01, 0, 0.01, 0.1, 1], labels=["−0.1", "−0.01", "0", "0.01", "0.1", "1"])
     right.axvline(0, color=viz.COLOURS["future"], linewidth=0.8)
     right.set_xlabel("loss change (nats a byte), ± 2 std. errors")
     for axes in (left, right):

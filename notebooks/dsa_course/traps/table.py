@@ -47,7 +47,7 @@ TRAPS = (
     Trap(
         "unnormalised latent",
         "The indexer's queries come from the query's latent (notebook 06) before its norm, not after it.",
-        "One key in fifty differs; nothing else shows.",
+        "One key in some sixty differs; nothing else shows.",
         "DSALayer._index",
         faulty.unnormalised_latent,
         "tests/nn/test_transformers.py::test_same_output_and_same_sets[0-deepseek_v32-plain]",
@@ -55,7 +55,7 @@ TRAPS = (
     Trap(
         "RMSNorm on k",
         "The indexer's key is divided by its root mean square; its mean is not taken off, nor a bias added.",
-        "A tenth of the keys differ, and the loss hardly moves.",
+        "One key in sixteen differs, and the loss hardly moves.",
         "Indexer.forward",
         faulty.rms_norm_on_k,
         "tests/nn/test_transformers.py::test_same_output_and_same_sets[0-deepseek_v32-plain]",
@@ -71,7 +71,7 @@ TRAPS = (
     Trap(
         "bf16 head weights",
         "The head weights are computed in bf16, with 8 binary digits, not in fp32, with 24.",
-        "One key in some four hundred differs: near-ties at the threshold.",
+        "One key in some thousand differs: near-ties at the threshold.",
         "Indexer.forward",
         faulty.bf16_head_weights,
         "tests/nn/test_layer.py::test_indexer_written_out[0]",
@@ -88,7 +88,7 @@ TRAPS = (
     Trap(
         "interleaved indexer RoPE",
         "The indexer's q and k are turned in pairs of neighbours (MLA's, notebook 06), not half-split ones.",
-        "Norms and shapes are right, and q·k still depends on the distance alone; most keys differ.",
+        "Norms and shapes are right, and q·k still depends on the distance alone; half of the keys differ.",
         "rotate_quantize",
         faulty.interleaved_index_rope,
         "tests/steps/test_rotate_quantize.py::test_value_is_the_rotated_vector[reference-shape0]",
@@ -138,7 +138,7 @@ TRAPS = (
     Trap(
         "scale rounded down",
         "The FP8 scale (notebook 07) is rounded down to a power of two, not up: numbers are cut off at 448.",
-        "The largest number of a vector loses up to half; a ninth of the keys differ; the loss hardly moves.",
+        "The largest number of a vector loses up to half; a seventh of the keys differ; the loss hardly moves.",
         "quantize",
         faulty.scale_rounded_down,
         "tests/steps/test_quantize.py::test_scale_beside_every_power_of_two[reference]",
@@ -205,7 +205,7 @@ TRAPS = (
     Trap(
         "future key visible",
         "A row's range ends one key too late: it may select the next key.",
-        "A later byte changes the selection and the logits of an earlier one. The loss may go either way.",
+        "A later byte changes the selection and the logits of an earlier one. The loss may fall, as it can peek.",
         "lightning_select",
         faulty.future_key_visible,
         "tests/nn/test_layer.py::test_causality[reference-sparse-True]",
