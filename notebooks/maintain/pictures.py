@@ -1,8 +1,8 @@
 """Make the pictures of the README and of the notebooks' first cells: `python -m notebooks.maintain.pictures`.
 
-`make course` does. `figures/selection.png` is copied out of the executed course, `figures/recall.png` and
-`figures/cost.png` are drawn from their records, and `figures/schematic*.svg` shows the whole of DSA, once with each
-choice of parts lit that the course makes.
+`make course` does. `figures/selection.png` is copied out of the executed course, `figures/recall.png`,
+`figures/training.png` and `figures/cost.png` are drawn from their records, and `figures/schematic*.svg` shows the whole
+of DSA, once with each choice of parts lit that the course makes.
 """
 
 import base64
@@ -11,8 +11,10 @@ import nbformat
 
 from dsa_course.million.live import still_curves
 from dsa_course.schematic import schematic, schematic_file
+from dsa_course.teaching.live_record import live_regimes
 from dsa_course.viz import png, recall_curves
 from dsa_ref import records
+from dsa_ref.training.results import read_runs
 
 from .course import COURSE
 from .learner import SOURCE
@@ -46,12 +48,17 @@ def recall() -> bytes:
     return png(figure, "Attention mass on the selected keys against k, for the indexer and its controls")
 
 
+def training() -> bytes:
+    """The recorded regimes of training, as notebook 13 first shows them."""
+    return live_regimes(read_runs()).png
+
+
 def cost() -> bytes:
     """A layer's cost against the context, recorded and predicted."""
     return png(*still_curves())
 
 
-PICTURES = {"selection.png": selection, "recall.png": recall, "cost.png": cost}
+PICTURES = {"selection.png": selection, "recall.png": recall, "training.png": training, "cost.png": cost}
 
 
 def schematics() -> dict[str, str]:
