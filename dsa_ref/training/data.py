@@ -19,8 +19,8 @@ class Start(NamedTuple):
     pairs: int
 
 
-# Attention has to learn to find the one right key among few, before it can among many. With long windows alone, all else
-# equal, 2300 steps find no needle at any distance, and are worse on plain text, 1.056 nats a byte to 0.850:
+# Attention has to learn to find the one right key among few, before it can among many. With long windows alone, and all
+# else equal, 2300 steps find no needle at any distance, and are worse on plain text, 1.056 nats a byte to 0.850:
 # figures/small_model_long_windows.json, which --no-starts made.
 STARTS = (Start(0.22, 512, 5), Start(0.39, 2048, 20))
 
