@@ -121,7 +121,7 @@ def small_blocks(monkeypatch):
     """Every step that works block by block does so with blocks of a few rows, as it would on large inputs."""
     monkeypatch.setattr(blocks, "pairs_at_once", lambda tensor: 300)
     if rungs.has_triton():
-        for most in ("SCORES_AT_ONCE", "PAIRS_AT_ONCE", "SHARES_AT_ONCE", "MARKS_AT_ONCE"):
+        for most in ("SCORES_AT_ONCE", "PAIRS_AT_ONCE", "SHARES_AT_ONCE"):
             monkeypatch.setattr(f"dsa_kernels.runtime.{most}", 300)
         monkeypatch.setattr("dsa_kernels.runtime.GRADIENTS_AT_ONCE", 30_000)
 

@@ -80,7 +80,6 @@ def loss_and_gradients(q_idx, k_idx, w, q, kv, scale, indices, start, end, lse, 
     else:
         width = indices.shape[1]
         at_once = min(runtime.PAIRS_AT_ONCE, runtime.SHARES_AT_ONCE // Di) // width
-        at_once = min(at_once, runtime.MARKS_AT_ONCE // S)
     at_once = max(1, at_once)
     for first in range(0, T, at_once):
         part = slice(first, first + at_once)
@@ -133,8 +132,8 @@ def _over_lists(here, p, gradients):
         dq, dw, dk = gradients
         share = torch.float32 if q_idx.dtype == torch.float32 else torch.bfloat16
         shares = torch.empty(indices.numel(), dk.shape[1], dtype=share, device=dk.device)
-        bounds = listed.gradients(*here, of_scores, marks, dq, dw, shares)
-        sum_rows(shares, None, bounds, dk, dk, False, False)
+        places = listed.gradients(*here, of_scores, marks, dq, dw, shares)
+        sum_rows(shares, *places, dk, dk, False, False)
     return kl_of_rows, alive
 
 

@@ -21,7 +21,6 @@ GRADIENTS_AT_ONCE = 7 << 29  # bytes of `sparse_attention_backward`: probabiliti
 REDONE_AT_ONCE = 1 << 27  # of its flagged rows, while lists of a fused kernel may still be in memory
 PAIRS_AT_ONCE = 1 << 26  # of `indexer_loss`: of p and of scores in fp32, 256 MiB each
 SHARES_AT_ONCE = 1 << 29  # of its sparse stage: what keys get from each place of the lists, 1 GiB of bf16
-MARKS_AT_ONCE = 1 << 29  # and of (query, key) pairs for which a bit says whether the query's list has the key
 # The steps that can read e4m3 as bytes.
 WIDENED = ("index_scores", "lightning_select", "paged_index_scores", "paged_sparse_attention")
 NO_GLUON = "needs a triton with Gluon, and no interpreter"

@@ -65,8 +65,8 @@ def test_blocks_of_rows(monkeypatch, sparse, most, device, poisoned):
     args, (start, end) = inputs(8, 30, (3, 8, 2, 12), device=device), ragged(8, 30, device=device)
     lists = random_indices(8, 30, 7, device=device) if sparse else None
     wanted = run(dsa_kernels, args, lists, start, end)
-    for limit in ("PAIRS_AT_ONCE", "SHARES_AT_ONCE", "MARKS_AT_ONCE"):
-        monkeypatch.setattr(runtime, limit, most)
+    monkeypatch.setattr(runtime, "PAIRS_AT_ONCE", most)
+    monkeypatch.setattr(runtime, "SHARES_AT_ONCE", most)
     got = run(dsa_kernels, args, lists, start, end)
     assert_near(got, wanted, 1e-6)
     assert_same((got[1], got[3]), (wanted[1], wanted[3]))
@@ -98,26 +98,28 @@ def test_without_gradients_nothing_is_computed_for_them(monkeypatch, sparse, dev
         dsa_kernels.indexer_loss(*args[:2], leaf, *args[3:], SCALE, lists)
 
 
-def test_shares_lie_in_the_order_of_the_keys(device, poisoned):
-    """Those of a key in ascending order of the queries, as many as see it, over several words of 32 queries."""
-    T, S, k, Di = 70, 40, 7, SMALL[1]
+@pytest.mark.parametrize("S, counted", ((40, True), (300, False)))
+def test_each_key_gets_its_shares_in_the_order_of_the_queries(S, counted, device, poisoned):
+    """Over several words of 32 queries, by marks where lists are long and by a sort where keys are many."""
+    T, k, Di = 70, 7, SMALL[1]
     q_idx, k_idx, w, *_ = inputs(T, S, SMALL, device=device)
     lists, (start, end) = random_indices(T, S, k, device=device), ragged(T, S, device=device)
     shares, dq, dw = torch.full((T * k, Di), torch.nan, device=device), torch.empty_like(q_idx), torch.empty_like(w)
     of_rows = q_idx, k_idx, w, lists, start, end
     *_, of_scores, marks = listed.rows(*of_rows, torch.rand(T, k, device=device), True)
-    bounds = listed.gradients(*of_rows, of_scores, marks, dq, dw, shares)
+    order, bounds = listed.gradients(*of_rows, of_scores, marks, dq, dw, shares)
+    assert (order is None) == counted
     wanted, begins = [], [0]
     for s in range(S):
-        for t in range(T):
-            for j in (lists[t] == s).nonzero().flatten().tolist():
-                if start[t] <= s < end[t]:
-                    gates = (q_idx[t] @ k_idx[s] > 0) * w[t]
-                    wanted.append(of_scores[t, j] * (gates @ q_idx[t]))
+        for t, j in (lists == s).nonzero().tolist():
+            if start[t] <= s < end[t]:
+                gates = (q_idx[t] @ k_idx[s] > 0) * w[t]
+                wanted.append(of_scores[t, j] * (gates @ q_idx[t]))
         begins.append(len(wanted))
-    assert bounds.tolist() == begins
-    assert_near([shares[: len(wanted)]], [torch.stack(wanted)], 1e-5)
-    assert shares[len(wanted) :].isnan().all()  # and nothing else is written
+    assert (bounds - bounds[0]).tolist() == begins
+    got = shares[bounds[0] : bounds[-1]] if counted else shares[order[bounds[0] : bounds[-1]]]
+    assert_near([got], [torch.stack(wanted)], 1e-5)
+    assert int(shares[:, 0].isfinite().sum()) == len(wanted)  # and nothing else is written
 
 
 def test_padding_that_no_row_sees_may_hold_anything(device):

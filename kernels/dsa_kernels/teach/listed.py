@@ -3,13 +3,16 @@
 A program has one query, and walks over the places of its list.
 
     `rows`        the scores of all places to memory; from there their log-sum-exp, the KL, and dI = softmax(I) - p
-                  in their stead; who selected which key is marked meanwhile
+                  in their stead
     `gradients`   dq, dw, and for each place a row, its share of its key's gradient
 
 With M[j, h] = (q[h] · k[j] > 0), the relu's derivative, and G[h] = sum over places j of M[j, h] · dI[j] · k[j], the
 gradients are dq[h] = w[h] · G[h] and dw[h] = q[h] · G[h]; a place's share is the sum over h of M[j, h] · dI[j] · w[h] ·
-q[h]. Shares are written where the order of the keys wants them, those of a key next to each other: whoever adds them up
-reads memory from one end to the other. Random are the writes, which nobody waits for.
+q[h].
+
+Each key's shares are added up in the order of the queries (`key_sums`). Where lists are long, `rows` marks who selected
+what, marks are counted, and `gradients` writes the shares of a key next to each other. This takes T · S / 32 marks. If
+places are fewer, they are sorted, and shares lie as the places do.
 
 Dot products are computed twice, which costs less than to keep Hi numbers a pair. Types are those of `kl`.
 """
@@ -20,7 +23,7 @@ import triton.language as tl
 
 from .. import cards
 from ..index_scores import TRITON_NAMES
-from ..key_sums import count_marks, mark, no_marks, slots_of
+from ..key_sums import count_marks, mark, no_marks, places_by_sort, slots_of
 from ..rounding import round_to
 from ..runtime import INTERPRETED, dot_dtype, next_power_of_2
 
@@ -41,7 +44,7 @@ def _keys(k_ptr, s, seen, d, Di: tl.constexpr):
 def _rows(
     q_ptr, k_ptr, w_ptr, indices_ptr, start_ptr, end_ptr, p_ptr, scores_ptr, marks_ptr, kl_ptr, alive_ptr, S, k,
     Hi: tl.constexpr, Di: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, LIST: tl.constexpr,
-    DOT: tl.constexpr, GRADIENTS: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, WANTED: tl.constexpr, COUNTED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     start, end = tl.load(start_ptr + t), tl.load(end_ptr + t)
@@ -65,7 +68,7 @@ def _rows(
         s, seen = _visible(indices_ptr + at, j0 + i, k, start, end)
         m = tl.maximum(m, tl.load(scores_ptr + at + j0 + i, seen, float("-inf")))
         any_seen |= seen.to(tl.int32)
-        if GRADIENTS:
+        if COUNTED:
             mark(marks_ptr, s, t, seen, S)
     largest = tl.max(m, axis=0)
     largest = tl.where(largest == float("-inf"), 0.0, largest)
@@ -83,7 +86,7 @@ def _rows(
     log_total = tl.log(tl.where(total == 0, 1.0, total))  # all I are -inf: softmax(I) is 0
     tl.store(kl_ptr + t, tl.sum(kl, axis=0) + log_total * mass)
     tl.store(alive_ptr + t, tl.max(any_seen, axis=0))
-    if GRADIENTS:
+    if WANTED:
         for j0 in range(0, last, LIST):
             s, seen = _visible(indices_ptr + at, j0 + i, k, start, end)
             score = tl.load(scores_ptr + at + j0 + i, seen, 0.0)
@@ -103,7 +106,7 @@ def _weighted_queries(q_ptr, w, h, d, Hi: tl.constexpr, Di: tl.constexpr, GRAD: 
 def _store_shares(gated, weighted_q, shares_ptr, slot, d, Di: tl.constexpr):
     share = round_to(tl.dot(gated, weighted_q, input_precision="ieee"), shares_ptr.dtype.element_ty)
     place = slot[:, None].to(tl.int64) * Di + d[None, :]
-    tl.store(shares_ptr + place, share, (slot >= 0)[:, None] & (d < Di)[None, :])
+    tl.store(shares_ptr + place, share, (slot >= 0)[:, None] & (d < Di)[None, :], cache_modifier=".cs")
 
 
 @triton.jit
@@ -111,18 +114,19 @@ def _gradients(
     q_ptr, k_ptr, w_ptr, indices_ptr, start_ptr, end_ptr, of_scores_ptr, marks_ptr, before_ptr, bounds_ptr, slots_ptr,
     dq_ptr, dw_ptr, shares_ptr, S, k,
     Hi: tl.constexpr, Di: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, LIST: tl.constexpr,
-    DOT: tl.constexpr, GRAD: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, GRAD: tl.constexpr, COUNTED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     start, end = tl.load(start_ptr + t), tl.load(end_ptr + t)
     last = tl.where(start < end, k, 0)
     h, d, i = tl.arange(0, HP), tl.arange(0, DP), tl.arange(0, LIST)
     at = t * k
-    for j0 in range(0, last, LIST):
-        s, seen = _visible(indices_ptr + at, j0 + i, k, start, end)
-        slots = slots_of(marks_ptr, before_ptr, bounds_ptr, s, t, seen, S)
-        tl.store(slots_ptr + at + j0 + i, tl.where(seen, slots, -1), j0 + i < k)
-    tl.debug_barrier()  # other threads read them
+    if COUNTED:
+        for j0 in range(0, last, LIST):
+            s, seen = _visible(indices_ptr + at, j0 + i, k, start, end)
+            slots = slots_of(marks_ptr, before_ptr, bounds_ptr, s, t, seen, S)
+            tl.store(slots_ptr + at + j0 + i, tl.where(seen, slots, -1), j0 + i < k)
+        tl.debug_barrier()  # other threads read them
 
     q_ptr += t * Hi * Di
     row, q_there = h[:, None] * Di + d[None, :], (h < Hi)[:, None] & (d < Di)[None, :]
@@ -135,10 +139,10 @@ def _gradients(
     gathered = tl.zeros([HP, DP], tl.float32)  # G
     for j0 in tl.range(0, last, BK, num_stages=STAGES):
         j = j0 + tl.arange(0, BK)
-        s = tl.load(indices_ptr + at + j, j < k, -1)
-        slot = tl.load(slots_ptr + at + j, j < k, -1)
+        s, seen = _visible(indices_ptr + at, j, k, start, end)
+        slot = tl.load(slots_ptr + at + j, j < k, -1) if COUNTED else tl.where(seen, at + j, -1)
         of_scores = tl.load(of_scores_ptr + at + j, j < k, 0.0)
-        keys = _keys(k_ptr, s, slot >= 0, d, Di)
+        keys = _keys(k_ptr, s, seen, d, Di)
         dots = tl.dot(keys.to(DOT), q, input_precision="ieee")
         gated = round_to(tl.where(dots > 0, of_scores[:, None], 0.0), GRAD)
         gathered = tl.dot(tl.trans(gated), keys.to(GRAD), gathered, input_precision="ieee")
@@ -186,30 +190,37 @@ def _launch_options(q_idx, k):
 
 
 def rows(q_idx, k_idx, w, indices, start, end, p, wanted):
-    """(KL and whether it sees a key of each row [T], dI fp32 [T, k], marks for `gradients`). p: fp32 [T, k].
+    """(KL and whether it sees a key of each row [T], dI fp32 [T, k], marks or None for `gradients`). p: fp32 [T, k].
 
-    Without `wanted` there is no dI and there are no marks: both hold anything.
+    Without `wanted` there are no marks, and dI holds anything.
     """
     (T, k), S = indices.shape, len(k_idx)
     kl, scores = (torch.empty(shape, dtype=torch.float32, device=q_idx.device) for shape in ((T,), (T, k)))
     alive = torch.empty(T, dtype=torch.int32, device=q_idx.device)
-    marks = no_marks(T, S, q_idx.device) if wanted else alive
+    marks = no_marks(T, S, q_idx.device) if wanted and S <= 32 * k else None
     _rows[(T,)](
-        q_idx, k_idx, w, indices, start, end, p, scores, marks, kl, alive, S, k,
-        GRADIENTS=wanted, **_launch_options(q_idx, k),
+        q_idx, k_idx, w, indices, start, end, p, scores, alive if marks is None else marks, kl, alive, S, k,
+        WANTED=wanted, COUNTED=marks is not None, **_launch_options(q_idx, k),
     )  # fmt: skip
     return kl, alive, scores, marks
 
 
 def gradients(q_idx, k_idx, w, indices, start, end, of_scores, marks, dq, dw, shares):
-    """Write dq [T, Hi, Di], dw [T, Hi], and to shares [T · k, Di] a row for each pair that is seen, in the order of the
-    keys, and of the queries for each. Returns int32 [S + 1]: key s has the rows from its number to the next."""
+    """Write dq [T, Hi, Di], dw [T, Hi], and to shares [T · k, Di] a row for each pair that is seen.
+
+    Returns what `key_sums.sum_rows` asks of them: order, None where they lie in the order of the keys, and bounds.
+    """
     (T, k), S = indices.shape, len(k_idx)
-    before, bounds = count_marks(marks)
-    slots = torch.empty(T, k, dtype=torch.int32, device=q_idx.device)
+    if marks is None:
+        seen = (indices >= start[:, None]) & (indices < end[:, None])
+        order, bounds = places_by_sort(torch.where(seen, indices, -1), S)
+        marks = before = slots = indices  # not looked at
+    else:
+        order, (before, bounds) = None, count_marks(marks)
+        slots = torch.empty_like(indices)
     grad = tl.float32 if dot_dtype(q_idx).itemsize == 4 else tl.bfloat16
     _gradients[(T,)](
         q_idx, k_idx, w, indices, start, end, of_scores, marks, before, bounds, slots, dq, dw, shares, S, k,
-        GRAD=grad, **_launch_options(q_idx, k),
+        GRAD=grad, COUNTED=order is None, **_launch_options(q_idx, k),
     )  # fmt: skip
-    return bounds
+    return order, bounds
