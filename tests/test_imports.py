@@ -137,7 +137,8 @@ TABLE = [
     ),
     Row(  # the kernels of the indexer's loss
         "dsa_kernels.teach.*",
-        "dsa_kernels.cards dsa_kernels.runtime dsa_kernels.rounding dsa_kernels.index_scores dsa_kernels.teach.*",
+        "dsa_kernels.cards dsa_kernels.runtime dsa_kernels.rounding dsa_kernels.key_sums dsa_kernels.index_scores "
+        "dsa_kernels.teach.*",
         "torch triton",
     ),
     Row(

@@ -2,8 +2,9 @@
 
 A block of rows goes through four kernels: p, attention's mean probability of each pair, unless it is given
 (`teach.attention`); the rows' scores, losses and log-sum-exps; by dI = softmax(I) - p dq_idx and w's gradient; dk_idx
-(`teach.kl`). The forward pass computes the gradients too where they are wanted, so that p is computed once; the
-backward pass multiplies them by what comes from above. No float atomics: repeats give the same bits.
+(`teach.kl` over ranges of keys, `teach.listed` over lists). The forward pass computes the gradients too where they are
+wanted, so that p is computed once; the backward pass multiplies them by what comes from above. No float atomics:
+repeats give the same bits.
 """
 
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor
 from dsa_ref.contracts import check_indexer_loss, row_ranges, values_readable
 
 from . import runtime
-from .key_sums import places_by_sort, sum_rows
+from .key_sums import sum_rows
 from .runtime import FLOATS, cdiv, check_runnable, dispatched, wants_gradient
 from .sparse_attention import check_scale_in_base_2
-from .teach import attention, kl
+from .teach import attention, kl, listed
 from .teach.walk import ALIGN
 
 
@@ -78,18 +79,15 @@ def loss_and_gradients(q_idx, k_idx, w, q, kv, scale, indices, start, end, lse, 
         at_once = runtime.PAIRS_AT_ONCE // width
     else:
         width = indices.shape[1]
-        at_once = min(runtime.PAIRS_AT_ONCE // width, runtime.SHARES_AT_ONCE // (width * Di))
+        at_once = min(runtime.PAIRS_AT_ONCE, runtime.SHARES_AT_ONCE // Di) // width
     at_once = max(1, at_once)
     for first in range(0, T, at_once):
         part = slice(first, first + at_once)
         here = q_idx[part], k_idx, w[part], None if indices is None else indices[part], start[part], end[part]
         p = _target(q, kv, scale, *here[3:], lse, part, width) if target is None else target[part]
-        scores = torch.empty(p.shape, dtype=torch.float32, device=p.device) if wanted else None
-        kl_of_rows[part], lse_of_scores, mass, alive[part] = kl.rows(*here, p, scores)
-        if wanted:
-            pairs = p, scores, lse_of_scores, mass
-            add = _add_dense if indices is None else _add_sparse
-            add(here, pairs, dq[part], dw[part], dk)
+        gradients = (dq[part], dw[part], dk) if wanted else None
+        learn = _over_ranges if indices is None else _over_lists
+        kl_of_rows[part], alive[part] = learn(here, p, gradients)
     dk = None if dk is None else dk.to(k_idx.dtype)
     return kl_of_rows.sum(), alive.sum(), dq, dk, dw
 
@@ -114,21 +112,29 @@ def _target(q, kv, scale, indices, start, end, lse, part, width):
     return p
 
 
-def _add_dense(here, pairs, dq, dw, dk):
-    """Write dq and dw of a block of rows, and add what its rows give to dk."""
+def _over_ranges(here, p, gradients):
+    """(KL, whether it sees a key) of each row of a block. Writes dq and dw, and adds what its rows give to dk."""
     q_idx, k_idx, w, _, start, end = here
-    kl.queries(*here, *pairs, dq, dw, None)
-    kl.keys(q_idx, k_idx, w, start, end, *pairs, dk)
+    scores = None if gradients is None else torch.empty_like(p)
+    kl_of_rows, *sums, alive = kl.rows(q_idx, k_idx, w, start, end, p, scores)
+    if gradients is not None:
+        dq, dw, dk = gradients
+        kl.queries(q_idx, k_idx, w, start, end, p, scores, *sums, dq, dw)
+        kl.keys(q_idx, k_idx, w, start, end, p, scores, *sums, dk)
+    return kl_of_rows, alive
 
 
-def _add_sparse(here, pairs, dq, dw, dk):
-    q_idx, _, _, indices, start, end = here
-    T, k = indices.shape
-    exact = q_idx.dtype == torch.float32
-    shares = torch.empty(T * k, dk.shape[1], dtype=torch.float32 if exact else torch.bfloat16, device=dk.device)
-    kl.queries(*here, *pairs, dq, dw, shares)
-    seen = (indices >= start[:, None]) & (indices < end[:, None])
-    sum_rows(shares, *places_by_sort(torch.where(seen, indices, -1), len(dk)), dk, dk, False, False)
+def _over_lists(here, p, gradients):
+    """As `_over_ranges`."""
+    q_idx, indices = here[0], here[3]
+    kl_of_rows, alive, of_scores, marks = listed.rows(*here, p, gradients is not None)
+    if gradients is not None:
+        dq, dw, dk = gradients
+        share = torch.float32 if q_idx.dtype == torch.float32 else torch.bfloat16
+        shares = torch.empty(indices.numel(), dk.shape[1], dtype=share, device=dk.device)
+        places = listed.gradients(*here, of_scores, marks, dq, dw, shares)
+        sum_rows(shares, *places, dk, dk, False, False)
+    return kl_of_rows, alive
 
 
 def _without_gaps(indices, target, width):

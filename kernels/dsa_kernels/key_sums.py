@@ -5,8 +5,9 @@ each place of each list has a row of its own, the places that hold a key are lis
 adds up their rows in that order, in fp32.
 
 `places_of_keys` is a counting sort. A list of 32 bits for each key and 32 queries says who selected it. What stands
-before a place is then the number of smaller keys' places, of this key's in earlier queries, and of bits below. Its time
-grows with keys and queries, that of torch's sort with the places: `places_by_sort` serves the indexer's short rows.
+before a place is then the number of smaller keys' places, of this key's in earlier queries, and of bits below. The
+indexer's kernels mark and place within themselves (`teach.listed`). Its time grows with keys and queries, that of
+torch's sort with the places: `places_by_sort` serves lists that are short beside the number of keys.
 """
 
 import torch
@@ -52,33 +53,61 @@ def _popcount(x):
 
 
 @triton.jit
-def _mark(lists_ptr, marks_ptr, n, k, S, BLOCK: tl.constexpr):
-    """Set bit t % 32 of marks[t // 32, s] for each s in list t."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    s, t = tl.load(lists_ptr + i, i < n, -1), i // k
-    tl.atomic_or(marks_ptr + (t // 32).to(tl.int64) * S + s, 1 << (t % 32), s >= 0, sem="relaxed")
+def mark(marks_ptr, s, t, there, S):
+    """Set bit t % 32 of marks[t // 32, s] for each s that is there in list t."""
+    tl.atomic_or(marks_ptr + (t // 32).to(tl.int64) * S + s, 1 << (t % 32).to(tl.int32), there, sem="relaxed")
 
 
 @triton.jit
-def _count(marks_ptr, before_ptr, totals_ptr, groups, S, BLOCK: tl.constexpr):
+def slots_of(marks_ptr, before_ptr, bounds_ptr, s, t, there, S):
+    """How many places come before that of key s in list t."""
+    place = (t // 32).to(tl.int64) * S + s
+    earlier = tl.load(marks_ptr + place, there, 0) & ((1 << (t % 32).to(tl.int32)) - 1)
+    return tl.load(bounds_ptr + s, there, 0) + tl.load(before_ptr + place, there, 0) + _popcount(earlier)
+
+
+@triton.jit
+def _mark(lists_ptr, marks_ptr, n, k, S, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    s = tl.load(lists_ptr + i, i < n, -1)
+    mark(marks_ptr, s, i // k, s >= 0, S)
+
+
+@triton.jit
+def _count(marks_ptr, before_ptr, totals_ptr, groups, S, G: tl.constexpr, BLOCK: tl.constexpr):
     """before[group, s]: the bits of s in the groups before; totals[s]: in all."""
-    s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    g, s = tl.arange(0, G), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.int32)
-    for group in range(groups):
-        place = tl.cast(group, tl.int64) * S + s
-        tl.store(before_ptr + place, total, s < S)
-        total += _popcount(tl.load(marks_ptr + place, s < S, 0))
+    for g0 in range(0, groups, G):
+        place = (g0 + g)[:, None].to(tl.int64) * S + s[None, :]
+        there = (g0 + g < groups)[:, None] & (s < S)[None, :]
+        bits = _popcount(tl.load(marks_ptr + place, there, 0))
+        tl.store(before_ptr + place, total[None, :] + tl.cumsum(bits, axis=0) - bits, there)
+        total += tl.sum(bits, axis=0)
     tl.store(totals_ptr + s, total, s < S)
 
 
 @triton.jit
 def _place(lists_ptr, marks_ptr, before_ptr, bounds_ptr, order_ptr, n, k, S, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    s, t = tl.load(lists_ptr + i, i < n, -1), i // k
-    there, place = s >= 0, (t // 32).to(tl.int64) * S + s
-    earlier = tl.load(marks_ptr + place, there, 0) & ((1 << (t % 32)) - 1)
-    before = tl.load(bounds_ptr + s, there, 0) + tl.load(before_ptr + place, there, 0) + _popcount(earlier)
-    tl.store(order_ptr + before, i, there)
+    s = tl.load(lists_ptr + i, i < n, -1)
+    slots = slots_of(marks_ptr, before_ptr, bounds_ptr, s, i // k, s >= 0, S)
+    tl.store(order_ptr + slots, i, s >= 0)
+
+
+def no_marks(T, S, device):
+    """int32 zeros for the bits of T lists of S keys."""
+    return torch.zeros(cdiv(T, 32), S, dtype=torch.int32, device=device)
+
+
+def count_marks(marks):
+    """(before, bounds) for `slots_of`: bounds int32 [S + 1] says where each key's places begin, then how many are."""
+    groups, S = marks.shape
+    before, totals, bounds = torch.empty_like(marks), marks.new_empty(S), marks.new_zeros(S + 1)
+    G, keys = (next_power_of_2(n) for n in (groups, S)) if INTERPRETED else (64, 32)
+    _count[(cdiv(S, keys),)](marks, before, totals, groups, S, G=G, BLOCK=keys)
+    torch.cumsum(totals, dim=0, dtype=torch.int32, out=bounds[1:])
+    return before, bounds
 
 
 def places_of_keys(lists, S):
@@ -86,15 +115,12 @@ def places_of_keys(lists, S):
 
     order int32 [T · k], of which as many are used as the lists have keys; bounds int32 [S + 1].
     """
-    (T, k), groups = lists.shape, cdiv(len(lists), 32)
-    new = {"dtype": torch.int32, "device": lists.device}
-    marks, before, bounds = torch.zeros(groups, S, **new), torch.empty(groups, S, **new), torch.zeros(S + 1, **new)
-    totals, order = torch.empty(S, **new), torch.empty(T * k, **new)
-    block, keys = (65536, next_power_of_2(S)) if INTERPRETED else (1024, 128)
+    T, k = lists.shape
+    marks, order = no_marks(T, S, lists.device), torch.empty(T * k, dtype=torch.int32, device=lists.device)
+    block = 65536 if INTERPRETED else 1024
     many = cdiv(T * k, block)
     _mark[(many,)](lists, marks, T * k, k, S, BLOCK=block)
-    _count[(cdiv(S, keys),)](marks, before, totals, groups, S, BLOCK=keys)
-    torch.cumsum(totals, dim=0, dtype=torch.int32, out=bounds[1:])
+    before, bounds = count_marks(marks)
     _place[(many,)](lists, marks, before, bounds, order, T * k, k, S, BLOCK=block)
     return order, bounds
 
@@ -112,16 +138,18 @@ def places_by_sort(lists, S):
 def _sum_rows(
     rows_ptr, order_ptr, bounds_ptr, kept_ptr, dkv_ptr,
     D: tl.constexpr, R: tl.constexpr, A: tl.constexpr, B: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    ORDERED: tl.constexpr,
 ):  # fmt: skip
     """The rows of one key's places, R at a time: A <= D columns and, where B > 0, the rest in B. kept: fp32 [S, D], the
-    sums so far unless FIRST, and after unless LAST, when they are rounded to dkv."""
+    sums so far unless FIRST, and after unless LAST, when they are rounded to dkv. ORDERED: order is to be looked at."""
     s, i = tl.program_id(0).to(tl.int64), tl.arange(0, R)
     a, b = tl.arange(0, A), A + tl.arange(0, max(B, 1))
     last = tl.load(bounds_ptr + s + 1)
     of_a, of_b = tl.zeros([R, A], tl.float32), tl.zeros([R, max(B, 1)], tl.float32)
     for at in range(tl.load(bounds_ptr + s), last, R):
         there = (at + i < last)[:, None]
-        row = rows_ptr + tl.load(order_ptr + at + i, at + i < last, 0).to(tl.int64)[:, None] * D
+        place = tl.load(order_ptr + at + i, at + i < last, 0) if ORDERED else at + i
+        row = rows_ptr + place.to(tl.int64)[:, None] * D
         of_a += tl.load(row + a[None, :], there, 0.0).to(tl.float32)
         if B > 0:
             mask = there if A + B == D else there & (b < D)[None, :]
@@ -142,9 +170,13 @@ def _finish(total, d, kept_ptr, dkv_ptr, D, FIRST: tl.constexpr, LAST: tl.conste
 
 
 def sum_rows(rows, order, bounds, kept, dkv, first, last):
-    """Add the rows [T · k, D] to the sums of their keys, see `_sum_rows`. order, bounds: their places."""
+    """Add the rows [T · k, D] to the sums of their keys, see `_sum_rows`. order, bounds: their places; order is None
+    where the rows lie in that order already."""
     S, D = dkv.shape
     A = 1 << (D.bit_length() - 1)
     B = next_power_of_2(D - A)
-    R = next_power_of_2(min(len(order), 4096)) if INTERPRETED else max(1, min(64, 4096 // A))
-    _sum_rows[(S,)](rows, order, bounds, kept, dkv, D=D, R=R, A=A, B=B, FIRST=first, LAST=last, num_warps=4)
+    R = next_power_of_2(min(len(rows), 4096)) if INTERPRETED else max(1, min(64, 4096 // A))
+    _sum_rows[(S,)](
+        rows, bounds if order is None else order, bounds, kept, dkv,
+        D=D, R=R, A=A, B=B, FIRST=first, LAST=last, ORDERED=order is not None, num_warps=4,
+    )  # fmt: skip

@@ -43,7 +43,7 @@ SPILLED_BY = {
     "dsa_kernels.paged_index_scores._paged_index_scores": 448,  # four queries, with half of the registers
     "dsa_kernels.paged_sparse_attention._paged_sparse_attention": 192,  # FP8: bytes and their bf16 form side by side
     "dsa_kernels.teach.attention._log_sum_exp": 256,  # Blackwell, and only where attention does not hand it over
-    "dsa_kernels.teach.kl._queries": 400,  # cards whose tensor cores take operands from registers, three products
+    "dsa_kernels.teach.listed._gradients": 192,  # cards whose tensor cores take operands from registers, three products
     "dsa_kernels.teach.kl._keys": 256,  # fp32, as in the next line
     "dsa_kernels.index_scores._index_scores": 320,  # fp32 without tensor cores: 128 dims of two operands at once
 }

@@ -9,7 +9,7 @@ import dsa_kernels
 import dsa_ref
 from dsa_kernels import runtime
 from dsa_kernels.indexer_loss import loss_and_gradients
-from dsa_kernels.teach import kl
+from dsa_kernels.teach import kl, listed
 
 SCALE = 0.1
 SMALL = (16, 32, 8, 80)  # index heads, their dims, heads, their dims
@@ -80,19 +80,46 @@ def test_the_same_bits_every_time(sparse, device, poisoned):
     assert_same(run(dsa_kernels, args, lists), first)
 
 
-def test_without_gradients_nothing_is_computed_for_them(monkeypatch, device):
+@pytest.mark.parametrize("sparse", (False, True))
+def test_without_gradients_nothing_is_computed_for_them(monkeypatch, sparse, device):
     args = inputs(4, 9, (3, 8, 2, 12), device=device)
-    loss = run(dsa_kernels, args)[0]
+    lists = random_indices(4, 9, 5, device=device) if sparse else None
+    loss = run(dsa_kernels, args, lists)[0]
 
     def never(*_):
         raise AssertionError
 
     monkeypatch.setattr(kl, "queries", never)
+    monkeypatch.setattr(listed, "gradients", never)
     with torch.no_grad():
-        assert torch.equal(dsa_kernels.indexer_loss(*args, SCALE), loss)
+        assert torch.equal(dsa_kernels.indexer_loss(*args, SCALE, lists), loss)
     leaf = args[2].requires_grad_()
     with pytest.raises(AssertionError):
-        dsa_kernels.indexer_loss(*args[:2], leaf, *args[3:], SCALE)
+        dsa_kernels.indexer_loss(*args[:2], leaf, *args[3:], SCALE, lists)
+
+
+@pytest.mark.parametrize("S, counted", ((40, True), (300, False)))
+def test_each_key_gets_its_shares_in_the_order_of_the_queries(S, counted, device, poisoned):
+    """Over several words of 32 queries, by marks where lists are long and by a sort where keys are many."""
+    T, k, Di = 70, 7, SMALL[1]
+    q_idx, k_idx, w, *_ = inputs(T, S, SMALL, device=device)
+    lists, (start, end) = random_indices(T, S, k, device=device), ragged(T, S, device=device)
+    shares, dq, dw = torch.full((T * k, Di), torch.nan, device=device), torch.empty_like(q_idx), torch.empty_like(w)
+    of_rows = q_idx, k_idx, w, lists, start, end
+    *_, of_scores, marks = listed.rows(*of_rows, torch.rand(T, k, device=device), True)
+    order, bounds = listed.gradients(*of_rows, of_scores, marks, dq, dw, shares)
+    assert (order is None) == counted
+    wanted, begins = [], [0]
+    for s in range(S):
+        for t, j in (lists == s).nonzero().tolist():
+            if start[t] <= s < end[t]:
+                gates = (q_idx[t] @ k_idx[s] > 0) * w[t]
+                wanted.append(of_scores[t, j] * (gates @ q_idx[t]))
+        begins.append(len(wanted))
+    assert (bounds - bounds[0]).tolist() == begins
+    got = shares[bounds[0] : bounds[-1]] if counted else shares[order[bounds[0] : bounds[-1]]]
+    assert_near([got], [torch.stack(wanted)], 1e-5)
+    assert int(shares[:, 0].isfinite().sum()) == len(wanted)  # and nothing else is written
 
 
 def test_padding_that_no_row_sees_may_hold_anything(device):

@@ -1,11 +1,10 @@
-"""The indexer's side of its loss: each row's KL(p || softmax(I)), then the gradients by the chain dI = softmax(I) - p.
+"""The warm-up of the indexer's loss: each row's KL(p || softmax(I)), then the gradients by dI = softmax(I) - p.
 
 `rows` walks once over a row's keys: scores, their log-sum-exp, and the KL as it goes, against the running maximum of I.
 The scores go to a buffer, and so dI = exp(I - lse) · sum of p - p is a matter of two numbers a pair from there on.
 `queries` walks again. With M[s, h] = (q[h] · k[s] > 0), the relu's derivative, and G[h] = sum over s of M[s, h] · dI[s]
 · k[s], the gradients are dq[h] = w[h] · G[h] and dw[h] = q[h] · G[h].
-dk_idx sums over queries. In the warm-up `keys` owns a block of keys and walks over the queries. In the sparse stage
-`queries` writes a row for each place of a list, and `sorted_sums` adds up those of each key.
+dk_idx sums over queries: `keys` owns a block of keys and walks over them. The sparse stage is in `listed`.
 
 Dot products are computed again in each walk, which costs less than to keep Hi numbers a pair. Products are of the
 inputs' type, but gradients of fp16 inputs are of bf16, as dI is far below what fp16 can hold; sums are fp32.
@@ -19,7 +18,7 @@ from .. import cards
 from ..index_scores import TRITON_NAMES
 from ..rounding import round_to
 from ..runtime import INTERPRETED, cdiv, dot_dtype, multiprocessors, next_power_of_2
-from .walk import keys_at, numbers_at, span
+from .walk import numbers_at, span
 
 
 @triton.jit
@@ -44,15 +43,15 @@ def _for_heads(x, BK: tl.constexpr, BQ: tl.constexpr, HP: tl.constexpr):
 
 @triton.jit
 def _rows(
-    q_ptr, k_ptr, w_ptr, indices_ptr, start_ptr, end_ptr, p_ptr, scores_ptr, kl_ptr, lse_ptr, mass_ptr, alive_ptr,
-    T, S, Hi, Di, k, width,
+    q_ptr, k_ptr, w_ptr, start_ptr, end_ptr, p_ptr, scores_ptr, kl_ptr, lse_ptr, mass_ptr, alive_ptr,
+    T, S, Hi, Di, width,
     HP: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-    DOT: tl.constexpr, LISTS: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first_t = tl.program_id(0).to(tl.int64) * BQ
     t, d = first_t + tl.arange(0, BQ), tl.arange(0, DP)
     start, end = tl.load(start_ptr + t, t < T, 0), tl.load(end_ptr + t, t < T, 0)
-    first, last, low, high = span(start, end, S, k, LISTS)
+    first, last, low, high = span(start, end, S, 0, False)
     column = tl.arange(0, BQ * HP)
     row, h = first_t + column // HP, column % HP
     real = (row < T) & (h < Hi)
@@ -66,12 +65,11 @@ def _rows(
     kl = tl.zeros([BK, BQ], tl.float32)  # sum of p · (ln p - (I - m))
     any_seen = tl.zeros([BK, BQ], tl.int32)
     for j0 in tl.range(first, last, BK, num_stages=STAGES):
-        places = j0 + tl.arange(0, BK)
-        s = keys_at(places, indices_ptr, first_t, k, LISTS)
+        s = j0 + tl.arange(0, BK)
         visible = (s >= low) & (s < high)
         keys = tl.load(k_ptr + s[:, None].to(tl.int64) * Di + d[None, :], visible[:, None] & (d < Di)[None, :], 0.0)
         scores = _scores(tl.dot(keys.to(DOT), q, input_precision="ieee"), w, BK, BQ, HP)
-        seen, where = numbers_at(places, s, t, start, end, width, LISTS)
+        seen, where = numbers_at(s, s, t, start, end, width, False)
         if KEEP:
             tl.store(scores_ptr + where, scores, seen)
         scores = tl.where(seen, scores, float("-inf"))
@@ -98,29 +96,16 @@ def _rows(
 
 
 @triton.jit
-def _weighted_queries(q_ptr, w, row, d, there, Di, GRAD: tl.constexpr):
-    """w · q of these rows and dims."""
-    q = tl.load(q_ptr + row[:, None] * Di + d[None, :], there[:, None] & (d < Di)[None, :], 0.0)
-    return round_to(q.to(tl.float32) * w[:, None], GRAD)
-
-
-@triton.jit
-def _store_shares(gated, weighted_q, shares_ptr, place, d, there, Di):
-    share = round_to(tl.dot(gated, weighted_q, input_precision="ieee"), shares_ptr.dtype.element_ty)
-    tl.store(shares_ptr + place[:, None] * Di + d[None, :], share, there[:, None] & (d < Di)[None, :])
-
-
-@triton.jit
 def _queries(
-    q_ptr, k_ptr, w_ptr, indices_ptr, start_ptr, end_ptr, p_ptr, scores_ptr, lse_ptr, mass_ptr, dq_ptr, dw_ptr,
-    shares_ptr, T, S, Hi, Di, k, width,
+    q_ptr, k_ptr, w_ptr, start_ptr, end_ptr, p_ptr, scores_ptr, lse_ptr, mass_ptr, dq_ptr, dw_ptr,
+    T, S, Hi, Di, width,
     HP: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-    DOT: tl.constexpr, GRAD: tl.constexpr, LISTS: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, GRAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first_t = tl.program_id(0).to(tl.int64) * BQ
     t, d = first_t + tl.arange(0, BQ), tl.arange(0, DP)
     start, end = tl.load(start_ptr + t, t < T, 0), tl.load(end_ptr + t, t < T, 0)
-    first, last, low, high = span(start, end, S, k, LISTS)
+    first, last, low, high = span(start, end, S, 0, False)
     lse, mass = tl.load(lse_ptr + t, t < T, 0.0), tl.load(mass_ptr + t, t < T, 0.0)
     column = tl.arange(0, BQ * HP)
     row, h = first_t + column // HP, column % HP
@@ -130,25 +115,16 @@ def _queries(
     loaded = tl.load(q_ptrs, q_there, 0.0)
     w = tl.load(w_ptr + row * Hi + h, real, 0.0).to(tl.float32)
     q = tl.trans(loaded.to(DOT))
-    if LISTS:  # shares are made in two halves of Di, to take half of the registers
-        d_left = tl.arange(0, DP // 2)
-        d_right = DP // 2 + d_left
-        left = _weighted_queries(q_ptr, w, row * Hi + h, d_left, real, Di, GRAD)
-        right = _weighted_queries(q_ptr, w, row * Hi + h, d_right, real, Di, GRAD)
     gathered = tl.zeros([BQ * HP, DP], tl.float32)  # G
     for j0 in tl.range(first, last, BK, num_stages=STAGES):
-        places = j0 + tl.arange(0, BK)
-        s = keys_at(places, indices_ptr, first_t, k, LISTS)
+        s = j0 + tl.arange(0, BK)
         visible = (s >= low) & (s < high)
         keys = tl.load(k_ptr + s[:, None].to(tl.int64) * Di + d[None, :], visible[:, None] & (d < Di)[None, :], 0.0)
-        seen, where = numbers_at(places, s, t, start, end, width, LISTS)
+        seen, where = numbers_at(s, s, t, start, end, width, False)
         of_scores = _for_heads(_of_scores(scores_ptr, p_ptr, where, seen, lse, mass), BK, BQ, HP)
         dots = tl.dot(keys.to(DOT), q, input_precision="ieee")
         gated = round_to(tl.where(dots > 0, of_scores, 0.0), GRAD)
         gathered = tl.dot(tl.trans(gated), keys.to(GRAD), gathered, input_precision="ieee")
-        if LISTS:
-            _store_shares(gated, left, shares_ptr, first_t * k + places, d_left, places < k, Di)
-            _store_shares(gated, right, shares_ptr, first_t * k + places, d_right, places < k, Di)
     # Rows that see nothing get zeros, whatever they hold.
     lively = tl.load(start_ptr + row, row < T, 0) < tl.load(end_ptr + row, row < T, 0)
     dq = tl.where(lively[:, None], gathered * w[:, None], 0.0)
@@ -205,17 +181,17 @@ def _keys(
 SIZES = {"rows": (128, 64, 3), "queries": (64, 64, 3), "keys": (64, 64, 2)}
 
 
-def tiles(card, kernel, HP, DP, size, lists):
+def tiles(card, kernel, HP, DP, size):
     """(BQ, BK, warps, stages) of the kernel "rows", "queries" or "keys" for that card. HP, DP: heads and dims, powers
     of two; size: bytes of a number.
 
     Raises ValueError where not even the smallest tile fits into its shared memory.
     """
     if INTERPRETED:  # each operation costs the same whatever its size: few large tiles
-        return 1 if lists else max(1, 256 // HP), 256, 4, 1
-    columns, BK, stages = (64, 16, 1) if size == 4 else (HP, 64, 5) if lists else SIZES[kernel]
-    columns = max(HP, 16) if lists else max(columns, HP, 16)
-    if DP < 64 and not lists:
+        return max(1, 256 // HP), 256, 4, 1
+    columns, BK, stages = (64, 16, 1) if size == 4 else SIZES[kernel]
+    columns = max(columns, HP, 16)
+    if DP < 64:
         stages = min(stages, 2 if kernel == "rows" else 1)
 
     def shared_memory():
@@ -231,18 +207,15 @@ def tiles(card, kernel, HP, DP, size, lists):
             BK //= 2
         else:
             raise ValueError(cards.too_wide("q_idx", f"{HP} heads of {DP} dims", shared_memory(), card))
-    if lists and columns <= 16 and size != 4:
-        warps = 1
-    else:
-        warps = 8 if size == 4 or columns > 128 or (columns > 32 and card.capability != cards.HOPPER) else 4
+    warps = 8 if size == 4 or columns > 128 or (columns > 32 and card.capability != cards.HOPPER) else 4
     return max(1, columns // HP), BK, warps, stages
 
 
-def _launch_options(kernel, q_idx, lists):
+def _launch_options(kernel, q_idx):
     Hi, Di = q_idx.shape[1:]
-    HP, DP = max(next_power_of_2(Hi), 16 if lists else 1), max(32, next_power_of_2(Di))
+    HP, DP = next_power_of_2(Hi), max(32, next_power_of_2(Di))
     size = dot_dtype(q_idx).itemsize
-    BQ, BK, warps, stages = tiles(cards.card_of(q_idx), kernel, HP, DP, size, lists)
+    BQ, BK, warps, stages = tiles(cards.card_of(q_idx), kernel, HP, DP, size)
     options = {"HP": HP, "DP": DP, "BQ": BQ, "BK": BK, "STAGES": stages, "num_warps": warps}
     options["DOT"] = getattr(tl, TRITON_NAMES[dot_dtype(q_idx)])
     if kernel != "rows":
@@ -250,36 +223,33 @@ def _launch_options(kernel, q_idx, lists):
     return options
 
 
-def rows(q_idx, k_idx, w, indices, start, end, p, scores):
+def rows(q_idx, k_idx, w, start, end, p, scores):
     """(KL, log-sum-exp of I, sum of p, whether it sees a key) of each row, [T] each; p [T, width] as in `walk`, and so
     scores, to be written, or None."""
-    (T, Hi, Di), S, lists = q_idx.shape, len(k_idx), indices is not None
+    (T, Hi, Di), S = q_idx.shape, len(k_idx)
     kl, lse, mass = (torch.empty(T, dtype=torch.float32, device=q_idx.device) for _ in range(3))
     alive = torch.empty(T, dtype=torch.int32, device=q_idx.device)
-    options = _launch_options("rows", q_idx, lists)
+    options = _launch_options("rows", q_idx)
     _rows[(cdiv(T, options["BQ"]),)](
-        q_idx, k_idx, w, indices if lists else start, start, end, p, p if scores is None else scores,
-        kl, lse, mass, alive, T, S, Hi, Di, indices.shape[1] if lists else 0, p.shape[1],
-        LISTS=lists, KEEP=scores is not None, **options,
+        q_idx, k_idx, w, start, end, p, p if scores is None else scores, kl, lse, mass, alive,
+        T, S, Hi, Di, p.shape[1], KEEP=scores is not None, **options,
     )  # fmt: skip
     return kl, lse, mass, alive
 
 
-def queries(q_idx, k_idx, w, indices, start, end, p, scores, lse, mass, dq, dw, shares):
-    """Write dq [T, Hi, Di] and dw [T, Hi], and in the sparse stage what each place of a list gives to its key's dk, as
-    a row of shares [T · k, Di]."""
-    (T, Hi, Di), S, lists = q_idx.shape, len(k_idx), indices is not None
-    options = _launch_options("queries", q_idx, lists)
+def queries(q_idx, k_idx, w, start, end, p, scores, lse, mass, dq, dw):
+    """Write dq [T, Hi, Di] and dw [T, Hi]."""
+    (T, Hi, Di), S = q_idx.shape, len(k_idx)
+    options = _launch_options("queries", q_idx)
     _queries[(cdiv(T, options["BQ"]),)](
-        q_idx, k_idx, w, indices if lists else start, start, end, p, scores, lse, mass, dq, dw,
-        shares if lists else lse, T, S, Hi, Di, indices.shape[1] if lists else 0, p.shape[1], LISTS=lists, **options,
-    )  # fmt: skip
+        q_idx, k_idx, w, start, end, p, scores, lse, mass, dq, dw, T, S, Hi, Di, p.shape[1], **options
+    )
 
 
 def keys(q_idx, k_idx, w, start, end, p, scores, lse, mass, dk):
     """Add the sums over these queries to dk, fp32 [S, Di]."""
     (T, Hi, Di), S = q_idx.shape, len(k_idx)
-    options = _launch_options("keys", q_idx, False)
+    options = _launch_options("keys", q_idx)
     BQ, BK = options["BQ"], options["BK"]
     groups, blocks = cdiv(T, BQ), cdiv(S, BK)
     busy = cdiv(min(S, T + p.shape[1]), BK)  # of these blocks: ranges of packed sequences lie next to each other
