@@ -1,0 +1,339 @@
+"""What the tests run on every rank of a world, and, with the same arguments, on one rank in their own process.
+
+`fault` names a wrong variant that is put in the place of the right code while a case runs: each must be found out.
+"""
+
+import contextlib
+import os
+import time
+from unittest import mock
+
+import rungs
+import torch
+import torch.distributed as dist
+
+import dsa_ref
+from dsa_ref import TINY, DSALayer, LayerCache
+from dsa_ref.nn import ModelConfig, SmallModel
+from dsa_ref.parallel import (
+    GatheredLayer,
+    Ranks,
+    ShardedCache,
+    ShardedLayer,
+    Zigzag,
+    gathered,
+    new_sharded_caches,
+    over_group,
+    ranks,
+    sharded,
+    sharded_attention,
+    sharded_select,
+    stage_backward,
+    training,
+)
+from dsa_ref.training import stages
+
+# Inputs and models, the same wherever they are made -------------------------------------------------------------------
+
+
+def config_of(**fields):
+    import dataclasses
+
+    return dataclasses.replace(TINY, **fields)
+
+
+def layer_of(seed, ops="reference", dtype=torch.float32, **fields):
+    torch.manual_seed(seed)
+    return DSALayer(config_of(**fields), ops=rungs.load(ops)).to(dtype)
+
+
+def packed(lengths):
+    """positions int64 [T] of sequences of these lengths."""
+    return torch.cat([torch.arange(length) for length in lengths])
+
+
+def tokens_of(lengths, seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(sum(lengths), TINY.dim, generator=generator).to(dtype)
+
+
+def model_of(seed, ops="reference", **fields):
+    torch.manual_seed(seed)
+    fields = {"index_fp8": False} | fields
+    return SmallModel(ModelConfig(n_layers=2, hidden_dim=32, attention=config_of(**fields)), ops=rungs.load(ops))
+
+
+def windows_of(n, length, seed):
+    return torch.randint(0, 256, (n, length + 1), generator=torch.Generator().manual_seed(seed))
+
+
+def selection_inputs(T, S, seed, ties):
+    """q_idx, k_idx, w, start, end. ties: small whole numbers, which give many equal scores, exact in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (T, 4, 16), (S, 16), (T, 4)
+    if ties:
+        tensors = [torch.randint(-1, 2, shape, generator=generator).float() for shape in shapes]
+    else:
+        tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    start = torch.randint(0, S // 2, (T,), generator=generator, dtype=torch.int32)
+    end = torch.randint(S // 2, S + 1, (T,), generator=generator, dtype=torch.int32)
+    end[0] = start[0]  # a row that sees nothing
+    return *tensors, start, end
+
+
+def dealt(S, size, seed, empty):
+    """places int32 of each rank: all S dealt at random, none to the ranks in `empty`."""
+    takers = torch.tensor([rank for rank in range(size) if rank not in empty])
+    owner = takers[torch.randint(0, len(takers), (S,), generator=torch.Generator().manual_seed(seed))]
+    return [(owner == rank).nonzero()[:, 0].int() for rank in range(size)]
+
+
+# Cases: on one rank of a group ----------------------------------------------------------------------------------------
+
+
+def layer_forward(lengths, seed, ops="reference", attention="sparse", fault=None, grad=False, dtype=torch.float32, **fields):
+    """Own rows, the layer's output on them and the record of the selection; with `grad`, gradients of all."""
+    layer, group = layer_of(seed, ops, dtype, **fields), Ranks()
+    rows = Zigzag(sum(lengths), group.size).rows(group.rank)
+    x, positions, record = tokens_of(lengths, seed, dtype)[rows].requires_grad_(grad), packed(lengths)[rows], []
+    with planted(fault), torch.set_grad_enabled(grad):
+        y = GatheredLayer(layer, None)(x, positions, attention=attention, record=record)
+        found = {"rows": rows, "y": y.detach(), "indices": record[0].get("indices"), "lse": record[0]["lse"].detach()}
+        if grad:
+            (y * weights_of(lengths, seed)[rows]).sum().backward()
+            training.sum_gradients(layer.parameters())
+            found |= {"dx": x.grad, "weights": [w.grad for w in layer.parameters()]}
+    return found
+
+
+def weights_of(lengths, seed):
+    """What a test multiplies the output by, so that each place of its gradient is another number."""
+    return torch.randn(sum(lengths), TINY.dim, generator=torch.Generator().manual_seed(seed + 1))
+
+
+def train(n, length, stage, seed, ops="reference", fault=None, times=1, **fields):
+    """The losses, and the gradient of each parameter by its name, after `times` passes."""
+    model = model_of(seed, ops, **fields)
+    over = over_group(model, GatheredLayer)
+    with planted(fault):
+        for _ in range(times):
+            losses = training.stage_backward(over, windows_of(n, length, seed), stage)
+    return losses, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def select(T, S, k, seed, ties=False, ops="reference", empty=(), fault=None):
+    """The selection over keys that are dealt at random, and attention over it."""
+    group = Ranks()
+    q_idx, k_idx, w, start, end = selection_inputs(T, S, seed, ties)
+    q, kv = attention_inputs(T, S, seed)
+    places = dealt(S, group.size, seed, empty)[group.rank]
+    mine, steps = places.long(), rungs.load(ops)
+    with planted(fault):
+        indices = sharded.sharded_select(q_idx, k_idx[mine], w, k, places, start, end, group, ops=steps)
+        out, lse = sharded.sharded_attention(q, kv[mine], indices, 0.3, 8, places, group, ops=steps)
+    return indices, out, lse
+
+
+def attention_inputs(T, S, seed):
+    generator = torch.Generator().manual_seed(seed + 2)
+    return torch.randn(T, 4, 12, generator=generator), torch.randn(S, 12, generator=generator)
+
+
+def generate(prompt, more, chunk, seed, prefill=True, ops="reference", fault=None, **fields):
+    """Logits of a prompt's rows on this rank, then those of the tokens that follow, chunk by chunk, on all ranks."""
+    model, group = model_of(seed, ops, **fields).requires_grad_(False), Ranks()
+    text = windows_of(1, prompt + more, seed)[0, : prompt + more]
+    caches, found = new_sharded_caches(model, prompt + more), []
+    with planted(fault):
+        if prefill:
+            rows = Zigzag(prompt, group.size).rows(group.rank)
+            found.append((rows, over_group(model, GatheredLayer)(text[rows], rows, caches)))
+        decoding = over_group(model, ShardedLayer)
+        for first in range(prompt if prefill else 0, prompt + more, chunk):
+            last = min(first + chunk, prompt + more)
+            found.append((torch.arange(first, last), decoding(text[first:last], torch.arange(first, last), caches)))
+    return found, [cache.held for cache in caches]
+
+
+def refused(call, **changes):
+    """A call for which rank 1 has other arguments; then one that all make alike, since the group must still work."""
+    group = Ranks()
+    try:
+        CALLS[call](group, **(changes if group.rank == 1 else {}))
+    finally:
+        layer_forward([9], seed=0)
+
+
+def gathered_call(group, T=11, dim=64, dtype=torch.float32, fields=None, poison=False, attention="sparse", shift=0,
+                  grad=False, cache=None):  # fmt: skip
+    lengths = [11]
+    rows = Zigzag(11, group.size).rows(group.rank)
+    x, positions = tokens_of(lengths, 0)[rows], packed(lengths)[rows] + shift
+    x = torch.cat((x, x))[: T if T < len(rows) else len(rows) + (T > 11), :dim].to(dtype)
+    positions = torch.cat((positions, positions))[: len(x)]
+    if poison:
+        x[0] = torch.nan
+    layer = layer_of(0, **(fields or {})).to(dtype).requires_grad_(grad)
+    cache = LayerCache(TINY, 20) if cache else None
+    GatheredLayer(layer)(x, positions, cache, attention)
+
+
+def sharded_call(group, T=3, seed=0, dtype=torch.float32, fields=None, before=0, capacity=9, attention="sparse"):
+    config = config_of(**(fields or {}))
+    cache = ShardedCache(config, capacity, dtype)
+    cache.length = before
+    layer = layer_of(0, **(fields or {})).to(dtype).requires_grad_(False)
+    ShardedLayer(layer)(tokens_of([T], seed, dtype), torch.arange(before, before + T), cache, attention)
+
+
+def training_call(group, stage="sparse", n=2, seed=0):
+    stage_backward(over_group(model_of(0), GatheredLayer), windows_of(n, 7, seed), stage)
+
+
+def mixed_call(group, other=False):
+    (sharded_call if other else gathered_call)(group)
+
+
+CALLS = {"gathered": gathered_call, "sharded": sharded_call, "training": training_call, "mixed": mixed_call}
+
+
+def dies(rank, where):
+    """The rank's process ends in the middle of a call."""
+
+    def ends(*arguments):
+        os._exit(7)
+
+    if Ranks().rank == rank:
+        owner, name = {"before": (Ranks, "agree"), "after": (Ranks, "all_gather"), "backward": (Ranks, "reduce_scatter")}[where]
+        count = iter(range(100))
+
+        def counted(*arguments, **keywords):
+            if next(count) >= (2 if where == "after" else 0):  # two messages, then the rows
+                ends()
+            return original(*arguments, **keywords)
+
+        original = getattr(owner, name)
+        setattr(owner, name, counted)
+    return layer_forward([11], seed=0, grad=True)
+
+
+def late(rank, seconds):
+    """The rank comes too late."""
+    if Ranks().rank == rank:
+        time.sleep(seconds)
+        return None
+    begun = time.monotonic()
+    try:
+        layer_forward([11], seed=0)
+    except RuntimeError as error:
+        return str(error), time.monotonic() - begun
+    return None
+
+
+def agrees():
+    """What `agree` gives back, and how it takes a message that is too long."""
+    group = Ranks(dist.group.WORLD)
+    own = group.agree({"same": 1}, {"mine": group.rank})
+    try:
+        group.agree({"long": "x" * 3000})
+    except ValueError as error:
+        return own, str(error)
+
+
+# Wrong variants -------------------------------------------------------------------------------------------------------
+
+
+def local_ranges(self, positions, cache):
+    """Local positions taken for global ones: the i-th own row sees i + 1 keys."""
+    self.runs = []
+    end = torch.arange(1, len(positions) + 1, dtype=torch.int32)
+    return {"start": torch.zeros_like(end), "end": end}
+
+
+def padding_seen(self, everyone):
+    """The gathered rows as they lie, padding and all."""
+    return everyone.flatten(0, 1)[: self.T]
+
+
+def gathered_order(self, everyone):
+    """Ranks one after the other, without padding: not the sequence's order."""
+    return torch.cat([everyone[rank, : self.count(rank)] for rank in range(self.size)])
+
+
+def own_gradient(self, parts):
+    """No sum over ranks: what other ranks' rows asked of this rank's keys is lost."""
+    return parts[self.rank]
+
+
+def mean_gradient(self, parts):
+    return original_reduce_scatter(self, parts) / self.size
+
+
+def twice(parameters, group=None):
+    """Gradients summed over ranks two times."""
+    parameters = list(parameters)
+    original_sum(parameters, group)
+    original_sum(parameters, group)
+
+
+def not_at_all(parameters, group=None):
+    """Each rank keeps the gradient of its own share."""
+
+
+def by_own_rows(layer, step, rows, target=None):
+    """KL divided by the rank's rows instead of the group's."""
+    return original_share(layer, step, max(1, len(step["w"])), target)
+
+
+def mean_merge(outs, lses):
+    return outs.mean(dim=0), lses.logsumexp(dim=0)
+
+
+def by_rank(part, group):
+    """Candidates whose places are those within their rank: local taken for global, and ties go to the first rank."""
+    return original_candidates(part, group)
+
+
+def sorted_by_rank(keys, dim):
+    """Candidates stay in the order of ranks, so that of equal scores the first rank's is kept."""
+    return torch.arange(keys.shape[1]).expand(len(keys), -1)
+
+
+@contextlib.contextmanager
+def unsorted():
+    with mock.patch.object(torch.Tensor, "argsort", lambda keys, dim: sorted_by_rank(keys, dim)):
+        yield
+
+
+def own_best(part, group):
+    """No exchange of candidates: each rank keeps the k best of its own."""
+    return part.repeat(1, group.size) if part.is_floating_point() else torch.cat(
+        (part, torch.full((len(part), part.shape[1] * (group.size - 1)), -1, dtype=part.dtype)), dim=1
+    )
+
+
+def every_own_place(self, before, T):
+    """Every rank keeps every new token: each is then there N times."""
+    return torch.arange(before, before + T)
+
+
+original_reduce_scatter, original_sum = Ranks.reduce_scatter, training.sum_gradients
+original_share, original_candidates = training.indexer_share, sharded.candidates
+FAULTS = {
+    "local positions for global": lambda: mock.patch.object(GatheredLayer, "_ranges", local_ranges),
+    "padding seen": lambda: mock.patch.object(Zigzag, "in_order", padding_seen),
+    "keys in the order of ranks": lambda: mock.patch.object(Zigzag, "in_order", gathered_order),
+    "gradient of own rows alone": lambda: mock.patch.object(Ranks, "reduce_scatter", own_gradient),
+    "mean of gradients": lambda: mock.patch.object(Ranks, "reduce_scatter", mean_gradient),
+    "gradient counted twice": lambda: mock.patch.object(training, "sum_gradients", twice),
+    "gradients not summed": lambda: mock.patch.object(training, "sum_gradients", not_at_all),
+    "mean over own rows": lambda: mock.patch.object(training, "indexer_share", by_own_rows),
+    "merge by mean": lambda: mock.patch.object(sharded, "merge_parts", mean_merge),
+    "ties by rank": unsorted,
+    "own candidates alone": lambda: mock.patch.object(sharded, "candidates", own_best),
+    "every rank keeps all": lambda: mock.patch.object(ShardedLayer, "_own", every_own_place),
+}
+
+
+def planted(fault):
+    return FAULTS[fault]() if fault else contextlib.nullcontext()
