@@ -26,13 +26,16 @@ from .zigzag import Zigzag
 STAGES = ("dense", "warm-up", "sparse")
 
 
-def stage_backward(model: SmallModel, tokens: Tensor, stage: str) -> tuple[Tensor | None, Tensor | None]:
-    """Add the gradients of a stage's losses over all windows to the parameters', on every rank; the losses, in nats.
+def stage_backward(
+    model: SmallModel, tokens: Tensor, stage: str, share: float = 1.0
+) -> tuple[Tensor | None, Tensor | None]:
+    """Add the gradients of `share` times a stage's losses to the parameters', on every rank; the losses so, in nats.
 
     model: `over_group(model, GatheredLayer, group)` of a SmallModel. tokens: all windows, int64 [n, L + 1], the same on
-    all ranks; each rank takes its rows. stage: "dense", "warm-up" or "sparse", as for `dsa_ref.training.stages`.
-    Returns (language loss, indexer loss) of all windows on all ranks alike, detached fp32; None where the stage has
-    none. Gradients that parameters had before must be the same on all ranks: they are kept, and counted once.
+    all ranks; each rank takes its rows. stage: "dense", "warm-up" or "sparse", and share: as for
+    `dsa_ref.training.stages.stage_backward`. Returns (language loss, indexer loss) times share, of all windows on all
+    ranks alike, detached fp32; None where the stage has none. Gradients that parameters had before must be the same on
+    all ranks: they are kept, and counted once.
 
     Raises: TypeError for another model, ValueError for another stage or other tokens, as GatheredLayer does.
     """
@@ -46,7 +49,9 @@ def stage_backward(model: SmallModel, tokens: Tensor, stage: str) -> tuple[Tenso
         if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
             raise ValueError(f"tokens must have shape [n, L + 1] with n, L > 0, got {list(tokens.shape)}")
         values = zlib.crc32(tokens.cpu().numpy().tobytes())
-        ranks.agree({"call": "training", "stage": stage, "tokens": list(tokens.shape), "values": values})
+        ranks.agree(
+            {"call": "training", "stage": stage, "tokens": list(tokens.shape), "values": values, "share": share}
+        )
     T, length = tokens[:, 1:].numel(), tokens.shape[1] - 1
     rows = Zigzag(T, ranks.size).rows(ranks.rank, tokens.device)
     record = None if stage == "dense" else []
@@ -57,15 +62,15 @@ def stage_backward(model: SmallModel, tokens: Tensor, stage: str) -> tuple[Tenso
     logits = model(tokens[:, :-1].flatten()[rows], rows % length, attention=attention, record=record)
     language, indexer = None, None
     if stage != "warm-up":
-        language = F.cross_entropy(logits, tokens[:, 1:].flatten()[rows], reduction="sum") / T
+        language = F.cross_entropy(logits, tokens[:, 1:].flatten()[rows], reduction="sum") * (share / T)
         language.backward()
     if record is not None:
         indexer = torch.zeros((), device=tokens.device)
         for layer, step in zip(layers, record, strict=True):
             target = step["probe"].grad if "probe" in step else None
-            share = indexer_share(layer, step, T, target) / len(layers)
-            share.backward()
-            indexer += share.detach()
+            loss = indexer_share(layer, step, T, target) * (share / len(layers))
+            loss.backward()
+            indexer += loss.detach()
     sum_gradients(model.parameters(), ranks.group)
     for weight, grad in before.items():
         if grad is not None:
