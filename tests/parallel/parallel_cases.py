@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import os
 import time
 from unittest import mock
@@ -12,7 +13,6 @@ import rungs
 import torch
 import torch.distributed as dist
 
-import dsa_ref
 from dsa_ref import TINY, DSALayer, LayerCache
 from dsa_ref.nn import ModelConfig, SmallModel
 from dsa_ref.parallel import (
@@ -21,24 +21,17 @@ from dsa_ref.parallel import (
     ShardedCache,
     ShardedLayer,
     Zigzag,
-    gathered,
     new_sharded_caches,
     over_group,
-    ranks,
     sharded,
-    sharded_attention,
-    sharded_select,
     stage_backward,
     training,
 )
-from dsa_ref.training import stages
 
 # Inputs and models, the same wherever they are made -------------------------------------------------------------------
 
 
 def config_of(**fields):
-    import dataclasses
-
     return dataclasses.replace(TINY, **fields)
 
 
@@ -60,7 +53,11 @@ def tokens_of(lengths, seed, dtype=torch.float32):
 def model_of(seed, ops="reference", **fields):
     torch.manual_seed(seed)
     fields = {"index_fp8": False} | fields
-    return SmallModel(ModelConfig(n_layers=2, hidden_dim=32, attention=config_of(**fields)), ops=rungs.load(ops))
+    model = SmallModel(ModelConfig(n_layers=2, hidden_dim=32, attention=config_of(**fields)), ops=rungs.load(ops))
+    for weight in model.parameters():
+        if weight.dim() == 2:  # larger than at a training's start, where the indexer's loss is next to nothing
+            torch.nn.init.normal_(weight, std=0.2)
+    return model
 
 
 def windows_of(n, length, seed):
@@ -128,6 +125,8 @@ def select(T, S, k, seed, ties=False, ops="reference", empty=(), fault=None):
     q, kv = attention_inputs(T, S, seed)
     places = dealt(S, group.size, seed, empty)[group.rank]
     mine, steps = places.long(), rungs.load(ops)
+    if fault == "local places":  # taken for those in the sequence
+        places, fault = torch.arange(len(places), dtype=torch.int32), None
     with planted(fault):
         indices = sharded.sharded_select(q_idx, k_idx[mine], w, k, places, start, end, group, ops=steps)
         out, lse = sharded.sharded_attention(q, kv[mine], indices, 0.3, 8, places, group, ops=steps)
@@ -289,20 +288,9 @@ def mean_merge(outs, lses):
     return outs.mean(dim=0), lses.logsumexp(dim=0)
 
 
-def by_rank(part, group):
-    """Candidates whose places are those within their rank: local taken for global, and ties go to the first rank."""
-    return original_candidates(part, group)
-
-
-def sorted_by_rank(keys, dim):
-    """Candidates stay in the order of ranks, so that of equal scores the first rank's is kept."""
-    return torch.arange(keys.shape[1]).expand(len(keys), -1)
-
-
-@contextlib.contextmanager
-def unsorted():
-    with mock.patch.object(torch.Tensor, "argsort", lambda keys, dim: sorted_by_rank(keys, dim)):
-        yield
+def ranks_order(keys, dim):
+    """Candidates in the order of ranks, those that are none behind: of equal scores the first rank's is kept."""
+    return (keys == sharded.LAST).byte().sort(dim=dim, stable=True).indices
 
 
 def own_best(part, group):
@@ -318,7 +306,7 @@ def every_own_place(self, before, T):
 
 
 original_reduce_scatter, original_sum = Ranks.reduce_scatter, training.sum_gradients
-original_share, original_candidates = training.indexer_share, sharded.candidates
+original_share = training.indexer_share
 FAULTS = {
     "local positions for global": lambda: mock.patch.object(GatheredLayer, "_ranges", local_ranges),
     "padding seen": lambda: mock.patch.object(Zigzag, "in_order", padding_seen),
@@ -329,7 +317,7 @@ FAULTS = {
     "gradients not summed": lambda: mock.patch.object(training, "sum_gradients", not_at_all),
     "mean over own rows": lambda: mock.patch.object(training, "indexer_share", by_own_rows),
     "merge by mean": lambda: mock.patch.object(sharded, "merge_parts", mean_merge),
-    "ties by rank": unsorted,
+    "ties by rank": lambda: mock.patch.object(torch.Tensor, "argsort", ranks_order),
     "own candidates alone": lambda: mock.patch.object(sharded, "candidates", own_best),
     "every rank keeps all": lambda: mock.patch.object(ShardedLayer, "_own", every_own_place),
 }

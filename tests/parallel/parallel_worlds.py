@@ -34,6 +34,7 @@ class World:
         context.set_forkserver_preload(["parallel_cases"])
         self.size, self.folder = size, tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
+        self.broken = False  # a case has failed, and left ranks at different places
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -49,6 +50,7 @@ class World:
         outcomes = self.outcomes(case, **arguments)
         for outcome in outcomes:
             if isinstance(outcome, Exception):
+                self.broken = True
                 raise outcome
         return outcomes
 
@@ -60,7 +62,7 @@ class World:
         deadline, found = time.monotonic() + PATIENCE, []
         for rank in ranks:
             if not self.pipes[rank].poll(max(0.0, deadline - time.monotonic())):
-                self.close()
+                self.broken = True
                 pytest.fail(f"rank {rank} of {self.size} hangs in {case}")
             try:
                 kind, value = self.pipes[rank].recv()
