@@ -56,7 +56,7 @@ def sharded_select(
         keys[:, : best.shape[1]] = places[there].masked_fill(best < 0, -1)
         scores[:, : best.shape[1]] = every.gather(1, there)
     keys, scores = (candidates(part, ranks) for part in (keys, scores))
-    order = keys.masked_fill(keys < 0, LAST).argsort(dim=1)
+    order = by_place(keys)
     keys, scores = keys.gather(1, order), scores.gather(1, order)
     count = (keys >= 0).sum(dim=1, dtype=torch.int32)
     best = ops.select_topk(scores, k, torch.zeros_like(count), count)
@@ -67,6 +67,11 @@ def sharded_select(
 def candidates(part: Tensor, ranks: Ranks) -> Tensor:
     """[T, k] of every rank side by side: [T, size · k]."""
     return ranks.all_gather(part).transpose(0, 1).flatten(1)
+
+
+def by_place(keys: Tensor) -> Tensor:
+    """The order of candidates [T, n] by their places, those that are none last: so ties go to the smallest place."""
+    return keys.masked_fill(keys < 0, LAST).argsort(dim=1)
 
 
 @torch.no_grad()

@@ -6,10 +6,14 @@ does not end is a failure of its test, and the end of its world's processes.
 
 import datetime
 import multiprocessing
+import multiprocessing.forkserver
+import os
+import sys
 import tempfile
 import time
 import traceback
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -32,6 +36,9 @@ class World:
     def __init__(self, size, timeout=60.0):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["parallel_cases"])
+        path = os.pathsep.join(folder for folder in sys.path if folder)  # before Python 3.12 the server has no other
+        with mock.patch.dict(os.environ, PYTHONPATH=path):
+            multiprocessing.forkserver.ensure_running()
         self.size, self.folder = size, tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
         self.broken = False  # a case has failed, and left ranks at different places
