@@ -88,7 +88,9 @@ def dealt(S, size, seed, empty):
 # Cases: on one rank of a group ----------------------------------------------------------------------------------------
 
 
-def layer_forward(lengths, seed, ops="reference", attention="sparse", fault=None, grad=False, dtype=torch.float32, **fields):
+def layer_forward(
+    lengths, seed, ops="reference", attention="sparse", fault=None, grad=False, dtype=torch.float32, **fields
+):
     """Own rows, the layer's output on them and the record of the selection; with `grad`, gradients of all."""
     layer, group = layer_of(seed, ops, dtype, **fields), Ranks()
     rows = Zigzag(sum(lengths), group.size).rows(group.rank)
@@ -154,27 +156,27 @@ def generate(prompt, more, chunk, seed, prefill=True, ops="reference", fault=Non
     return found, [cache.held for cache in caches]
 
 
-def refused(call, **changes):
-    """A call for which rank 1 has other arguments; then one that all make alike, since the group must still work."""
-    group = Ranks()
+def refused(call, changes):
+    """What a call raises for which rank 1 has other arguments; then all make one alike: the group must still work."""
+    group, raised = Ranks(), None
     try:
         CALLS[call](group, **(changes if group.rank == 1 else {}))
-    finally:
-        layer_forward([9], seed=0)
+    except (ValueError, TypeError) as error:
+        raised = type(error).__name__, str(error)
+    return raised, layer_forward([9], seed=0)["y"].isfinite().all()
 
 
-def gathered_call(group, T=11, dim=64, dtype=torch.float32, fields=None, poison=False, attention="sparse", shift=0,
-                  grad=False, cache=None):  # fmt: skip
-    lengths = [11]
+def gathered_call(
+    group, fewer=0, dim=64, dtype=torch.float32, fields=None, poison=False, attention="sparse", shift=0, grad=False,
+    cache=None,
+):  # fmt: skip
     rows = Zigzag(11, group.size).rows(group.rank)
-    x, positions = tokens_of(lengths, 0)[rows], packed(lengths)[rows] + shift
-    x = torch.cat((x, x))[: T if T < len(rows) else len(rows) + (T > 11), :dim].to(dtype)
-    positions = torch.cat((positions, positions))[: len(x)]
+    rows = rows[: len(rows) - fewer]
+    x, positions = tokens_of([11], 0)[rows, :dim].to(dtype), packed([11])[rows] + shift
     if poison:
         x[0] = torch.nan
     layer = layer_of(0, **(fields or {})).to(dtype).requires_grad_(grad)
-    cache = LayerCache(TINY, 20) if cache else None
-    GatheredLayer(layer)(x, positions, cache, attention)
+    GatheredLayer(layer)(x, positions, LayerCache(TINY, 20) if cache else None, attention)
 
 
 def sharded_call(group, T=3, seed=0, dtype=torch.float32, fields=None, before=0, capacity=9, attention="sparse"):
@@ -197,30 +199,34 @@ CALLS = {"gathered": gathered_call, "sharded": sharded_call, "training": trainin
 
 
 def dies(rank, where):
-    """The rank's process ends in the middle of a call."""
+    """One rank's process ends in the middle of a call; what the others raise, and after how many seconds."""
+    messages = iter(range(100))
 
-    def ends(*arguments):
-        os._exit(7)
+    def ends_in(owner, name, after):
+        original = getattr(owner, name)
+
+        def ending(*arguments):
+            if next(messages) >= after:
+                os._exit(7)
+            return original(*arguments)
+
+        setattr(owner, name, ending)
 
     if Ranks().rank == rank:
-        owner, name = {"before": (Ranks, "agree"), "after": (Ranks, "all_gather"), "backward": (Ranks, "reduce_scatter")}[where]
-        count = iter(range(100))
-
-        def counted(*arguments, **keywords):
-            if next(count) >= (2 if where == "after" else 0):  # two messages, then the rows
-                ends()
-            return original(*arguments, **keywords)
-
-        original = getattr(owner, name)
-        setattr(owner, name, counted)
-    return layer_forward([11], seed=0, grad=True)
+        # "rows": two messages are sent, each by an all-gather, and then the rows
+        ends_in(Ranks, *{"message": ("agree", 0), "rows": ("all_gather", 2), "backward": ("reduce_scatter", 0)}[where])
+    begun = time.monotonic()
+    try:
+        layer_forward([11], seed=0, grad=True)
+    except RuntimeError as error:
+        return str(error), time.monotonic() - begun
+    return None
 
 
 def late(rank, seconds):
     """The rank comes too late."""
     if Ranks().rank == rank:
         time.sleep(seconds)
-        return None
     begun = time.monotonic()
     try:
         layer_forward([11], seed=0)
@@ -293,11 +299,10 @@ def by_rank(keys):
     return (keys < 0).byte().sort(dim=1, stable=True).indices
 
 
-def own_best(part, group):
+def own_best(keys, scores, group):
     """No exchange of candidates: each rank keeps the k best of its own."""
-    return part.repeat(1, group.size) if part.is_floating_point() else torch.cat(
-        (part, torch.full((len(part), part.shape[1] * (group.size - 1)), -1, dtype=part.dtype)), dim=1
-    )
+    nothing = torch.full((len(keys), keys.shape[1] * (group.size - 1)), -1, dtype=torch.int32)
+    return torch.cat((keys, nothing), dim=1), torch.cat((scores, nothing.to(scores.dtype)), dim=1)
 
 
 def every_own_place(self, before, T):

@@ -108,7 +108,7 @@ def compare_training(parts, wanted):
             assert (grads[name] is None) == (right is None), name
             if right is not None:  # by each parameter's own largest gradient: the indexer's are small
                 largest = float(right.abs().max())
-                torch.testing.assert_close(grads[name], right, rtol=0.0, atol=1e-4 * largest, msg=lambda m: f"{name}: {m}")
+                assert float((grads[name] - right).abs().max()) <= 1e-4 * largest, name
 
 
 @pytest.mark.parametrize("stage", ["dense", "warm-up", "sparse"])
@@ -155,9 +155,9 @@ def test_all_ranks_have_the_same_gradients_of_weights(worlds):
 
 def test_kernels_give_what_they_give_on_one_rank(worlds):
     for changes in ({}, {"index_fp8": False, "grad": True}):
-        arguments = {"lengths": [13, 6], "seed": 0, "ops": "kernels"} | changes
+        arguments = {"lengths": [7, 4], "seed": 0, "ops": "kernels"} | changes
         compare(worlds(2).run("layer_forward", **arguments), alone(**arguments))
-    arguments = {"n": 1, "length": 9, "stage": "sparse", "seed": 0, "ops": "kernels"}
+    arguments = {"n": 1, "length": 5, "stage": "sparse", "seed": 0, "ops": "kernels"}
     compare_training(worlds(2).run("train", **arguments), one_ranks_training(**arguments))
 
 

@@ -126,7 +126,10 @@ def test_a_wrong_variant_of_a_generation_is_found(worlds, fault, message):
     world, wanted = worlds(2), alone_generating(**arguments)
     total = arguments["prompt"] + arguments["more"]
     compare_generation(world.run("generate", chunk=2, **arguments), wanted, total)
-    compared = lambda parts: compare_generation(parts, wanted, total)
+
+    def compared(parts):
+        compare_generation(parts, wanted, total)
+
     found_out(world, compared, "generate", message, chunk=2, fault=fault, **arguments)
 
 
