@@ -13,6 +13,8 @@ no choice to repeat. The price is memory for all keys of a layer, while it runs.
 dkv and dk_idx come in two backward passes, the language loss's and then the indexer's, whose target the first one
 yields (SPEC section 5): so each has its own reduce-scatter, of D and of Di numbers a token. Each rank's gradient is
 rounded to the dtype of the rows before it is widened and summed, as the steps return it so.
+
+Source: SPEC section 11.
 """
 
 import zlib
