@@ -102,12 +102,12 @@ TABLE = [
     Row(  # a layer over a group of ranks
         "dsa_ref.parallel.*",
         "dsa_ref dsa_ref.config dsa_ref.contracts dsa_ref.decode dsa_ref.nn.* dsa_ref.parallel.*",
-        "torch",
+        "torch ?",  # dsa_kernels, where the command line asks for them
     ),
     Row(
         "dsa_ref.training.*",
         "dsa_ref dsa_ref.config dsa_ref.precision dsa_ref.contracts dsa_ref/step dsa_ref.testing dsa_ref.records "
-        "dsa_ref.nn.* dsa_ref.training.*",
+        "dsa_ref.nn.* dsa_ref.parallel dsa_ref.training.*",
         "torch safetensors ?",  # dsa_kernels, where the command line asks for them
     ),
     Row(

@@ -27,6 +27,7 @@ from dsa_ref.parallel import (
     stage_backward,
     training,
 )
+from dsa_ref.parallel.generate import generate_over_group
 
 # Inputs and models, the same wherever they are made -------------------------------------------------------------------
 
@@ -330,3 +331,12 @@ FAULTS = {
 
 def planted(fault):
     return FAULTS[fault]() if fault else contextlib.nullcontext()
+
+
+def bytes_after(prompt, tokens, seed, other=None, fault=None, fields=None, draws=0, **options):
+    """The bytes that continue a prompt, as a list. other: the prompt of rank 1."""
+    model = model_of(seed, **(fields or {})).requires_grad_(False)
+    if other is not None and Ranks().rank == 1:
+        prompt = other
+    with planted(fault):
+        return list(generate_over_group(model, prompt, tokens, seed=draws, **options))
