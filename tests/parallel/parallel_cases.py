@@ -140,12 +140,12 @@ def attention_inputs(T, S, seed):
     return torch.randn(T, 4, 12, generator=generator), torch.randn(S, 12, generator=generator)
 
 
-def generate(prompt, more, chunk, seed, prefill=True, ops="reference", fault=None, **fields):
+def generate(prompt, more, chunk, seed, prefill=True, ops="reference", fault=None, rows_at_once=5, **fields):
     """Logits of a prompt's rows on this rank, then those of the tokens that follow, chunk by chunk, on all ranks."""
     model, group = model_of(seed, ops, **fields).requires_grad_(False), Ranks()
     text = windows_of(1, prompt + more, seed)[0, : prompt + more]
     caches, found = new_sharded_caches(model, prompt + more), []
-    with planted(fault):
+    with planted(fault), mock.patch.object(GatheredLayer, "rows_at_once", rows_at_once):
         if prefill:
             rows = Zigzag(prompt, group.size).rows(group.rank)
             found.append((rows, over_group(model, GatheredLayer)(text[rows], rows, caches)))

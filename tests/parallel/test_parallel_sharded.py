@@ -107,6 +107,17 @@ def test_a_prompt_by_gathered_keys_and_its_continuation_by_sharded_ones(worlds, 
         assert [len(found[0][0]) for found, _ in parts] == [Zigzag(prompt, size).count(rank) for rank in range(size)]
 
 
+def test_blocks_of_queries_change_nothing(worlds):
+    """The same up to rounding: a product over fewer rows may round otherwise."""
+    arguments = {"prompt": 37, "more": 0, "chunk": 1, "seed": 5}
+    wanted = alone_generating(37, 0, 5)
+    for rows_at_once in (1, 5, 64):
+        for found, held in worlds(3).run("generate", rows_at_once=rows_at_once, **arguments):
+            ((rows, logits),) = found
+            assert_close(logits, wanted[rows], TOLERANCE)
+            assert held == [len(rows)] * 2
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_context_that_only_all_ranks_together_hold(worlds, size):
     arguments = {"prompt": 0, "more": 30, "seed": 6, "prefill": False}
