@@ -12,6 +12,7 @@ from unittest import mock
 import rungs
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from dsa_ref import TINY, DSALayer, LayerCache
 from dsa_ref.nn import ModelConfig, SmallModel
@@ -90,20 +91,42 @@ def dealt(S, size, seed, empty):
 
 
 def layer_forward(
-    lengths, seed, ops="reference", attention="sparse", fault=None, grad=False, dtype=torch.float32, **fields
-):
-    """Own rows, the layer's output on them and the record of the selection; with `grad`, gradients of all."""
+    lengths, seed, ops="reference", attention="sparse", fault=None, grad=False, dtype=torch.float32, repeated=False,
+    **fields,
+):  # fmt: skip
+    """Own rows, the layer's output on them and the record of the selection; with `grad`, gradients of all.
+
+    repeated: under activation checkpointing, which runs the layer again in the backward pass.
+    """
     layer, group = layer_of(seed, ops, dtype, **fields), Ranks()
     rows = Zigzag(sum(lengths), group.size).rows(group.rank)
     x, positions, record = tokens_of(lengths, seed, dtype)[rows].requires_grad_(grad), packed(lengths)[rows], []
     with planted(fault), torch.set_grad_enabled(grad):
-        y = GatheredLayer(layer, None)(x, positions, attention=attention, record=record)
+        over, more = GatheredLayer(layer), {"attention": attention, "record": record}
+        y = checkpoint(over, x, positions, use_reentrant=False, **more) if repeated else over(x, positions, **more)
         found = {"rows": rows, "y": y.detach(), "indices": record[0].get("indices"), "lse": record[0]["lse"].detach()}
         if grad:
             (y * weights_of(lengths, seed)[rows]).sum().backward()
             training.sum_gradients(layer.parameters())
             found |= {"dx": x.grad, "weights": [w.grad for w in layer.parameters()]}
     return found
+
+
+def shared_selection(lengths, seed):
+    """Two layers, the second without an indexer: own rows, and its output by either plan (see `two_layers`)."""
+    first, second = two_layers(seed)
+    rows = Zigzag(sum(lengths), Ranks().size).rows(Ranks().rank)
+    x, positions, record = tokens_of(lengths, seed), packed(lengths), []
+    gathered = GatheredLayer(first)(x[rows], positions[rows], record=record)
+    gathered = GatheredLayer(second)(gathered, positions[rows], indices=record[0]["indices"])
+    caches = [ShardedCache(TINY, sum(lengths), indexer=indexer) for indexer in (True, False)]
+    y = ShardedLayer(first)(x, positions, caches[0], record=record)
+    return rows, gathered, ShardedLayer(second)(y, positions, caches[1], indices=record[1]["indices"])
+
+
+def two_layers(seed):
+    torch.manual_seed(seed)
+    return [DSALayer(TINY, indexer=indexer).requires_grad_(False) for indexer in (True, False)]
 
 
 def weights_of(lengths, seed):
@@ -141,12 +164,12 @@ def attention_inputs(T, S, seed):
     return torch.randn(T, 4, 12, generator=generator), torch.randn(S, 12, generator=generator)
 
 
-def generate(prompt, more, chunk, seed, prefill=True, ops="reference", fault=None, **fields):
+def generate(prompt, more, chunk, seed, prefill=True, ops="reference", fault=None, rows_at_once=5, **fields):
     """Logits of a prompt's rows on this rank, then those of the tokens that follow, chunk by chunk, on all ranks."""
     model, group = model_of(seed, ops, **fields).requires_grad_(False), Ranks()
     text = windows_of(1, prompt + more, seed)[0, : prompt + more]
     caches, found = new_sharded_caches(model, prompt + more), []
-    with planted(fault):
+    with planted(fault), mock.patch.object(GatheredLayer, "rows_at_once", rows_at_once):
         if prefill:
             rows = Zigzag(prompt, group.size).rows(group.rank)
             found.append((rows, over_group(model, GatheredLayer)(text[rows], rows, caches)))
@@ -192,11 +215,16 @@ def training_call(group, stage="sparse", n=2, seed=0):
     stage_backward(over_group(model_of(0), GatheredLayer), windows_of(n, 7, seed), stage)
 
 
+def weights_call(group, seed=0):
+    over_group(model_of(seed), GatheredLayer)
+
+
 def mixed_call(group, other=False):
     (sharded_call if other else gathered_call)(group)
 
 
-CALLS = {"gathered": gathered_call, "sharded": sharded_call, "training": training_call, "mixed": mixed_call}
+CALLS = {"gathered": gathered_call, "sharded": sharded_call, "training": training_call, "mixed": mixed_call,
+         "weights": weights_call}  # fmt: skip
 
 
 def dies(rank, where):
@@ -234,6 +262,27 @@ def late(rank, seconds):
     except RuntimeError as error:
         return str(error), time.monotonic() - begun
     return None
+
+
+def twins():
+    """Whether a model over the group has the model's own weights under their names, and has left the model alone."""
+    model = model_of(0)
+    over = over_group(model, GatheredLayer)
+    same = all(a is b for a, b in zip(model.parameters(), over.parameters(), strict=True))
+    kinds = [type(block.self_attn).__name__ for block in (*model.layers, *over.layers)]
+    model.double()  # both, since the weights are one
+    dtypes = {weight.dtype for weight in over.parameters()}
+    return same, list(model.state_dict()) == list(over.state_dict()), kinds, dtypes
+
+
+def bench(what, T, fault=None):
+    """A row of the bench's record, in its interpreter and on gloo."""
+    from dsa_bench import parallel  # where there is triton
+
+    layer = parallel.training_layer(config_of(index_fp8=what == "prefill"), rungs.load("kernels"), "cpu")
+    layer.requires_grad_(what == "training")
+    with planted(fault):
+        return getattr(parallel, what)(layer, T, Ranks(), torch.device("cpu"), 1)
 
 
 def agrees():
