@@ -39,13 +39,13 @@ from .checkpointing import (
 )
 from .decode import check_decode, decode_step, recorded
 from .parts import Indexer, RMSNorm
-from .prefill import prefill_step, serves
+from .prefill import prefill_step, row_starts, serves
 from .probe import probe_of
 from .wrapped import matrix
 
 STEPS = ("rope", "rotate_quantize", "lightning_select", "sparse_attention")  # of `ops`
 ATTENTION = ("sparse", "mha", "dense")
-RECORDED = ("q_idx", "k_idx", "w", "k_scale", "q", "q_heads", "kv", "start", "indices", "lse", "probe")  # in this order
+RECORDED = "q_idx k_idx w k_scale q q_heads kv start end indices lse probe".split()  # in this order
 
 
 class Ops(Protocol):
@@ -72,6 +72,8 @@ class DSALayer(nn.Module):
 
     Submodules may be wrapped (adapters, hooks, shards) as long as kv_b_proj stays linear without a bias: see `wrapped`.
     """
+
+    rows_are_last = True  # a call's tokens are the last of those that they may see; in `dsa_ref.parallel` some are not
 
     def __init__(self, config: DSAConfig, ops: Ops = dsa_ref, indexer: bool = True) -> None:
         super().__init__()
@@ -173,24 +175,22 @@ class DSALayer(nn.Module):
 
     def _attend(self, x, positions, cache, attention, indices, recording) -> tuple[Tensor, dict]:
         """`forward` on checked arguments: the output, and the step as `record` gets it."""
-        c = self.config
-        start = self._row_starts(positions, cache).to(torch.int32)
+        c, ranges = self.config, self._ranges(positions, cache)
         q_latent = self.q_a_layernorm(self.q_a_proj(x))
         q_heads, kv = self._queries(q_latent, positions), self._latents(x, positions)
         indexing = self.indexer is not None and (attention != "dense" or recording or cache is not None)
         q_idx, k_idx, w, q_scale, k_scale = self._index(x, q_latent, positions) if indexing else [None] * 5
-        if cache is not None:
-            kv, k_idx, k_scale = cache.append(kv, k_idx, k_scale)
-            if q_idx is not None:
-                q_idx = q_idx.to(k_idx.dtype)  # wider only inside autocast
-        step = {"kv": kv, "start": start}
+        kv, k_idx, k_scale = self._all_rows(cache, kv, k_idx, k_scale)
+        if cache is not None and q_idx is not None:
+            q_idx = q_idx.to(k_idx.dtype)  # wider only inside autocast
+        step = {"kv": kv} | ranges
         if indexing:
             weights = w if q_scale is None else w * q_scale  # a positive scale may cross the relu
             step |= {"q_idx": q_idx, "k_idx": k_idx, "w": weights, "k_scale": k_scale}
         if attention != "dense" and self.indexer is not None:
             scored = (tensor.detach() for tensor in (q_idx, k_idx, weights))
             k = min(c.index_topk, len(k_idx))  # a list has no more places than there are keys
-            select = functools.partial(self.ops.lightning_select, *scored, k, k_scale=k_scale, start=start)
+            select = functools.partial(self.ops.lightning_select, *scored, k, k_scale=k_scale, **ranges)
             step["indices"] = selected_once(select)
         elif attention != "dense":
             step["indices"] = indices
@@ -200,12 +200,12 @@ class DSALayer(nn.Module):
             step["q_heads"] = q_heads
             q, k, v = self._decompressed(q_heads, kv)
             with known:
-                out, step["lse"] = mha_attention(q, k, v, c.softmax_scale, step["indices"], start)
+                out, step["lse"] = mha_attention(q, k, v, c.softmax_scale, step["indices"], **ranges)
         elif attention == "dense" and hasattr(self.ops, "mha_attention") and not hasattr(self.ops, "dense_attention"):
             q, k, v = self._decompressed(q_heads, kv)
             # A cache holds one sequence: causal is all there is. Values of start are read, as they save a mask.
-            ranges = start if cache is None else None
-            out, step["lse"] = self.ops.mha_attention(q, k, v, c.softmax_scale, None, ranges)
+            seen = {} if cache is not None and self.rows_are_last else ranges
+            out, step["lse"] = self.ops.mha_attention(q, k, v, c.softmax_scale, None, **seen)
             if recording:  # for the indexer's target alone, which is a constant
                 with torch.no_grad():
                     step["q"] = self._absorbed(q_heads, self._up_projections(kv)[0], kv.dtype)
@@ -215,7 +215,7 @@ class DSALayer(nn.Module):
             step["q"] = self._absorbed(q_heads, W_UK, kv.dtype)
             with known:
                 if attention == "dense":
-                    u, step["lse"] = dense_attention(step["q"], kv, scale, v_dim, start)
+                    u, step["lse"] = dense_attention(step["q"], kv, scale, v_dim, **ranges)
                 else:
                     attend = self.ops.sparse_attention
                     probe = probe_of(attend, step["q"], kv, step["indices"]) if recording else {}
@@ -302,6 +302,14 @@ class DSALayer(nn.Module):
         k = torch.cat((k_nope, turned[:, None].expand(-1, c.n_heads, -1)), dim=-1)
         return q.to(k.dtype), k, v.to(k.dtype)  # inside autocast, what a wider cache keeps is wider
 
+    def _ranges(self, positions: Tensor, cache) -> dict[str, Tensor]:
+        """Which of all rows each token sees, as the steps take it: its first one, int32 [T]; the last is its own."""
+        return {"start": row_starts(positions, cache)}
+
+    def _all_rows(self, cache, kv, k_idx, k_scale) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The rows of all tokens that these may see, after those of the cache. `dsa_ref.parallel` has other ranks'."""
+        return (kv, k_idx, k_scale) if cache is None else cache.append(kv, k_idx, k_scale)
+
     @staticmethod
     def _row_starts(positions: Tensor, cache: LayerCache | SequenceCache | None) -> Tensor:
         """Each row's first visible key, int64 [T]: where its sequence begins among the cached and the new tokens."""
@@ -337,9 +345,13 @@ class DSALayer(nn.Module):
             self._check_record(record)
         if cache is not None:
             self._check_cache(cache, x)
-        T, before = x.shape[0], 0 if cache is None else cache.length
+        self._check_positions(positions, cache)
+
+    def _check_positions(self, positions, cache) -> None:
+        """Tokens that count on from the cache, or packed runs that count up from 0, with room in the cache."""
+        T, before = len(positions), 0 if cache is None else cache.length
         if T + before == 0:
-            raise ValueError(f"x must hold at least one token where no earlier one is cached, got {list(x.shape)}")
+            raise ValueError("x must hold at least one token where no earlier one is cached, got none")
         if T and values_readable(positions):
             # A run of consecutive positions has one start; a new run may only begin at position 0.
             start = self._row_starts(positions, cache)

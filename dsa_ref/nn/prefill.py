@@ -48,7 +48,7 @@ def prefill_step(
     The first rows may see so few keys that MHA mode is cheaper, see `first_rows`. recording: whether the step is
     complete, or without what no row of the output needs.
     """
-    c, T, start = layer.config, len(x), row_starts(positions, cache)
+    c, T, ranges = layer.config, len(x), layer._ranges(positions, cache)
     whole, few = first_rows(layer, T, cache)
     scored, absorbing = (0, 0) if recording else (whole, few)  # the first row that is
     rows, first = rows_beside(layer, x, cache)
@@ -63,14 +63,15 @@ def prefill_step(
     kv, k_idx, k_scale = rows.rows()
     if layer.indexer is not None:  # here, since rows that see few keys are not scored, and scores would show it
         check_finite(" in the rows of new tokens", k_idx=k_idx, k_scale=k_scale, q_idx=w, q_latent=q_latent)
-    if cache is not None and rows is not cache:
-        kv, k_idx, k_scale = cache.append(kv, k_idx, k_scale)
-    step = {"kv": kv, "start": start, "indices": indices}
+    if rows is not cache:
+        kv, k_idx, k_scale = layer._all_rows(cache, kv, k_idx, k_scale)
+    step = {"kv": kv, "indices": indices} | ranges
     if layer.indexer is not None:
         step |= {"q_idx": q_idx, "k_idx": k_idx, "w": w, "k_scale": k_scale}
         if scored < T or T == 0:
             k = min(c.index_topk, len(k_idx))  # a list has no more places than there are keys
-            step["indices"] = layer.ops.lightning_select(q_idx, k_idx, w, k, k_scale=k_scale, start=start[scored:])
+            seen = {name: bound[scored:] for name, bound in ranges.items()}
+            step["indices"] = layer.ops.lightning_select(q_idx, k_idx, w, k, k_scale=k_scale, **seen)
 
     q = layer.q_b_proj(q_latent).unflatten(-1, (c.n_heads, -1))
     W_UK, W_UV = layer._up_projections(kv)
@@ -80,10 +81,10 @@ def prefill_step(
     with unchecked_values() if indices is None else contextlib.nullcontext():  # nobody has looked at shared ones yet
         if few:
             turn_queries(layer, q[:few], positions[:few])
-            ranges = None if cache is not None else start[:few]  # a cache holds one sequence: causal is all there is
+            start = None if cache is not None else ranges["start"][:few]  # a cache holds one sequence: causal is all
             lists = None if whole == few else step["indices"][whole - scored : few - scored]
             seen = kv[: len(kv) - T + few]
-            for out, lse in in_mha_mode(layer, q[:few].to(kv.dtype), seen, (W_UK, W_UV), whole, lists, ranges):
+            for out, lse in in_mha_mode(layer, q[:few].to(kv.dtype), seen, (W_UK, W_UV), whole, lists, start):
                 heads.append(out)
                 lses.append(lse)
         if few < T or T == 0:
@@ -119,7 +120,7 @@ def first_rows(layer, T: int, cache) -> tuple[int, int]:
     whole, few = (max(0, min(T, keys - before)) for keys in (min(c.index_topk, c.most_mha_keys), c.most_mha_keys))
     if layer.indexer is None:
         whole = 0
-    if not few:
+    if not few or not layer.rows_are_last:
         return 0, 0
 
     def pairs(count, most):
@@ -196,7 +197,7 @@ def rows_beside(layer, x: Tensor, cache) -> tuple[LayerCache, int]:
 
     A step that fails afterwards leaves the cache's length, behind which it has written.
     """
-    if isinstance(cache, LayerCache) and cache.dtype == x.dtype and not values_readable(x):
+    if type(cache) is LayerCache and cache.dtype == x.dtype and not values_readable(x):
         return cache, cache.length
     return LayerCache(layer.config, max(1, len(x)), x.dtype, x.device, layer.indexer is not None), 0
 

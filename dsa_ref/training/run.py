@@ -17,6 +17,7 @@ from .optimizer import MasterAdamW, copy_to_model, master_weights
 from .show import Show
 from .stages import STAGES
 from .state import clear_unfinished, load_state, save_state
+from .team import Alone
 
 FINISHED = "finished"  # the stage after the last
 LOSSES = ("language", "indexer")
@@ -31,7 +32,8 @@ class Run:
 
     steps: optimizer steps of each stage; options: what must be equal for a state to go on from; state: its file, None
     to keep none; save_every, log_every: in steps; measure: gives the figures of the model after a stage, for the log;
-    session: what the log says about this process; ends: when to have stopped, by time.monotonic().
+    session: what the log says about this process; ends: when to have stopped, by time.monotonic(). team: the processes
+    that train together, of which the first writes the state.
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class Run:
         dtype: torch.dtype = torch.float32,
         session: dict | None = None,
         ends: float = math.inf,
+        team: Alone | None = None,
     ) -> None:
+        self.team = team or Alone()
         self.model, self.data, self.steps, self.options, self.measure = model, data, steps, options, measure
         self.show, self.state, self.save_every, self.log_every = show, state, save_every, log_every
         self.micro, self.ends = micro, ends
@@ -61,6 +65,7 @@ class Run:
             self._resume()
         model.to(dtype)
         copy_to_model(self.masters, model)
+        self.team.check_same("state", self.masters | self.moments, stage=self.stage, step=self.done)
         self.log["sessions"].append({"stage": self.stage, "step": self.done, **(session or {})})
         self.before = self.log["seconds"]
 
@@ -85,8 +90,8 @@ class Run:
             optimizer.restore(self.done, self.moments)
             self._begin_stage()
             windows = functools.partial(self.data.windows, stage)
-            at_once = self.micro and self.micro * self.data.length
-            train_stage(self.model, stage, windows, self.steps[stage], optimizer, at_once, after=self._after)
+            at_once, backward = self.micro and self.micro * self.data.length, self.team.backward(self.model)
+            train_stage(self.model, stage, windows, self.steps[stage], optimizer, at_once, backward, self._after)
             self.log["after"][stage] = self.measure(self.model, stage)
             self.show.say(f"after {stage}: {self.log['after'][stage]}")
             self.stage, self.done, self.moments = [*STAGES, FINISHED][STAGES.index(stage) + 1], 0, {}
@@ -113,6 +118,7 @@ class Run:
         self.last = now, self.done
         # A GPU's host runs ahead until a row waits for it: that step seems to take as long as all since the last row.
         late = now + 1.5 * max(self.durations) + 2 * self.saving + 1 > self.ends
+        late = self.ends < math.inf and self.team.any(late)  # all ranks have the same limit, but not the same clock
         if late and not saved:
             self._check(losses)
         if late or saved:
@@ -151,6 +157,9 @@ class Run:
         began = time.monotonic()
         self.log["seconds"] = round(self.before + began - self.began, 1)
         if self.state is None:
+            return
+        self.team.check_same("weights", self.masters)
+        if self.team.rank:
             return
         tensors = {f"master/{name}": master for name, master in self.masters.items()} | moments
         about = {"options": self.options, "stage": self.stage, "step": self.done, "log": self.log}

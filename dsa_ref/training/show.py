@@ -7,13 +7,15 @@ SECONDS = 10.0  # between two lines, where there is no terminal
 
 
 class Show:
-    """The line of progress. terminal: whether stderr shows it as one line that changes."""
+    """The line of progress. terminal: whether stderr shows it as one line that changes; speaks: False for silence."""
 
-    def __init__(self, terminal: bool) -> None:
-        self.terminal, self.last = terminal, None
+    def __init__(self, terminal: bool, speaks: bool = True) -> None:
+        self.terminal, self.speaks, self.last = terminal, speaks, None
 
     def row(self, row: dict, steps: int) -> None:
         """What `run.Log` notes of a step: where the stage is, its losses, its speed, and how long it goes on."""
+        if not self.speaks:
+            return
         done = row["step"] / steps
         losses = [(name, row[f"{name}_loss"]) for name in ("language", "indexer") if row[f"{name}_loss"] is not None]
         left = (steps - row["step"]) * row["seconds_a_step"]
@@ -28,4 +30,5 @@ class Show:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        print(f"\r{text:113}" if self.terminal else text, file=sys.stderr, flush=True)
+        if self.speaks:
+            print(f"\r{text:113}" if self.terminal else text, file=sys.stderr, flush=True)

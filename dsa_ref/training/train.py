@@ -10,6 +10,10 @@ With --state, the run keeps its state in a file every --save-every steps. The sa
 same bits as a run that was never stopped. With --minutes it stops by itself, before so many are over, and ends with
 the exit code 75 while anything is left to do: `until COMMAND; do [ $? = 75 ] || break; done` carries it to the end.
 
+`torchrun --nproc-per-node N -m -- dsa_ref.training.train ...` trains on N GPUs, or in N processes on a CPU, which share
+the tokens of a step; `team` says how. Files are the same, and N may be another one when the run goes on. The exit code
+is torchrun's own: 1 where time was over, too.
+
 The indexer trains unquantised and is used in FP8 afterwards. Settings are scaled to a model of 3.5 million weights; the
 report's are in SPEC section 5.
 """
@@ -40,6 +44,7 @@ from .run import OutOfTime, Run
 from .show import Show
 from .stages import STAGES
 from .state import check_space
+from .team import make_team
 
 PROGRAM = "dsa_ref.training.train"
 NOT_FINISHED = 75  # EX_TEMPFAIL: the same command again goes on
@@ -78,11 +83,12 @@ def main(arguments: list[str] | None = None) -> None:
     began = time.monotonic()
     parser = _make_parser()
     options = parser.parse_args(arguments)
-    ops = resolve_options(parser, options)
-    session = provenance(PROGRAM, arguments, options.device)
-    show = Show(sys.stderr.isatty())
     with deterministic():
         try:
+            team = make_team(options.timeout)  # first: a rank's GPU is the current one from here on
+            ops = resolve_options(parser, options)
+            session = provenance(PROGRAM, arguments, options.device) | ({"ranks": team.size} if team.size > 1 else {})
+            show = Show(sys.stderr.isatty(), team.rank == 0)
             corpus, held_out = load_corpus()
             data = Data(
                 corpus, options.length, options.batch, options.seed, options.pairs, options.device, options.asks,
@@ -99,13 +105,15 @@ def main(arguments: list[str] | None = None) -> None:
                 model.to(options.device), data, dict(zip(STAGES, options.steps, strict=True)),
                 _fixed_options(options, model.config, data), measure, show, options.state, options.save_every,
                 options.log_every, options.micro, DTYPES[options.dtype], session,
-                began + 60 * options.minutes if options.minutes else float("inf"),
+                began + 60 * options.minutes if options.minutes else float("inf"), team,
             )  # fmt: skip
         except ValueError as error:
             parser.error(str(error))
         try:
             result = run.run()
-            _finish(run, options, ops, result, measure, session)
+            if team.rank == 0:
+                _finish(run, options, ops, result, measure, session)
+            team.leave()
         except OutOfTime:
             show.say(f"--minutes {options.minutes:g} are over at step {run.done} of {run.stage}: run it again to go on")
             sys.exit(NOT_FINISHED)
@@ -118,6 +126,10 @@ def main(arguments: list[str] | None = None) -> None:
         except (torch.OutOfMemoryError, MemoryError) as error:
             show.say("")
             sys.exit(f"{parser.prog}: error: memory ran out in the stage {run.stage}; --micro 1 needs less: {error}")
+        except RuntimeError as error:
+            if team.size == 1:
+                raise
+            sys.exit(f"{parser.prog}: error: at step {run.done} of {run.stage}: {error}")  # another rank has ended
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -145,6 +157,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--kernels", action="store_const", dest="ops", const="dsa_kernels", default="dsa_ref",
         help="run the steps of dsa_kernels, not of dsa_ref: for a GPU")  # fmt: skip
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
+    add("--timeout", type=float, default=60.0, metavar="SECONDS",
+        help="how long ranks of torchrun wait for each other (default %(default)s)")  # fmt: skip
     add("--dtype", choices=DTYPES, help="of what the model computes with (default bf16 on a GPU, fp32 on a CPU)")
     return parser
 

@@ -1,0 +1,166 @@
+"""A group of ranks that work on one sequence: who they are, what they must agree on, and what they send each other.
+
+Before a call's first large exchange the ranks send each other a short message each, what they are about to do and with
+which sizes, dtypes and settings. So a rank that was called otherwise, or whose arguments are refused, is an error that
+names it on every rank, where a collective with other sizes would wait, or mix up bytes. A rank that has died, or does
+not come within the group's timeout, is a RuntimeError on all others.
+
+Transport is torch.distributed's: gloo for CPU tensors, NCCL for those on GPUs. Messages are CPU tensors where the group
+has a backend for them, as one of `join` has: then no GPU waits for a message.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+MESSAGE = 2048  # bytes of one
+ERRORS = {"ValueError": ValueError, "TypeError": TypeError}  # those that a rank shares with the others
+# Their names since torch 2.13, and before.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def join(timeout: float = 60.0) -> dist.ProcessGroup:
+    """The group of all processes that `torchrun` started, each on a GPU of its own where there are some.
+
+    timeout: seconds that a rank waits for the others, in any exchange, before it raises; on GPUs NCCL's watchdog ends
+    the process. A group of a part of them: `torch.distributed.new_group(ranks, timeout=...)` afterwards.
+
+    Raises: TypeError for a timeout that is no number, ValueError for one that is not positive, or outside of torchrun.
+    """
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"timeout must be a number of seconds, got {timeout!r}")
+    if not 0 < timeout < float("inf"):
+        raise ValueError(f"timeout must be positive and finite, got {timeout}")
+    if missing := [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]:
+        raise ValueError(f"join must be called in a process that torchrun started, which sets {', '.join(missing)}")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    return dist.group.WORLD
+
+
+class Ranks:
+    """A process group, seen from one of its ranks.
+
+    group: a torch process group that holds this process, or None for that of all processes.
+    rank, size: this process's place in it, and how many there are. Ranks are always gone through in ascending order.
+
+    Raises: ValueError without torch.distributed, or where the group does not hold this process.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        if not dist.is_available() or not dist.is_initialized():
+            raise ValueError("group must be one of torch.distributed, which is not initialized: see parallel.join")
+        self.group = dist.group.WORLD if group is None else group
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if self.rank < 0:
+            raise ValueError("group must hold this process, which is not one of its ranks")
+        self.meetings = 0  # how often they have exchanged messages
+
+    def agree(self, same: dict, own: dict | None = None) -> list[dict]:
+        """Every rank's `own`, by rank, once it is known that all brought the same `same`. Both: what JSON can hold.
+
+        Raises: on all ranks alike, ValueError for what is not the same, naming it and a rank that differs, and the
+        error that a rank has announced; RuntimeError for a rank that did not come.
+        """
+        self.meetings += 1
+        text = json.dumps({"same": same, "own": own or {}}).encode()
+        if len(text) > MESSAGE:
+            raise ValueError(f"what ranks agree on must fit into {MESSAGE} bytes, got {len(text)}")
+        message = torch.zeros(1, MESSAGE, dtype=torch.uint8)
+        message[0, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        received = self.all_gather(message.to(self._message_device())).cpu()
+        everyone = [json.loads(bytes(row[0].tolist()).rstrip(b"\0")) for row in received]
+        for rank, other in enumerate(everyone):
+            if "error" in other["same"]:
+                kind, words = other["same"]["error"]
+                raise ERRORS[kind](f"rank {rank}: {words}")
+        for rank, other in enumerate(everyone):
+            for name, value in everyone[0]["same"].items():
+                got = other["same"].get(name)
+                if got != value:
+                    raise ValueError(f"{name} must be the same on all ranks, got {value} on rank 0, {got} on {rank}")
+        return [other["own"] for other in everyone]
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """A ValueError or TypeError inside, before this rank came to `agree`, is raised by the others' `agree` too."""
+        before = self.meetings
+        try:
+            yield
+        except tuple(ERRORS.values()) as error:
+            if self.meetings == before:
+                kind = "TypeError" if isinstance(error, TypeError) else "ValueError"
+                self.agree({"error": [kind, str(error)[: MESSAGE // 2]]})
+            raise
+
+    def all_gather(self, own: Tensor) -> Tensor:
+        """Every rank's tensor: [size, *own.shape]. own: the same shape and dtype on all ranks."""
+        own = own.contiguous()
+        everyone = own.new_empty(self.size * own.shape[0], *own.shape[1:])
+        with self._lost("an all-gather"):
+            all_gather_single(everyone, own, group=self.group)
+        return everyone.unflatten(0, (self.size, own.shape[0]))
+
+    def reduce_scatter(self, parts: Tensor) -> Tensor:
+        """This rank's place of the sum over ranks of parts [size, L, ...]: [L, ...], in parts' dtype.
+
+        The order of the sum is the backend's, and the same each time for one group and size.
+        """
+        parts = parts.contiguous()
+        own = parts.new_empty(parts.shape[1:])
+        with self._lost("a reduce-scatter"):
+            reduce_scatter_single(own, parts.flatten(0, 1), group=self.group)
+        return own
+
+    def all_reduce(self, own: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        with self._lost("an all-reduce"):
+            dist.all_reduce(own, group=self.group)
+        return own
+
+    @contextlib.contextmanager
+    def _lost(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size}: {what} failed: another rank has ended, or did not come within "
+                "the group's timeout; the first error that a rank reports says why"
+            ) from error
+
+    def _message_device(self) -> torch.device:
+        on_cpu = "cpu:" in str(dist.get_backend_config(self.group))
+        return torch.device("cpu" if on_cpu else f"cuda:{torch.cuda.current_device()}")
+
+
+def pack(parts: Sequence[Tensor], rows: int) -> Tensor:
+    """The bytes of parts [n, ...] side by side, one row a token: uint8 [rows, bytes], zeros behind the n rows."""
+    n = len(parts[0])
+    packed = torch.zeros(rows, sum(row_bytes(part) for part in parts), dtype=torch.uint8, device=parts[0].device)
+    first = 0
+    for part in parts:
+        width = row_bytes(part)
+        packed[:n, first : first + width] = part.detach().reshape(n, width // part.element_size()).view(torch.uint8)
+        first += width
+    return packed
+
+
+def row_bytes(part: Tensor) -> int:
+    """Bytes of one row of part [n, ...]."""
+    return part.element_size() * part[:0].flatten(1).shape[1] if part.dim() > 1 else part.element_size()
+
+
+def checksum(x: Tensor) -> int:
+    """The sum of the tensor's bit patterns, which does not depend on the order of the sum."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return int(x.detach().contiguous().view(whole).sum(dtype=torch.int64))

@@ -1,0 +1,79 @@
+"""The processes that train one model together: one alone, or those that torchrun started.
+
+Every rank has all weights, draws the same windows, takes its rows of them and makes the same optimizer step, from
+gradients that are summed over the group (`dsa_ref.parallel`). So the state and the weights are the same files whatever
+the number of ranks was, and a run goes on with another number; sums over ranks round otherwise, so the bits are those
+of a number of ranks. Only the first rank writes and speaks.
+"""
+
+import os
+import zlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..nn.model import SmallModel
+from .loop import Losses
+from .stages import stage_backward
+
+
+class Alone:
+    """One process. rank, size: its place among the processes, and how many there are."""
+
+    rank, size = 0, 1
+
+    def backward(self, model: SmallModel) -> Callable[[SmallModel, Tensor, str, float], Losses]:
+        """How the gradients of the model come about, as `stages.stage_backward`."""
+        return stage_backward
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so; all ranks call it."""
+        return flag
+
+    def check_same(self, what: str, tensors: dict[str, Tensor], **facts: object) -> None:
+        """Raise ValueError where another rank has other tensors, to the bit, or other facts; all ranks call it."""
+
+    def leave(self) -> None:
+        """What a rank does at its end."""
+
+
+class Group(Alone):
+    """The processes that torchrun started. timeout: seconds that a rank waits for the others before it fails.
+
+    Raises: as `dsa_ref.parallel.join`.
+    """
+
+    def __init__(self, timeout: float = 60.0) -> None:
+        from ..parallel import Ranks, join
+
+        self.ranks = Ranks(join(timeout))
+        self.rank, self.size = self.ranks.rank, self.ranks.size
+
+    def backward(self, model: SmallModel) -> Callable[[SmallModel, Tensor, str, float], Losses]:
+        """Each rank's rows, with the gradients summed over the group."""
+        from .. import parallel
+
+        twin = parallel.over_group(model, parallel.GatheredLayer, self.ranks.group)
+        return lambda _, tokens, stage, share: parallel.stage_backward(twin, tokens, stage, share)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so; all ranks call it."""
+        return any(own["flag"] for own in self.ranks.agree({"call": "any"}, {"flag": flag}))
+
+    def check_same(self, what: str, tensors: dict[str, Tensor], **facts: object) -> None:
+        """Raise ValueError where another rank has other tensors, to the bit, or other facts; all ranks call it."""
+        crc = 0
+        for name, tensor in sorted(tensors.items()):
+            crc = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), crc)
+            crc = zlib.crc32(name.encode(), crc)
+        self.ranks.agree({"call": what, **facts, what: crc})
+
+    def leave(self) -> None:
+        """What a rank does at its end."""
+        torch.distributed.destroy_process_group()
+
+
+def make_team(timeout: float = 60.0) -> Alone:
+    """The Group that torchrun started where it started several processes, else one Alone."""
+    return Group(timeout) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else Alone()

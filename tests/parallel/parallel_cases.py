@@ -1,0 +1,391 @@
+"""What the tests run on every rank of a world, and, with the same arguments, on one rank in their own process.
+
+`fault` names a wrong variant that is put in the place of the right code while a case runs: each must be found out.
+"""
+
+import contextlib
+import dataclasses
+import os
+import time
+from unittest import mock
+
+import rungs
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+from dsa_ref import TINY, DSALayer, LayerCache
+from dsa_ref.nn import ModelConfig, SmallModel
+from dsa_ref.parallel import (
+    GatheredLayer,
+    Ranks,
+    ShardedCache,
+    ShardedLayer,
+    Zigzag,
+    new_sharded_caches,
+    over_group,
+    sharded,
+    stage_backward,
+    training,
+)
+from dsa_ref.parallel.generate import generate_over_group
+
+# Inputs and models, the same wherever they are made -------------------------------------------------------------------
+
+
+def config_of(**fields):
+    return dataclasses.replace(TINY, **fields)
+
+
+def layer_of(seed, ops="reference", dtype=torch.float32, **fields):
+    torch.manual_seed(seed)
+    return DSALayer(config_of(**fields), ops=rungs.load(ops)).to(dtype)
+
+
+def packed(lengths):
+    """positions int64 [T] of sequences of these lengths."""
+    return torch.cat([torch.arange(length) for length in lengths])
+
+
+def tokens_of(lengths, seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(sum(lengths), TINY.dim, generator=generator).to(dtype)
+
+
+def model_of(seed, ops="reference", **fields):
+    torch.manual_seed(seed)
+    fields = {"index_fp8": False} | fields
+    model = SmallModel(ModelConfig(n_layers=2, hidden_dim=32, attention=config_of(**fields)), ops=rungs.load(ops))
+    for weight in model.parameters():
+        if weight.dim() == 2:  # larger than at a training's start, where the indexer's loss is next to nothing
+            torch.nn.init.normal_(weight, std=0.2)
+    return model
+
+
+def windows_of(n, length, seed):
+    return torch.randint(0, 256, (n, length + 1), generator=torch.Generator().manual_seed(seed))
+
+
+def selection_inputs(T, S, seed, ties):
+    """q_idx, k_idx, w, start, end. ties: small whole numbers, which give many equal scores, exact in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (T, 4, 16), (S, 16), (T, 4)
+    if ties:
+        tensors = [torch.randint(-1, 2, shape, generator=generator).float() for shape in shapes]
+    else:
+        tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    start = torch.randint(0, S // 2, (T,), generator=generator, dtype=torch.int32)
+    end = torch.randint(S // 2, S + 1, (T,), generator=generator, dtype=torch.int32)
+    end[0] = start[0]  # a row that sees nothing
+    return *tensors, start, end
+
+
+def dealt(S, size, seed, empty):
+    """places int32 of each rank: all S dealt at random, none to the ranks in `empty`."""
+    takers = torch.tensor([rank for rank in range(size) if rank not in empty])
+    owner = takers[torch.randint(0, len(takers), (S,), generator=torch.Generator().manual_seed(seed))]
+    return [(owner == rank).nonzero()[:, 0].int() for rank in range(size)]
+
+
+# Cases: on one rank of a group ----------------------------------------------------------------------------------------
+
+
+def layer_forward(
+    lengths, seed, ops="reference", attention="sparse", fault=None, grad=False, dtype=torch.float32, repeated=False,
+    **fields,
+):  # fmt: skip
+    """Own rows, the layer's output on them and the record of the selection; with `grad`, gradients of all.
+
+    repeated: under activation checkpointing, which runs the layer again in the backward pass.
+    """
+    layer, group = layer_of(seed, ops, dtype, **fields), Ranks()
+    rows = Zigzag(sum(lengths), group.size).rows(group.rank)
+    x, positions, record = tokens_of(lengths, seed, dtype)[rows].requires_grad_(grad), packed(lengths)[rows], []
+    with planted(fault), torch.set_grad_enabled(grad):
+        over, more = GatheredLayer(layer), {"attention": attention, "record": record}
+        y = checkpoint(over, x, positions, use_reentrant=False, **more) if repeated else over(x, positions, **more)
+        found = {"rows": rows, "y": y.detach(), "indices": record[0].get("indices"), "lse": record[0]["lse"].detach()}
+        if grad:
+            (y * weights_of(lengths, seed)[rows]).sum().backward()
+            training.sum_gradients(layer.parameters())
+            found |= {"dx": x.grad, "weights": [w.grad for w in layer.parameters()]}
+    return found
+
+
+def shared_selection(lengths, seed):
+    """Two layers, the second without an indexer: own rows, and its output by either plan (see `two_layers`)."""
+    first, second = two_layers(seed)
+    rows = Zigzag(sum(lengths), Ranks().size).rows(Ranks().rank)
+    x, positions, record = tokens_of(lengths, seed), packed(lengths), []
+    gathered = GatheredLayer(first)(x[rows], positions[rows], record=record)
+    gathered = GatheredLayer(second)(gathered, positions[rows], indices=record[0]["indices"])
+    caches = [ShardedCache(TINY, sum(lengths), indexer=indexer) for indexer in (True, False)]
+    y = ShardedLayer(first)(x, positions, caches[0], record=record)
+    return rows, gathered, ShardedLayer(second)(y, positions, caches[1], indices=record[1]["indices"])
+
+
+def two_layers(seed):
+    torch.manual_seed(seed)
+    return [DSALayer(TINY, indexer=indexer).requires_grad_(False) for indexer in (True, False)]
+
+
+def weights_of(lengths, seed):
+    """What a test multiplies the output by, so that each place of its gradient is another number."""
+    return torch.randn(sum(lengths), TINY.dim, generator=torch.Generator().manual_seed(seed + 1))
+
+
+def train(n, length, stage, seed, ops="reference", fault=None, times=1, **fields):
+    """The losses, and the gradient of each parameter by its name, after `times` passes."""
+    model = model_of(seed, ops, **fields)
+    over = over_group(model, GatheredLayer)
+    with planted(fault):
+        for _ in range(times):
+            losses = training.stage_backward(over, windows_of(n, length, seed), stage)
+    return losses, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def select(T, S, k, seed, ties=False, ops="reference", empty=(), fault=None):
+    """The selection over keys that are dealt at random, and attention over it."""
+    group = Ranks()
+    q_idx, k_idx, w, start, end = selection_inputs(T, S, seed, ties)
+    q, kv = attention_inputs(T, S, seed)
+    places = dealt(S, group.size, seed, empty)[group.rank]
+    mine, steps = places.long(), rungs.load(ops)
+    if fault == "local places":  # taken for those in the sequence
+        places, fault = torch.arange(len(places), dtype=torch.int32), None
+    with planted(fault):
+        indices = sharded.sharded_select(q_idx, k_idx[mine], w, k, places, start, end, group, ops=steps)
+        out, lse = sharded.sharded_attention(q, kv[mine], indices, 0.3, 8, places, group, ops=steps)
+    return indices, out, lse
+
+
+def attention_inputs(T, S, seed):
+    generator = torch.Generator().manual_seed(seed + 2)
+    return torch.randn(T, 4, 12, generator=generator), torch.randn(S, 12, generator=generator)
+
+
+def generate(prompt, more, chunk, seed, prefill=True, ops="reference", fault=None, rows_at_once=5, **fields):
+    """Logits of a prompt's rows on this rank, then those of the tokens that follow, chunk by chunk, on all ranks."""
+    model, group = model_of(seed, ops, **fields).requires_grad_(False), Ranks()
+    text = windows_of(1, prompt + more, seed)[0, : prompt + more]
+    caches, found = new_sharded_caches(model, prompt + more), []
+    with planted(fault), mock.patch.object(GatheredLayer, "rows_at_once", rows_at_once):
+        if prefill:
+            rows = Zigzag(prompt, group.size).rows(group.rank)
+            found.append((rows, over_group(model, GatheredLayer)(text[rows], rows, caches)))
+        decoding = over_group(model, ShardedLayer)
+        for first in range(prompt if prefill else 0, prompt + more, chunk):
+            last = min(first + chunk, prompt + more)
+            found.append((torch.arange(first, last), decoding(text[first:last], torch.arange(first, last), caches)))
+    return found, [cache.held for cache in caches]
+
+
+def refused(call, changes):
+    """What a call raises for which rank 1 has other arguments; then all make one alike: the group must still work."""
+    group, raised = Ranks(), None
+    try:
+        CALLS[call](group, **(changes if group.rank == 1 else {}))
+    except (ValueError, TypeError) as error:
+        raised = type(error).__name__, str(error)
+    return raised, layer_forward([9], seed=0)["y"].isfinite().all()
+
+
+def gathered_call(
+    group, fewer=0, dim=64, dtype=torch.float32, fields=None, poison=False, attention="sparse", shift=0, grad=False,
+    cache=None,
+):  # fmt: skip
+    rows = Zigzag(11, group.size).rows(group.rank)
+    rows = rows[: len(rows) - fewer]
+    x, positions = tokens_of([11], 0)[rows, :dim].to(dtype), packed([11])[rows] + shift
+    if poison:
+        x[0] = torch.nan
+    layer = layer_of(0, **(fields or {})).to(dtype).requires_grad_(grad)
+    GatheredLayer(layer)(x, positions, LayerCache(TINY, 20) if cache else None, attention)
+
+
+def sharded_call(group, T=3, seed=0, dtype=torch.float32, fields=None, before=0, capacity=9, attention="sparse"):
+    config = config_of(**(fields or {}))
+    cache = ShardedCache(config, capacity, dtype)
+    cache.length = before
+    layer = layer_of(0, **(fields or {})).to(dtype).requires_grad_(False)
+    ShardedLayer(layer)(tokens_of([T], seed, dtype), torch.arange(before, before + T), cache, attention)
+
+
+def training_call(group, stage="sparse", n=2, seed=0):
+    stage_backward(over_group(model_of(0), GatheredLayer), windows_of(n, 7, seed), stage)
+
+
+def weights_call(group, seed=0):
+    over_group(model_of(seed), GatheredLayer)
+
+
+def mixed_call(group, other=False):
+    (sharded_call if other else gathered_call)(group)
+
+
+CALLS = {"gathered": gathered_call, "sharded": sharded_call, "training": training_call, "mixed": mixed_call,
+         "weights": weights_call}  # fmt: skip
+
+
+def dies(rank, where):
+    """One rank's process ends in the middle of a call; what the others raise, and after how many seconds."""
+    messages = iter(range(100))
+
+    def ends_in(owner, name, after):
+        original = getattr(owner, name)
+
+        def ending(*arguments):
+            if next(messages) >= after:
+                os._exit(7)
+            return original(*arguments)
+
+        setattr(owner, name, ending)
+
+    if Ranks().rank == rank:
+        # "rows": two messages are sent, each by an all-gather, and then the rows
+        ends_in(Ranks, *{"message": ("agree", 0), "rows": ("all_gather", 2), "backward": ("reduce_scatter", 0)}[where])
+    begun = time.monotonic()
+    try:
+        layer_forward([11], seed=0, grad=True)
+    except RuntimeError as error:
+        return str(error), time.monotonic() - begun
+    return None
+
+
+def late(rank, seconds):
+    """The rank comes too late."""
+    if Ranks().rank == rank:
+        time.sleep(seconds)
+    begun = time.monotonic()
+    try:
+        layer_forward([11], seed=0)
+    except RuntimeError as error:
+        return str(error), time.monotonic() - begun
+    return None
+
+
+def twins():
+    """Whether a model over the group has the model's own weights under their names, and has left the model alone."""
+    model = model_of(0)
+    over = over_group(model, GatheredLayer)
+    same = all(a is b for a, b in zip(model.parameters(), over.parameters(), strict=True))
+    kinds = [type(block.self_attn).__name__ for block in (*model.layers, *over.layers)]
+    model.double()  # both, since the weights are one
+    dtypes = {weight.dtype for weight in over.parameters()}
+    return same, list(model.state_dict()) == list(over.state_dict()), kinds, dtypes
+
+
+def bench(what, T, fault=None):
+    """A row of the bench's record, in its interpreter and on gloo."""
+    from dsa_bench import parallel  # where there is triton
+
+    layer = parallel.training_layer(config_of(index_fp8=what == "prefill"), rungs.load("kernels"), "cpu")
+    layer.requires_grad_(what == "training")
+    with planted(fault):
+        return getattr(parallel, what)(layer, T, Ranks(), torch.device("cpu"), 1)
+
+
+def agrees():
+    """What `agree` gives back, and how it takes a message that is too long."""
+    group = Ranks(dist.group.WORLD)
+    own = group.agree({"same": 1}, {"mine": group.rank})
+    try:
+        group.agree({"long": "x" * 3000})
+    except ValueError as error:
+        return own, str(error)
+
+
+# Wrong variants -------------------------------------------------------------------------------------------------------
+
+
+def local_ranges(self, positions, cache):
+    """Local positions taken for global ones: the i-th own row sees i + 1 keys."""
+    self.runs = []
+    end = torch.arange(1, len(positions) + 1, dtype=torch.int32)
+    return {"start": torch.zeros_like(end), "end": end}
+
+
+def padding_seen(self, everyone):
+    """The gathered rows as they lie, padding and all."""
+    return everyone.flatten(0, 1)[: self.T]
+
+
+def gathered_order(self, everyone):
+    """Ranks one after the other, without padding: not the sequence's order."""
+    return torch.cat([everyone[rank, : self.count(rank)] for rank in range(self.size)])
+
+
+def own_gradient(self, parts):
+    """No sum over ranks: what other ranks' rows asked of this rank's keys is lost."""
+    return parts[self.rank]
+
+
+def mean_gradient(self, parts):
+    return original_reduce_scatter(self, parts) / self.size
+
+
+def twice(parameters, group=None):
+    """Gradients summed over ranks two times."""
+    parameters = list(parameters)
+    original_sum(parameters, group)
+    original_sum(parameters, group)
+
+
+def not_at_all(parameters, group=None):
+    """Each rank keeps the gradient of its own share."""
+
+
+def by_own_rows(layer, step, rows, target=None):
+    """KL divided by the rank's rows instead of the group's."""
+    return original_share(layer, step, max(1, len(step["w"])), target)
+
+
+def mean_merge(outs, lses):
+    return outs.mean(dim=0), lses.logsumexp(dim=0)
+
+
+def by_rank(keys):
+    """Candidates in the order of ranks, those that are none behind: of equal scores the first rank's is kept."""
+    return (keys < 0).byte().sort(dim=1, stable=True).indices
+
+
+def own_best(keys, scores, group):
+    """No exchange of candidates: each rank keeps the k best of its own."""
+    nothing = torch.full((len(keys), keys.shape[1] * (group.size - 1)), -1, dtype=torch.int32)
+    return torch.cat((keys, nothing), dim=1), torch.cat((scores, nothing.to(scores.dtype)), dim=1)
+
+
+def every_own_place(self, before, T):
+    """Every rank keeps every new token: each is then there N times."""
+    return torch.arange(before, before + T)
+
+
+original_reduce_scatter, original_sum = Ranks.reduce_scatter, training.sum_gradients
+original_share = training.indexer_share
+FAULTS = {
+    "local positions for global": lambda: mock.patch.object(GatheredLayer, "_ranges", local_ranges),
+    "padding seen": lambda: mock.patch.object(Zigzag, "in_order", padding_seen),
+    "keys in the order of ranks": lambda: mock.patch.object(Zigzag, "in_order", gathered_order),
+    "gradient of own rows alone": lambda: mock.patch.object(Ranks, "reduce_scatter", own_gradient),
+    "mean of gradients": lambda: mock.patch.object(Ranks, "reduce_scatter", mean_gradient),
+    "gradient counted twice": lambda: mock.patch.object(training, "sum_gradients", twice),
+    "gradients not summed": lambda: mock.patch.object(training, "sum_gradients", not_at_all),
+    "mean over own rows": lambda: mock.patch.object(training, "indexer_share", by_own_rows),
+    "merge by mean": lambda: mock.patch.object(sharded, "merge_parts", mean_merge),
+    "ties by rank": lambda: mock.patch.object(sharded, "by_place", by_rank),
+    "own candidates alone": lambda: mock.patch.object(sharded, "candidates", own_best),
+    "every rank keeps all": lambda: mock.patch.object(ShardedLayer, "_own", every_own_place),
+}
+
+
+def planted(fault):
+    return FAULTS[fault]() if fault else contextlib.nullcontext()
+
+
+def bytes_after(prompt, tokens, seed, other=None, fault=None, fields=None, draws=0, **options):
+    """The bytes that continue a prompt, as a list. other: the prompt of rank 1."""
+    model = model_of(seed, **(fields or {})).requires_grad_(False)
+    if other is not None and Ranks().rank == 1:
+        prompt = other
+    with planted(fault):
+        return list(generate_over_group(model, prompt, tokens, seed=draws, **options))
