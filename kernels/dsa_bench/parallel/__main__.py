@@ -1,6 +1,6 @@
 """One V3.2 layer over the GPUs of a host: `torchrun --nproc-per-node N -m dsa_bench.parallel [section ...] [--record FILE]`.
 
-Prefill by gathered keys, a training step, decode by sharded keys, each against one of the GPUs in the same rounds and
+Prefill by gathered keys, decode by sharded keys, a training step, each against one of the GPUs in the same rounds and
 against its exchange alone. N a power of two. `--tiny` is a rehearsal at toy sizes on a CPU, by the reference's steps.
 
 Exit code 0: all is right; 1: something is wrong; 2: no GPU, or arguments that make no sense.
@@ -33,7 +33,7 @@ from .prefill import Prefill
 from .step import Training
 
 PROGRAM = "dsa_bench.parallel"
-SECTIONS = ("prefill", "training", "decode")
+SECTIONS = ("prefill", "decode", "training")
 ROUNDS = 5
 TIMEOUT = 150.0  # seconds that ranks wait for one that works alone, or compiles
 NO_RANKS = "dsa_bench.parallel measures several ranks: start it with torchrun --nproc-per-node N, N a power of two"
@@ -137,6 +137,8 @@ def cases(section, sizes, ranks, device, tiny):
     layer = random_layer(config, device)
     if tiny:
         layer.ops = dsa_ref
+    else:
+        dsa_kernels.warm(config, config.max_seq_len, sizes.chunk, batches=(), device=device)
     if section == "decode":
         return [(f"a token behind {size(S)}", lambda S=S: Decode(layer, S, ranks)) for S in sizes.decode]
     whole = [S for S in sizes.whole if S // N <= sizes.most]

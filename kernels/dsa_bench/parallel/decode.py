@@ -65,6 +65,8 @@ class Decode:
         with poisoned():
             y = self.together(record)
         one = self.alone(ones) if self.ranks.rank == 0 else None
+        keeps = (self.S - 1) % self.ranks.size  # the rank that has the new row
+        new = group.everyones(self.ranks, judge.digest(last_rows(self.own)) if self.ranks.rank == keeps else None)
         first = group.firsts(self.ranks, judge.digest([y, record[0]["indices"]]))
 
         def check():
@@ -75,7 +77,15 @@ class Decode:
             rows = torch.zeros(1, dtype=torch.int64, device=self.device)
             step = record[0] | {name: ones[0][name] for name in KEYS}
             error = judge.check_by_reference(self.layer, self.x, self.positions, step, y, rows)
-            judge.check_against_one(judge.rows_of(step, y, rows), judge.rows_of(ones[0], one, rows), True)
-            return f"output {error:.1e}"
+            same = new[keeps] == judge.digest(last_rows(self.cache))
+            got, want = judge.rows_of(step, y, rows), judge.rows_of(ones[0], one, rows)
+            equal, count = judge.check_against_one(got, want, same)
+            bits = "the same" if same else "not the same"
+            return f"{equal} of {count} selections one GPU's, the new row's bits {bits}, output {error:.1e}"
 
         return group.judged(self.ranks, check)
+
+
+def last_rows(cache):
+    """The rows of the last token that a cache holds, as a list."""
+    return [judge.at(part, slice(-1, None)) for part in cache.rows() if part is not None]

@@ -135,13 +135,15 @@ def memory_beyond(call, device):
 
 
 def judged(ranks, check):
-    """{"verdict", "note"} of all ranks together: check() gives a note or raises `checks.Wrong`, without an exchange."""
+    """{"verdict", "note", "notes"}: check() of every rank gives a note or raises `checks.Wrong`, without an exchange.
+
+    note: the first rank's that is wrong, else rank 0's; notes: all of them.
+    """
     try:
         found = "right", check()
     except checks.Wrong as reason:
         found = "WRONG", str(reason)
     everyone = everyones(ranks, found)
-    wrong = [(rank, note) for rank, (verdict, note) in enumerate(everyone) if verdict != "right"]
-    if wrong:
-        return {"verdict": "WRONG", "note": "; ".join(f"rank {rank}: {note}" for rank, note in wrong)[:300]}
-    return {"verdict": "right", "note": "; ".join(dict.fromkeys(note for _, note in everyone if note))[:300]}
+    wrong = [f"rank {rank}: {note}" for rank, (verdict, note) in enumerate(everyone) if verdict != "right"]
+    notes = [note for _, note in everyone]
+    return {"verdict": "WRONG" if wrong else "right", "note": (wrong or notes)[0], "notes": notes}
