@@ -1,4 +1,4 @@
-"""One V3.2 layer over the GPUs of a host: `torchrun --nproc-per-node N -m dsa_bench.parallel [section ...] [--record FILE]`.
+"""One V3.2 layer over the GPUs of a host: `torchrun --nproc-per-node N -m dsa_bench.parallel [--record FILE]`.
 
 Prefill by gathered keys, decode by sharded keys, a training step, each against one of the GPUs in the same rounds and
 against its exchange alone. N a power of two. `--tiny` is a rehearsal at toy sizes on a CPU, by the reference's steps.
@@ -18,7 +18,7 @@ import dsa_kernels
 import dsa_ref
 from dsa_ref import TINY, V32
 from dsa_ref.parallel import Ranks, join
-from dsa_ref.records import output_file, positive
+from dsa_ref.records import output_file, positive, provenance
 
 from .. import measure, records
 from ..__main__ import NO_GPU, announced, check_log
@@ -97,13 +97,13 @@ def main(arguments=None) -> int:
 
 def measured(options, ranks, device, log, arguments) -> bool:
     """Measure, print and write what stands after each row, by rank 0; whether anything was wrong, on all ranks."""
-    provenance, ceilings, wrong = {}, None, False
+    run, ceilings, wrong = {}, None, False
     if ranks.rank == 0:
-        provenance = provenance_of(arguments, ranks, device)
+        run = provenance_of(arguments, ranks, device)
         if options.tiny:
-            print(*(f"{name}: {value}" for name, value in provenance.items()), sep="\n")
+            print(*(f"{name}: {value}" for name, value in run.items()), sep="\n")
         else:
-            ceilings = announced(provenance, options.rounds)
+            ceilings = announced(run, options.rounds)
     for section in options.sections:
         rows = []
         for name, make in cases(section, TOY if options.tiny else Sizes(), ranks, device, options.tiny):
@@ -114,13 +114,13 @@ def measured(options, ranks, device, log, arguments) -> bool:
             if ranks.rank == 0:
                 print(*lines.row(section, rows[-1], ranks.size), sep="\n", flush=True)
             if log:
-                made = {"provenance": provenance, "ranks": ranks.size, "rows": rows}
+                made = {"provenance": run, "ranks": ranks.size, "rows": rows}
                 records.merge(log, {section: made}, ceilings)
     return wrong
 
 
 def provenance_of(arguments, ranks, device):
-    found = measure.environment(arguments, PROGRAM) if device.type == "cuda" else measure.provenance(PROGRAM, arguments)
+    found = measure.environment(arguments, PROGRAM) if device.type == "cuda" else provenance(PROGRAM, arguments)
     found["command"] = found["command"].replace("python", f"torchrun --nproc-per-node {ranks.size}", 1)
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else None
     return found | {"ranks": ranks.size, "nccl": nccl, "nvls": os.environ.get("NCCL_NVLS_ENABLE")}
@@ -145,7 +145,10 @@ def cases(section, sizes, ranks, device, tiny):
     chunk = N * sizes.chunk
     return [
         *((f"a prompt of {size(S)}", lambda S=S: Prefill(layer, S, S, ranks)) for S in whole),
-        *((f"{size(chunk)} at the end of {size(S)}", lambda S=S: Prefill(layer, chunk, S, ranks)) for S in sizes.behind),
+        *(
+            (f"{size(chunk)} at the end of {size(S)}", lambda S=S: Prefill(layer, chunk, S, ranks))
+            for S in sizes.behind
+        ),
     ]
 
 

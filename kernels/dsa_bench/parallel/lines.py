@@ -19,10 +19,8 @@ def row(section, found, ranks):
         gib = [size / 2**30 for size in found["memory_bytes"]]
         texts.append(f"    memory beyond inputs: {span(gib)} GiB a rank, {found['one_memory_bytes'] / 2**30:.2f} alone")
     for plan, work in found.get("selection", {}).items():
-        texts.append(
-            f"    indexer, {plan}: pairs {work['pairs_imbalance']:+.2%} above the mean, time {work['ms_imbalance']:+.2%} "
-            f"({span(work['ms'])} ms)"
-        )
+        above = ", ".join(f"{what} {work[f'{what}_imbalance']:+.2%}" for what in ("pairs", "ms"))
+        texts.append(f"    indexer, {plan}: above the mean {above} ({span(work['ms'])} ms)")
     return [text[:WIDTH] for text in texts]
 
 

@@ -1,0 +1,143 @@
+"""The bench of a layer over several ranks: two processes on gloo at toy sizes, right ones and with faults planted."""
+
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import rungs
+import torch
+from conftest import NEEDS_TRITON
+
+from dsa_ref import TINY, cost, records
+from dsa_ref.parallel import Zigzag
+
+ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = [
+    pytest.mark.skipif(not rungs.has_triton(), reason=NEEDS_TRITON),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="toy sizes on a CPU: on GPUs run the bench"),
+]
+
+
+@pytest.fixture
+def bench():
+    """`bench("judge")` is `dsa_bench.parallel.judge`, imported where triton is known to be there."""
+    return lambda name: importlib.import_module(f"dsa_bench.parallel.{name}")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """(what two ranks found, by name, and the record of the right run)."""
+    folder = tmp_path_factory.mktemp("parallel")
+    paths = [ROOT, ROOT / "kernels", ROOT / "notebooks", ROOT / "tests", ROOT / "tests/parallel"]
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(ROOT / "tests/bench/parallel_ranks.py"), str(folder)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads((folder / "found.json").read_text()), json.loads((folder / "right.json").read_text())
+
+
+def test_two_ranks_are_judged_right_and_leave_a_record(ranks, bench):
+    found, record = ranks
+    assert found["right"] == {"code": 0, "verdicts": ["right"] * 4}
+    assert list(record["steps"]) == ["prefill", "decode", "training"]
+    for section, step in record["steps"].items():
+        assert step["ranks"] == step["provenance"]["ranks"] == 2
+        assert step["provenance"]["command"].startswith("torchrun --nproc-per-node 2 -m dsa_bench.parallel --tiny")
+        for row in step["rows"]:
+            assert row["one_ms"] > 0 and row["all_ms"] > 0 and len(row["notes"]) == 2
+            assert row["efficiency"] == pytest.approx(row["one_ms"] / row["all_ms"] / 2)  # of one round
+            assert row["exchange"]["share"] > 0 and len(row["exchange"]["wait_ms"]) == 2
+            assert all(len(text) <= 120 for text in bench("lines").row(section, row, 2))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["local positions for global", "keys in the order of ranks", "merge by mean", "own candidates alone",
+     "mean of gradients", "gradients not summed"],
+)  # fmt: skip
+def test_a_wrong_result_is_refused(ranks, fault):
+    found = ranks[0][fault]
+    assert found["code"] == 1 and set(found["verdicts"]) == {"WRONG"}
+
+
+def test_bytes_are_those_of_the_rows(ranks):
+    """What the other rank has: rows of keys; candidates and parts; the weights' gradients, there and back."""
+    steps = ranks[1]["steps"]
+    row = cost.bf16_kv_bytes_per_token(TINY) + cost.index_bytes_per_token(TINY)
+    received = {name: [each["exchange"]["bytes"] for each in steps[name]["rows"]] for name in steps}
+    assert received["prefill"] == [24 * row, 32 * row]
+    parts = TINY.n_heads * (TINY.kv_lora_rank + 1) * 4
+    assert received["decode"] == [2 * TINY.index_topk * 4 + parts]
+    exchanges = steps["training"]["rows"][0]["exchange"]["calls"]
+    whats = [each["what"] for each in exchanges if each["what"] != "agree"]
+    assert whats == ["all_gather", "reduce_scatter", "reduce_scatter", "all_reduce"]
+    taught = dataclasses.replace(TINY, index_fp8=False)
+    sizes = [each["bytes"] for each in exchanges if each["bytes"]]
+    assert sizes[0] == 12 * (cost.bf16_kv_bytes_per_token(taught) + cost.index_bytes_per_token(taught))
+    assert sizes[1:3] == [12 * width * 4 for width in (TINY.latent_dim, TINY.index_head_dim)]
+    weights = sum(cost.matrices(taught).values())
+    assert weights <= sizes[3] / 4 < 1.05 * weights  # besides the norms' weights
+
+
+def test_pairs_are_counted_and_contiguous_shares_are_not_balanced(ranks):
+    whole, behind = ranks[1]["steps"]["prefill"]["rows"]
+    for row in (whole, behind):
+        T, S = row["tokens"], row["keys"]
+        seen = [S - T + t + 1 for t in range(T)]
+        zigzag = [sum(seen[t] for t in Zigzag(T, 2).rows(rank).tolist()) for rank in range(2)]
+        assert row["selection"]["zigzag"]["pairs"] == zigzag
+        assert row["selection"]["contiguous"]["pairs"] == [sum(seen[: T // 2]), sum(seen[T // 2 :])]
+        assert row["selection"]["zigzag"]["pairs_imbalance"] == 0
+    assert whole["selection"]["contiguous"]["pairs_imbalance"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_same_bits_must_give_the_same_selection(bench):
+    """Another key at the threshold is let pass where bits differ, and only a few."""
+    judge, Wrong = bench("judge"), importlib.import_module("dsa_bench.checks").Wrong
+    lists = torch.arange(100, dtype=torch.int32).expand(3, -1).clone()
+    one = {"lists": lists, "queries": torch.ones(3, 2, 4), "y": torch.ones(3, 5)}
+    other = one | {"lists": lists.clone(), "queries": one["queries"].clone()}
+    assert judge.check_against_one(other, one, True) == (3, 3)
+    other["lists"][1, 99] = 100
+    with pytest.raises(Wrong, match="the selection is another"):
+        judge.check_against_one(other, one, True)
+    other["queries"][1] *= 1.001
+    assert judge.check_against_one(other, one, True) == (2, 3)
+    other["lists"][1, 90:] += 20
+    with pytest.raises(Wrong, match="little in common"):
+        judge.check_against_one(other, one, True)
+    with pytest.raises(Wrong, match="query is off"):
+        judge.check_against_one(one | {"queries": 1.1 * one["queries"]}, one, True)
+    with pytest.raises(Wrong, match="output row"):
+        judge.check_against_one(one | {"y": 1.1 * one["y"]}, one, True)
+
+
+def test_a_digest_knows_bits_from_places(bench):
+    judge = bench("judge")
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([1, 2, 3], dtype=torch.uint8)
+    assert judge.digest([a, None, b]) == judge.digest([a.clone(), b.clone()])
+    assert len({judge.digest(each) for each in ([a, b], [b, a], [-a, b], [a, b + 1], [a])}) == 5
+
+
+def test_imbalance_is_against_the_mean(bench):
+    assert bench("measured").imbalance([1, 1, 1, 1]) == 0 and bench("measured").imbalance([1, 3]) == 0.5
+
+
+def test_arguments(bench, capsys, monkeypatch):
+    main = bench("__main__")
+    assert main.main([]) == 2 and "CUDA GPU" in capsys.readouterr().err
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert main.main(["--tiny"]) == 2 and "torchrun" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main.parse(["sideways"])
+    assert stopped.value.code == 2 and "section must be one of prefill, decode, training" in capsys.readouterr().err
+    log = importlib.import_module("dsa_bench.records").parallel_log
+    assert log("NVIDIA H200") == records.figures_folder() / "parallel_h200.json" and log("RTX") is None
