@@ -5,11 +5,13 @@
     selection      the k best of these candidates, by SPEC section 4, in the order of their places: of equal scores the
                    smallest place is kept, whichever rank brought it
     attention      over those winners that the rank holds itself: out and its log-sum-exp
-    one all-gather [out | lse] in fp32, merged in the order of ranks (SPEC section 10); a rank without a winner has a
+    one all-gather [out | lse] in fp32, merged in the order of ranks; a rank without a winner has a
                    log-sum-exp of -inf and counts for nothing
 
 For decode, and for contexts whose keys fit on no single rank. Bytes sent follow k and not the context. Every rank ends
 up with the same output, to the bit. Without gradients.
+
+Source: SPEC section 11.
 """
 
 import zlib
@@ -25,7 +27,7 @@ from ..contracts import check_finite, values_readable
 from ..decode import merge_parts
 from ..nn.cache import all_or_nothing
 from ..nn.layer import DSALayer
-from .ranks import Ranks
+from .ranks import Ranks, pack, row_bytes
 from .sharded_cache import ShardedCache
 
 LAST = torch.iinfo(torch.int32).max  # behind every place
@@ -55,8 +57,8 @@ def sharded_select(
         there = best.clamp(min=0).long()
         keys[:, : best.shape[1]] = places[there].masked_fill(best < 0, -1)
         scores[:, : best.shape[1]] = every.gather(1, there)
-    keys, scores = (candidates(part, ranks) for part in (keys, scores))
-    order = keys.masked_fill(keys < 0, LAST).argsort(dim=1)
+    keys, scores = candidates(keys, scores, ranks)
+    order = by_place(keys)
     keys, scores = keys.gather(1, order), scores.gather(1, order)
     count = (keys >= 0).sum(dim=1, dtype=torch.int32)
     best = ops.select_topk(scores, k, torch.zeros_like(count), count)
@@ -64,9 +66,16 @@ def sharded_select(
     return winners.masked_fill(winners == LAST, -1)
 
 
-def candidates(part: Tensor, ranks: Ranks) -> Tensor:
-    """[T, k] of every rank side by side: [T, size · k]."""
-    return ranks.all_gather(part).transpose(0, 1).flatten(1)
+def candidates(keys: Tensor, scores: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Every rank's keys and scores [T, k] side by side: two tensors [T, size · k]."""
+    everyone = ranks.all_gather(pack((keys, scores), len(keys))).transpose(0, 1)
+    parts = everyone.split((row_bytes(keys), row_bytes(scores)), dim=2)
+    return tuple(part.contiguous().view(own.dtype).flatten(1) for part, own in zip(parts, (keys, scores), strict=True))
+
+
+def by_place(keys: Tensor) -> Tensor:
+    """The order of candidates [T, n] by their places, those that are none last: so ties go to the smallest place."""
+    return keys.masked_fill(keys < 0, LAST).argsort(dim=1)
 
 
 @torch.no_grad()

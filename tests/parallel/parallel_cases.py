@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import os
 import time
 from unittest import mock
@@ -12,7 +13,6 @@ import rungs
 import torch
 import torch.distributed as dist
 
-import dsa_ref
 from dsa_ref import TINY, DSALayer, LayerCache
 from dsa_ref.nn import ModelConfig, SmallModel
 from dsa_ref.parallel import (
@@ -21,24 +21,17 @@ from dsa_ref.parallel import (
     ShardedCache,
     ShardedLayer,
     Zigzag,
-    gathered,
     new_sharded_caches,
     over_group,
-    ranks,
     sharded,
-    sharded_attention,
-    sharded_select,
     stage_backward,
     training,
 )
-from dsa_ref.training import stages
 
 # Inputs and models, the same wherever they are made -------------------------------------------------------------------
 
 
 def config_of(**fields):
-    import dataclasses
-
     return dataclasses.replace(TINY, **fields)
 
 
@@ -60,7 +53,11 @@ def tokens_of(lengths, seed, dtype=torch.float32):
 def model_of(seed, ops="reference", **fields):
     torch.manual_seed(seed)
     fields = {"index_fp8": False} | fields
-    return SmallModel(ModelConfig(n_layers=2, hidden_dim=32, attention=config_of(**fields)), ops=rungs.load(ops))
+    model = SmallModel(ModelConfig(n_layers=2, hidden_dim=32, attention=config_of(**fields)), ops=rungs.load(ops))
+    for weight in model.parameters():
+        if weight.dim() == 2:  # larger than at a training's start, where the indexer's loss is next to nothing
+            torch.nn.init.normal_(weight, std=0.2)
+    return model
 
 
 def windows_of(n, length, seed):
@@ -91,7 +88,9 @@ def dealt(S, size, seed, empty):
 # Cases: on one rank of a group ----------------------------------------------------------------------------------------
 
 
-def layer_forward(lengths, seed, ops="reference", attention="sparse", fault=None, grad=False, dtype=torch.float32, **fields):
+def layer_forward(
+    lengths, seed, ops="reference", attention="sparse", fault=None, grad=False, dtype=torch.float32, **fields
+):
     """Own rows, the layer's output on them and the record of the selection; with `grad`, gradients of all."""
     layer, group = layer_of(seed, ops, dtype, **fields), Ranks()
     rows = Zigzag(sum(lengths), group.size).rows(group.rank)
@@ -128,6 +127,8 @@ def select(T, S, k, seed, ties=False, ops="reference", empty=(), fault=None):
     q, kv = attention_inputs(T, S, seed)
     places = dealt(S, group.size, seed, empty)[group.rank]
     mine, steps = places.long(), rungs.load(ops)
+    if fault == "local places":  # taken for those in the sequence
+        places, fault = torch.arange(len(places), dtype=torch.int32), None
     with planted(fault):
         indices = sharded.sharded_select(q_idx, k_idx[mine], w, k, places, start, end, group, ops=steps)
         out, lse = sharded.sharded_attention(q, kv[mine], indices, 0.3, 8, places, group, ops=steps)
@@ -139,12 +140,12 @@ def attention_inputs(T, S, seed):
     return torch.randn(T, 4, 12, generator=generator), torch.randn(S, 12, generator=generator)
 
 
-def generate(prompt, more, chunk, seed, prefill=True, ops="reference", fault=None, **fields):
+def generate(prompt, more, chunk, seed, prefill=True, ops="reference", fault=None, rows_at_once=5, **fields):
     """Logits of a prompt's rows on this rank, then those of the tokens that follow, chunk by chunk, on all ranks."""
     model, group = model_of(seed, ops, **fields).requires_grad_(False), Ranks()
     text = windows_of(1, prompt + more, seed)[0, : prompt + more]
     caches, found = new_sharded_caches(model, prompt + more), []
-    with planted(fault):
+    with planted(fault), mock.patch.object(GatheredLayer, "rows_at_once", rows_at_once):
         if prefill:
             rows = Zigzag(prompt, group.size).rows(group.rank)
             found.append((rows, over_group(model, GatheredLayer)(text[rows], rows, caches)))
@@ -155,27 +156,27 @@ def generate(prompt, more, chunk, seed, prefill=True, ops="reference", fault=Non
     return found, [cache.held for cache in caches]
 
 
-def refused(call, **changes):
-    """A call for which rank 1 has other arguments; then one that all make alike, since the group must still work."""
-    group = Ranks()
+def refused(call, changes):
+    """What a call raises for which rank 1 has other arguments; then all make one alike: the group must still work."""
+    group, raised = Ranks(), None
     try:
         CALLS[call](group, **(changes if group.rank == 1 else {}))
-    finally:
-        layer_forward([9], seed=0)
+    except (ValueError, TypeError) as error:
+        raised = type(error).__name__, str(error)
+    return raised, layer_forward([9], seed=0)["y"].isfinite().all()
 
 
-def gathered_call(group, T=11, dim=64, dtype=torch.float32, fields=None, poison=False, attention="sparse", shift=0,
-                  grad=False, cache=None):  # fmt: skip
-    lengths = [11]
+def gathered_call(
+    group, fewer=0, dim=64, dtype=torch.float32, fields=None, poison=False, attention="sparse", shift=0, grad=False,
+    cache=None,
+):  # fmt: skip
     rows = Zigzag(11, group.size).rows(group.rank)
-    x, positions = tokens_of(lengths, 0)[rows], packed(lengths)[rows] + shift
-    x = torch.cat((x, x))[: T if T < len(rows) else len(rows) + (T > 11), :dim].to(dtype)
-    positions = torch.cat((positions, positions))[: len(x)]
+    rows = rows[: len(rows) - fewer]
+    x, positions = tokens_of([11], 0)[rows, :dim].to(dtype), packed([11])[rows] + shift
     if poison:
         x[0] = torch.nan
     layer = layer_of(0, **(fields or {})).to(dtype).requires_grad_(grad)
-    cache = LayerCache(TINY, 20) if cache else None
-    GatheredLayer(layer)(x, positions, cache, attention)
+    GatheredLayer(layer)(x, positions, LayerCache(TINY, 20) if cache else None, attention)
 
 
 def sharded_call(group, T=3, seed=0, dtype=torch.float32, fields=None, before=0, capacity=9, attention="sparse"):
@@ -198,30 +199,34 @@ CALLS = {"gathered": gathered_call, "sharded": sharded_call, "training": trainin
 
 
 def dies(rank, where):
-    """The rank's process ends in the middle of a call."""
+    """One rank's process ends in the middle of a call; what the others raise, and after how many seconds."""
+    messages = iter(range(100))
 
-    def ends(*arguments):
-        os._exit(7)
+    def ends_in(owner, name, after):
+        original = getattr(owner, name)
+
+        def ending(*arguments):
+            if next(messages) >= after:
+                os._exit(7)
+            return original(*arguments)
+
+        setattr(owner, name, ending)
 
     if Ranks().rank == rank:
-        owner, name = {"before": (Ranks, "agree"), "after": (Ranks, "all_gather"), "backward": (Ranks, "reduce_scatter")}[where]
-        count = iter(range(100))
-
-        def counted(*arguments, **keywords):
-            if next(count) >= (2 if where == "after" else 0):  # two messages, then the rows
-                ends()
-            return original(*arguments, **keywords)
-
-        original = getattr(owner, name)
-        setattr(owner, name, counted)
-    return layer_forward([11], seed=0, grad=True)
+        # "rows": two messages are sent, each by an all-gather, and then the rows
+        ends_in(Ranks, *{"message": ("agree", 0), "rows": ("all_gather", 2), "backward": ("reduce_scatter", 0)}[where])
+    begun = time.monotonic()
+    try:
+        layer_forward([11], seed=0, grad=True)
+    except RuntimeError as error:
+        return str(error), time.monotonic() - begun
+    return None
 
 
 def late(rank, seconds):
     """The rank comes too late."""
     if Ranks().rank == rank:
         time.sleep(seconds)
-        return None
     begun = time.monotonic()
     try:
         layer_forward([11], seed=0)
@@ -289,27 +294,15 @@ def mean_merge(outs, lses):
     return outs.mean(dim=0), lses.logsumexp(dim=0)
 
 
-def by_rank(part, group):
-    """Candidates whose places are those within their rank: local taken for global, and ties go to the first rank."""
-    return original_candidates(part, group)
+def by_rank(keys):
+    """Candidates in the order of ranks, those that are none behind: of equal scores the first rank's is kept."""
+    return (keys < 0).byte().sort(dim=1, stable=True).indices
 
 
-def sorted_by_rank(keys, dim):
-    """Candidates stay in the order of ranks, so that of equal scores the first rank's is kept."""
-    return torch.arange(keys.shape[1]).expand(len(keys), -1)
-
-
-@contextlib.contextmanager
-def unsorted():
-    with mock.patch.object(torch.Tensor, "argsort", lambda keys, dim: sorted_by_rank(keys, dim)):
-        yield
-
-
-def own_best(part, group):
+def own_best(keys, scores, group):
     """No exchange of candidates: each rank keeps the k best of its own."""
-    return part.repeat(1, group.size) if part.is_floating_point() else torch.cat(
-        (part, torch.full((len(part), part.shape[1] * (group.size - 1)), -1, dtype=part.dtype)), dim=1
-    )
+    nothing = torch.full((len(keys), keys.shape[1] * (group.size - 1)), -1, dtype=torch.int32)
+    return torch.cat((keys, nothing), dim=1), torch.cat((scores, nothing.to(scores.dtype)), dim=1)
 
 
 def every_own_place(self, before, T):
@@ -318,7 +311,7 @@ def every_own_place(self, before, T):
 
 
 original_reduce_scatter, original_sum = Ranks.reduce_scatter, training.sum_gradients
-original_share, original_candidates = training.indexer_share, sharded.candidates
+original_share = training.indexer_share
 FAULTS = {
     "local positions for global": lambda: mock.patch.object(GatheredLayer, "_ranges", local_ranges),
     "padding seen": lambda: mock.patch.object(Zigzag, "in_order", padding_seen),
@@ -329,7 +322,7 @@ FAULTS = {
     "gradients not summed": lambda: mock.patch.object(training, "sum_gradients", not_at_all),
     "mean over own rows": lambda: mock.patch.object(training, "indexer_share", by_own_rows),
     "merge by mean": lambda: mock.patch.object(sharded, "merge_parts", mean_merge),
-    "ties by rank": unsorted,
+    "ties by rank": lambda: mock.patch.object(sharded, "by_place", by_rank),
     "own candidates alone": lambda: mock.patch.object(sharded, "candidates", own_best),
     "every rank keeps all": lambda: mock.patch.object(ShardedLayer, "_own", every_own_place),
 }
