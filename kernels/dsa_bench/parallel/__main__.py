@@ -42,18 +42,17 @@ K = 1 << 10
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """whole: prompts read at once, if a rank then has at most `most` rows; behind: contexts at whose end each rank
-    reads `chunk` tokens; step: of training; decode: contexts."""
+    """whole: prompts; behind: contexts at whose end each rank reads `chunk` tokens, which one GPU and each rank also
+    take at once; step: of training; decode: contexts."""
 
-    whole: tuple = (128 * K, 256 * K)
-    most: int = 64 * K
-    behind: tuple = (128 * K, 256 * K, 512 * K, 1024 * K)
+    whole: tuple = (128 * K, 256 * K, 512 * K)
+    behind: tuple = (512 * K, 1024 * K)
     chunk: int = 4 * K
     step: int = 16 * K
     decode: tuple = (128 * K, 1024 * K)
 
 
-TOY = Sizes(whole=(48,), most=48, behind=(64,), chunk=8, step=24, decode=(40,))
+TOY = Sizes(whole=(48,), behind=(64,), chunk=8, step=24, decode=(40,))
 
 
 def parse(arguments):
@@ -141,14 +140,14 @@ def cases(section, sizes, ranks, device, tiny):
         dsa_kernels.warm(config, config.max_seq_len, sizes.chunk, batches=(), device=device)
     if section == "decode":
         return [(f"a token behind {size(S)}", lambda S=S: Decode(layer, S, ranks)) for S in sizes.decode]
-    whole = [S for S in sizes.whole if S // N <= sizes.most]
-    chunk = N * sizes.chunk
+    chunk = sizes.chunk
+
+    def case(T, S):
+        return lambda: Prefill(layer, T, S, ranks, chunk)
+
     return [
-        *((f"a prompt of {size(S)}", lambda S=S: Prefill(layer, S, S, ranks)) for S in whole),
-        *(
-            (f"{size(chunk)} at the end of {size(S)}", lambda S=S: Prefill(layer, chunk, S, ranks))
-            for S in sizes.behind
-        ),
+        *((f"a prompt of {size(S)}", case(S, S)) for S in sizes.whole),
+        *((f"{size(N * chunk)} at the end of {size(S)}", case(N * chunk, S)) for S in sizes.behind),
     ]
 
 

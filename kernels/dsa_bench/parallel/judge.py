@@ -78,8 +78,6 @@ def check_by_reference(layer, x, positions, step, y, rows):
         )
     except Failed as failure:
         raise checks.Wrong(str(failure)) from failure
-    if not y.isfinite().all():
-        raise checks.Wrong("the output is not finite")
     want = dense.reference(layer, x[rows], positions[rows], step["kv"].float(), step["indices"][rows])
     return near("an output row", y[rows].float(), want.float(), ROW_ERROR)
 

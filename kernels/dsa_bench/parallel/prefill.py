@@ -1,9 +1,11 @@
-"""Gathered keys: tokens of a prompt, N times as many as each rank takes, against one GPU that reads them in N calls.
+"""Gathered keys: a prompt's tokens on all ranks, against one GPU that reads as many tokens at a time.
 
-A whole prompt goes through `GatheredLayer` at once. Where that would not fit, the last tokens of the context are read:
-the ranks hold the rows of all earlier ones in shares, and gather them in that call, as each chunk of a long prompt
-would. One GPU has those rows in its cache, and gathers nothing.
+A whole prompt goes through `GatheredLayer` at once. Where that would take too long, the last tokens of a context are
+read, one block of each rank: the ranks hold the rows of all earlier tokens in shares, and gather them in that call, as
+each chunk of a prompt would that comes piece by piece. One GPU has those rows in its cache, and gathers nothing.
 """
+
+import types
 
 import torch
 
@@ -27,14 +29,14 @@ class BehindLayer(GatheredLayer):
 
     def __init__(self, layer, T, rows):
         super().__init__(layer)
-        self.context, self.rows = Zigzag(T, self.ranks.size), rows
+        self.context, self.rows = Zigzag(T, self.ranks.size), [row for row in rows if row is not None]
 
     def _row_starts(self, positions, cache):
         return super()._row_starts(positions, cache) + self.context.T
 
-    def _all_rows(self, cache, kv, k_idx, k_scale):
-        new = super()._all_rows(cache, kv, k_idx, k_scale)
-        before = iter(gather_rows([row for row in self.rows if row is not None], self.context, self.ranks))
+    def _gathered(self, cache, kv, k_idx, k_scale):
+        new = super()._gathered(cache, kv, k_idx, k_scale)
+        before = iter(gather_rows(self.rows, self.context, self.ranks))
         return tuple(None if own is None else joined(next(before), own) for own in new)
 
 
@@ -43,11 +45,42 @@ def joined(before, after):
     return torch.cat((before.view(torch.uint8), after.view(torch.uint8))).view(after.dtype)
 
 
-class Prefill:
-    """The last T of S tokens, T a multiple of twice the ranks, on all ranks and on rank 0 alone."""
+class Kept:
+    """The layer's steps, which keep what they select for some of the rows of one call, as a record would for all.
 
-    def __init__(self, layer, T, S, ranks, seed=3):
-        self.layer, self.T, self.S, self.ranks = layer, T, S, ranks
+    ops: the package; rows: which, of the call's, ascending. step(): {"q_idx", "w", "indices"} of those rows, and
+    {"kv", "k_idx", "k_scale"}, all keys.
+    """
+
+    def __init__(self, ops, rows):
+        self.real, self.rows, self.first, self.parts, self.keys = ops, rows, 0, [], {}
+        wrapped = {"lightning_select": self.lightning_select, "sparse_attention": self.sparse_attention}
+        self.ops = types.SimpleNamespace(**vars(ops) | wrapped)
+
+    def lightning_select(self, q_idx, k_idx, w, k, k_scale=None, **seen):
+        lists = self.real.lightning_select(q_idx, k_idx, w, k, k_scale=k_scale, **seen)
+        here = self.rows[(self.rows >= self.first) & (self.rows < self.first + len(q_idx))] - self.first
+        self.parts.append((judge.at(q_idx, here.to(w.device)), w[here.to(w.device)], lists[here.to(w.device)]))
+        self.first += len(q_idx)
+        self.keys |= {"k_idx": k_idx, "k_scale": k_scale}
+        self.last = q_idx, w
+        return lists
+
+    def sparse_attention(self, q, kv, *given, **named):
+        self.keys["kv"] = kv
+        return self.real.sparse_attention(q, kv, *given, **named)
+
+    def step(self):
+        q_idx, w, lists = zip(*self.parts, strict=True)
+        joined_q = torch.cat([part.view(torch.uint8) for part in q_idx]).view(q_idx[0].dtype)
+        return self.keys | {"q_idx": joined_q, "w": torch.cat(w), "indices": torch.cat(lists)}
+
+
+class Prefill:
+    """The last T of S tokens, T a multiple of twice the ranks, on all ranks and on rank 0 alone, `block` in a call."""
+
+    def __init__(self, layer, T, S, ranks, block, seed=3):
+        self.layer, self.T, self.S, self.ranks, self.block = layer, T, S, ranks, block
         self.device, self.shares = layer.freqs.device, Zigzag(T, ranks.size)
         rows = self.shares.rows(ranks.rank, self.device)
         self.x = drawn(T, layer.config.dim, self.device, seed, rows)
@@ -62,27 +95,27 @@ class Prefill:
             self.cache.length = S - T
             held = [None if part is None else judge.at(part, own) for part in self.cache.rows()]
             self.plan = BehindLayer(layer, S - T, held)
+        self.plan.rows_at_once = block
         if ranks.rank:
             self.cache = None
-        self.lists = None
+        self.scored = None
 
     def _empty_cache(self):
         return dsa_ref.LayerCache(self.layer.config, self.S, torch.bfloat16, self.device)
 
-    def together(self, record=None):
+    def together(self):
         """This rank's rows of the output."""
         with dsa_ref.unchecked_values():
-            return self.plan(self.x, self.positions, record=record)
+            return self.plan(self.x, self.positions)
 
     def alone(self, keep=None):
-        """The tokens in as many calls as there are ranks. keep(first, step, y): what is done with each."""
-        each = self.T // self.ranks.size
-        for first in range(0, self.T, each):
+        """The tokens, `block` in a call. keep(first, step, y): what is done with each."""
+        for first in range(0, self.T, self.block):
             self.cache.length = self.S - self.T + first
-            record = None if keep is None else []
-            positions = torch.arange(self.cache.length, self.cache.length + each, device=self.device)
+            record, x = None if keep is None else [], self.all_x[first : first + self.block]
+            positions = torch.arange(self.cache.length, self.cache.length + len(x), device=self.device)
             with dsa_ref.unchecked_values():
-                y = self.layer(self.all_x[first : first + each], positions, self.cache, record=record)
+                y = self.layer(x, positions, self.cache, record=record)
             if keep is not None:
                 keep(first, record[0], y)
 
@@ -97,15 +130,17 @@ class Prefill:
         }
 
     def judge(self):
-        """The verdict of all ranks on what `together` gives; its lists' inputs are kept for `selection_ms`."""
+        """The verdict of all ranks on what `together` gives; the last block's queries are kept for `selection`."""
         local = [checks.sampled_rows(self.shares.count(rank), "cpu") for rank in range(self.ranks.size)]
         places = [self.shares.rows(rank)[rows] for rank, rows in enumerate(local)]
         one = group.firsts(self.ranks, self._one_gpus(places) if self.ranks.rank == 0 else None)
-        record = []
+        rank, kept = self.ranks.rank, Kept(self.layer.ops, local[self.ranks.rank])
+        self.plan.ops = kept.ops
         with poisoned():
-            y = self.together(record)
-        step, rank = record[0], self.ranks.rank
-        self.lists = [step[name] for name in ("q_idx", "k_idx", "w", "k_scale")]
+            y = self.together()
+        self.plan.ops = self.layer.ops
+        step = kept.step()
+        self.scored = *kept.last, step["k_idx"], step["k_scale"]
         keys = step["kv"], step["k_idx"], step["k_scale"]
         same, wrong = self._same_keys(step) if rank == 0 else (False, None)
         same, first = group.firsts(self.ranks, (same, judge.digest(keys) if rank == 0 else None))
@@ -115,9 +150,12 @@ class Prefill:
                 raise wrong
             if judge.digest(keys) != first:
                 raise checks.Wrong("the gathered rows are others than rank 0's")
+            if not y.isfinite().all():
+                raise checks.Wrong("the output is not finite")
             rows = local[rank].to(self.device)
-            error = judge.check_by_reference(self.layer, self.x, self.positions, step, y, rows)
-            equal, count = judge.check_against_one(judge.rows_of(step, y, rows), one[rank], same)
+            some, every = (self.x[rows], self.positions[rows]), torch.arange(len(rows), device=self.device)
+            error = judge.check_by_reference(self.layer, *some, step, y[rows], every)
+            equal, count = judge.check_against_one(judge.rows_of(step, y[rows], every), one[rank], same)
             bits = "the same" if same else "not all the same"
             return f"{equal} of {count} selections one GPU's, keys' bits {bits}, output {error:.1e}"
 
@@ -149,9 +187,9 @@ class Prefill:
     def selection(self):
         """{plan: {"pairs": by rank, "ms": by rank}}: the indexer's work, of rows in zigzag and of contiguous ones.
 
-        pairs of queries and keys are counted; ms: `lightning_select` on all ranks at once, each with its rows.
+        pairs of queries and keys are counted; ms: `lightning_select` on all ranks at once, each with its rows' ranges,
+        block by block, for the queries of the last block.
         """
-        q_idx, k_idx, w, k_scale = self.lists
         size, before, found = self.ranks.size, self.S - self.T, {}
         plans = {
             "zigzag": [self.shares.chunks(rank) for rank in range(size)],
@@ -159,19 +197,21 @@ class Prefill:
         }
         for name, chunks in plans.items():
             rows = torch.cat([torch.arange(c.start, c.stop, device=self.device) for c in chunks[self.ranks.rank]])
-            end = (before + rows + 1).to(torch.int32)
-            k, seen = min(self.layer.config.index_topk, len(k_idx)), {"start": torch.zeros_like(end), "end": end}
-
-            def select(k=k, seen=seen):
-                with dsa_ref.unchecked_values():
-                    self.layer.ops.lightning_select(q_idx, k_idx, w, k, k_scale=k_scale, **seen)
-
-            select()
+            ends = (before + rows + 1).to(torch.int32).split(len(self.scored[0]))
             group.meet(self.ranks)
-            ms = sorted(group.own_ms(select, self.device) for _ in range(3))[1]
+            times = [group.own_ms(lambda ends=ends: self._select(ends), self.device) for _ in range(2)]
             pairs = [sum(cost.causal_pairs(len(c), before + c.stop) for c in own if len(c)) for own in chunks]
-            found[name] = {"pairs": pairs, "ms": group.everyones(self.ranks, ms)}
+            found[name] = {"pairs": pairs, "ms": group.everyones(self.ranks, times[1])}
         return found
+
+    def _select(self, ends):
+        q_idx, w, k_idx, k_scale = self.scored
+        for end in ends:
+            seen = {"start": torch.zeros_like(end), "end": end}
+            with dsa_ref.unchecked_values():
+                self.layer.ops.lightning_select(
+                    q_idx[: len(end)], k_idx, w[: len(end)], self.layer.config.index_topk, k_scale=k_scale, **seen
+                )
 
 
 def row_bytes(config):

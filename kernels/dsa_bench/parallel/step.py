@@ -32,7 +32,7 @@ class Training:
             self.one.x.requires_grad_()
 
     def together(self, summed=True):
-        """{name: gradient} of the weights, and of this rank's rows of x. summed: whether the weights' are everyone's."""
+        """{name: gradient} of the weights, and of this rank's rows of x. summed: the weights' over all ranks."""
         with torch.enable_grad():
             record = []
             y = self.plan(self.x, self.positions, record=record)
