@@ -69,19 +69,17 @@ def test_a_wrong_result_is_refused(ranks, fault):
 
 
 def test_bytes_are_those_of_the_rows(ranks):
-    """What the other rank has: rows of keys; candidates and parts; the weights' gradients, there and back."""
+    """A run receives what `cost` says, in rows of keys, candidates and parts; and gradients, there and back."""
     steps = ranks[1]["steps"]
-    row = cost.bf16_kv_bytes_per_token(TINY) + cost.index_bytes_per_token(TINY)
     received = {name: [each["exchange"]["bytes"] for each in steps[name]["rows"]] for name in steps}
-    assert received["prefill"] == [24 * row, 32 * row]
-    parts = TINY.n_heads * (TINY.kv_lora_rank + 1) * 4
-    assert received["decode"] == [2 * TINY.index_topk * 4 + parts]
+    assert received["prefill"] == [cost.gathered_bytes(TINY, S, 2) for S in (48, 64)]
+    assert received["decode"] == [sum(cost.sharded_bytes(TINY, 1, 40, 2).values())]
     exchanges = steps["training"]["rows"][0]["exchange"]["calls"]
     whats = [each["what"] for each in exchanges if each["what"] != "agree"]
     assert whats == ["all_gather", "reduce_scatter", "reduce_scatter", "all_reduce"]
     taught = dataclasses.replace(TINY, index_fp8=False)
     sizes = [each["bytes"] for each in exchanges if each["bytes"]]
-    assert sizes[0] == 12 * (cost.bf16_kv_bytes_per_token(taught) + cost.index_bytes_per_token(taught))
+    assert sizes[0] == cost.gathered_bytes(taught, 24, 2)
     assert sizes[1:3] == [12 * width * 4 for width in (TINY.latent_dim, TINY.index_head_dim)]
     weights = sum(cost.matrices(taught).values())
     assert weights <= sizes[3] / 4 < 1.05 * weights  # besides the norms' weights

@@ -49,12 +49,11 @@ class Decode:
     def exchanges(self):
         """{name: call}: what is exchanged, one after another, and nothing else."""
         c, k = self.layer.config, min(self.layer.config.index_topk, self.S)
-        keys = torch.zeros(1, k, dtype=torch.int32, device=self.device)
-        scores = torch.zeros(1, k, device=self.device)
+        candidates = torch.zeros(1, k, 2, device=self.device)  # place and score
         parts = torch.zeros(1, c.n_heads, c.kv_lora_rank + 1, device=self.device)
 
         def exchange():
-            for part in (keys, scores, parts):
+            for part in (candidates, parts):
                 self.ranks.all_gather(part)
 
         return {"all-gather": exchange}
