@@ -207,7 +207,7 @@ TABLE = [
     # the bench, which knows the reference as a user does
     Row(
         "dsa_bench.*",
-        "dsa_ref dsa_ref.nn dsa_ref.parallel dsa_ref.training dsa_ref.testing dsa_ref.cost dsa_ref.records "
+        "dsa_ref dsa_ref.nn dsa_ref.training dsa_ref.parallel dsa_ref.testing dsa_ref.cost dsa_ref.records "
         "dsa_ref.integrations.transformers dsa_kernels.* dsa_bench.*",
         "numpy torch triton transformers deep_gemm tilelang",
     ),

@@ -46,7 +46,8 @@ class GatheredLayer(DSALayer):
     `forward(x, positions, cache, attention, record, indices)` is DSALayer's, for x [n, dim] and positions int [n] of
     this rank's rows, `Zigzag(T, size).rows(rank)` of T packed tokens; n may be 0. All ranks must call it. Indices in
     the record are rows of the sequence, and "end" is there beside "start". cache: an empty ShardedCache, which keeps
-    the rank's own rows for `ShardedLayer`, or None.
+    the rank's own rows for `ShardedLayer`, or None. Without gradients and a record, queries come in blocks of
+    `rows_at_once`, which may be set.
 
     Selections are one rank's, where the projections of fewer rows at a time round alike. Outputs and gradients are one
     rank's up to rounding, and the same bits each time for one size of the group.

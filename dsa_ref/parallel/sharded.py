@@ -27,7 +27,7 @@ from ..contracts import check_finite, values_readable
 from ..decode import merge_parts
 from ..nn.cache import all_or_nothing
 from ..nn.layer import DSALayer
-from .ranks import Ranks, pack, row_bytes
+from .ranks import Ranks, checksum, pack, row_bytes
 from .sharded_cache import ShardedCache
 
 LAST = torch.iinfo(torch.int32).max  # behind every place
@@ -183,9 +183,3 @@ class ShardedLayer(DSALayer):
         attending = step["q"], kv, step["indices"], c.softmax_scale, c.kv_lora_rank, held, self.ranks, self.ops
         u, step["lse"] = sharded_attention(*attending)
         return self.o_proj(torch.einsum("thc,hvc->thv", u, W_UV).flatten(1)), step
-
-
-def checksum(x: Tensor) -> int:
-    """The sum of the tensor's bit patterns, which does not depend on the order of the sum."""
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    return int(x.detach().contiguous().view(whole).sum(dtype=torch.int64))

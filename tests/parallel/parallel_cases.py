@@ -12,6 +12,7 @@ from unittest import mock
 import rungs
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from dsa_ref import TINY, DSALayer, LayerCache
 from dsa_ref.nn import ModelConfig, SmallModel
@@ -89,20 +90,42 @@ def dealt(S, size, seed, empty):
 
 
 def layer_forward(
-    lengths, seed, ops="reference", attention="sparse", fault=None, grad=False, dtype=torch.float32, **fields
-):
-    """Own rows, the layer's output on them and the record of the selection; with `grad`, gradients of all."""
+    lengths, seed, ops="reference", attention="sparse", fault=None, grad=False, dtype=torch.float32, repeated=False,
+    **fields,
+):  # fmt: skip
+    """Own rows, the layer's output on them and the record of the selection; with `grad`, gradients of all.
+
+    repeated: under activation checkpointing, which runs the layer again in the backward pass.
+    """
     layer, group = layer_of(seed, ops, dtype, **fields), Ranks()
     rows = Zigzag(sum(lengths), group.size).rows(group.rank)
     x, positions, record = tokens_of(lengths, seed, dtype)[rows].requires_grad_(grad), packed(lengths)[rows], []
     with planted(fault), torch.set_grad_enabled(grad):
-        y = GatheredLayer(layer, None)(x, positions, attention=attention, record=record)
+        over, more = GatheredLayer(layer), {"attention": attention, "record": record}
+        y = checkpoint(over, x, positions, use_reentrant=False, **more) if repeated else over(x, positions, **more)
         found = {"rows": rows, "y": y.detach(), "indices": record[0].get("indices"), "lse": record[0]["lse"].detach()}
         if grad:
             (y * weights_of(lengths, seed)[rows]).sum().backward()
             training.sum_gradients(layer.parameters())
             found |= {"dx": x.grad, "weights": [w.grad for w in layer.parameters()]}
     return found
+
+
+def shared_selection(lengths, seed):
+    """Two layers, the second without an indexer: own rows, and its output by either plan (see `two_layers`)."""
+    first, second = two_layers(seed)
+    rows = Zigzag(sum(lengths), Ranks().size).rows(Ranks().rank)
+    x, positions, record = tokens_of(lengths, seed), packed(lengths), []
+    gathered = GatheredLayer(first)(x[rows], positions[rows], record=record)
+    gathered = GatheredLayer(second)(gathered, positions[rows], indices=record[0]["indices"])
+    caches = [ShardedCache(TINY, sum(lengths), indexer=indexer) for indexer in (True, False)]
+    y = ShardedLayer(first)(x, positions, caches[0], record=record)
+    return rows, gathered, ShardedLayer(second)(y, positions, caches[1], indices=record[1]["indices"])
+
+
+def two_layers(seed):
+    torch.manual_seed(seed)
+    return [DSALayer(TINY, indexer=indexer).requires_grad_(False) for indexer in (True, False)]
 
 
 def weights_of(lengths, seed):
@@ -191,11 +214,16 @@ def training_call(group, stage="sparse", n=2, seed=0):
     stage_backward(over_group(model_of(0), GatheredLayer), windows_of(n, 7, seed), stage)
 
 
+def weights_call(group, seed=0):
+    over_group(model_of(seed), GatheredLayer)
+
+
 def mixed_call(group, other=False):
     (sharded_call if other else gathered_call)(group)
 
 
-CALLS = {"gathered": gathered_call, "sharded": sharded_call, "training": training_call, "mixed": mixed_call}
+CALLS = {"gathered": gathered_call, "sharded": sharded_call, "training": training_call, "mixed": mixed_call,
+         "weights": weights_call}  # fmt: skip
 
 
 def dies(rank, where):

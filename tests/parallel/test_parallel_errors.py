@@ -28,6 +28,7 @@ REFUSED = {  # call, what rank 1 brings, the error on all ranks
     "dense over sharded keys": ("sharded", {"attention": "dense"}, "ValueError", "rank 1: attention must be 'sparse'"),
     "another stage": ("training", {"stage": "dense"}, "ValueError", "stage must be the same on all ranks"),
     "other windows": ("training", {"seed": 1}, "ValueError", "values must be the same on all ranks"),
+    "other weights": ("weights", {"seed": 1}, "ValueError", "weights must be the same on all ranks"),
     "the other plan": ("mixed", {"other": True}, "ValueError", "call must be the same on all ranks"),
 }  # fmt: skip
 

@@ -73,6 +73,22 @@ def test_other_settings_are_one_ranks_too(worlds, changes):
     compare(worlds(3).run("layer_forward", **arguments), alone(**arguments), changes.get("dtype", torch.float32))
 
 
+def test_a_pass_that_checkpointing_repeats_is_one_ranks(worlds):
+    arguments = {"lengths": [20, 17], "seed": 2, "grad": True, "index_fp8": False}
+    compare(worlds(3).run("layer_forward", repeated=True, **arguments), alone(**arguments))
+
+
+def test_a_layer_without_an_indexer_takes_the_selection_of_another(worlds):
+    """By either plan: of the first layer's record."""
+    first, second = cases.two_layers(seed=4)
+    x, positions, record = cases.tokens_of([23], 4), cases.packed([23]), []
+    y = first(x, positions, record=record)
+    wanted = second(y, positions, indices=record[0]["indices"])
+    for rows, gathered, sharded in worlds(3).run("shared_selection", lengths=[23], seed=4):
+        assert_close(gathered, wanted[rows], TOLERANCE[torch.float32])
+        assert_close(sharded, wanted, TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("fault, changes", [
     ("local positions for global", {}),
     ("padding seen", {}),
