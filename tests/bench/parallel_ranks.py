@@ -17,7 +17,7 @@ from dsa_bench.parallel import step
 
 FAULTS = {
     "local positions for global": "prefill",
-    "keys in the order of ranks": "prefill",
+    "keys in the order of ranks": "long",
     "merge by mean": "decode",
     "own candidates alone": "decode",
     "mean of gradients": "training",

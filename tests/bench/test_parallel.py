@@ -47,7 +47,7 @@ def ranks(tmp_path_factory):
 def test_two_ranks_are_judged_right_and_leave_a_record(ranks, bench):
     found, record = ranks
     assert found["right"] == {"code": 0, "verdicts": ["right"] * 4}
-    assert list(record["steps"]) == ["prefill", "decode", "training"]
+    assert list(record["steps"]) == ["prefill", "training", "decode", "long"]
     for section, step in record["steps"].items():
         assert step["ranks"] == step["provenance"]["ranks"] == 2
         assert step["provenance"]["command"].startswith("torchrun --nproc-per-node 2 -m dsa_bench.parallel --tiny")
@@ -72,7 +72,7 @@ def test_bytes_are_those_of_the_rows(ranks):
     """A run receives what `cost` says, in rows of keys, candidates and parts; and gradients, there and back."""
     steps = ranks[1]["steps"]
     received = {name: [each["exchange"]["bytes"] for each in steps[name]["rows"]] for name in steps}
-    assert received["prefill"] == [cost.gathered_bytes(TINY, S, 2) for S in (48, 64)]
+    assert received["prefill"] + received["long"] == [cost.gathered_bytes(TINY, S, 2) for S in (48, 64)]
     assert received["decode"] == [sum(cost.sharded_bytes(TINY, 1, 40, 2).values())]
     exchanges = steps["training"]["rows"][0]["exchange"]["calls"]
     whats = [each["what"] for each in exchanges if each["what"] != "agree"]
@@ -86,7 +86,7 @@ def test_bytes_are_those_of_the_rows(ranks):
 
 
 def test_pairs_are_counted_and_contiguous_shares_are_not_balanced(ranks):
-    whole, behind = ranks[1]["steps"]["prefill"]["rows"]
+    whole, behind = (ranks[1]["steps"][section]["rows"][0] for section in ("prefill", "long"))
     for row in (whole, behind):
         T, S = row["tokens"], row["keys"]
         seen = [S - T + t + 1 for t in range(T)]
@@ -136,6 +136,7 @@ def test_arguments(bench, capsys, monkeypatch):
     assert main.main(["--tiny"]) == 2 and "torchrun" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         main.parse(["sideways"])
-    assert stopped.value.code == 2 and "section must be one of prefill, decode, training" in capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert "section must be one of prefill, training, decode, long" in capsys.readouterr().err
     log = importlib.import_module("dsa_bench.records").parallel_log
     assert log("NVIDIA H200") == records.figures_folder() / "parallel_h200.json" and log("RTX") is None

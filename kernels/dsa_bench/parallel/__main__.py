@@ -1,7 +1,8 @@
 """One V3.2 layer over the GPUs of a host: `torchrun --nproc-per-node N -m dsa_bench.parallel [--record FILE]`.
 
-Prefill by gathered keys, decode by sharded keys, a training step, each against one of the GPUs in the same rounds and
-against its exchange alone. N a power of two. `--tiny` is a rehearsal at toy sizes on a CPU, by the reference's steps.
+Prefill by gathered keys, a training step, decode by sharded keys, each against one of the GPUs in the same rounds and
+against its exchange alone; "long" has the prompts that take the longest. N is a power of two. `--tiny` is a rehearsal at
+toy sizes on a CPU, by the reference's steps.
 
 Exit code 0: all is right; 1: something is wrong; 2: no GPU, or arguments that make no sense.
 """
@@ -33,7 +34,7 @@ from .prefill import Prefill
 from .step import Training
 
 PROGRAM = "dsa_bench.parallel"
-SECTIONS = ("prefill", "decode", "training")
+SECTIONS = ("prefill", "training", "decode", "long")
 ROUNDS = 5
 TIMEOUT = 150.0  # seconds that ranks wait for one that works alone, or compiles
 NO_RANKS = "dsa_bench.parallel measures several ranks: start it with torchrun --nproc-per-node N, N a power of two"
@@ -42,17 +43,18 @@ K = 1 << 10
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """whole: prompts; behind: contexts at whose end each rank reads `chunk` tokens, which one GPU and each rank also
-    take at once; step: of training; decode: contexts."""
+    """prefill, long: prompts; behind: contexts at whose end each rank reads `chunk` tokens, which are also what one GPU
+    and each rank take at once of a prompt; training: tokens of a step; decode: contexts."""
 
-    whole: tuple = (128 * K, 256 * K, 512 * K)
+    prefill: tuple = (128 * K, 256 * K)
+    long: tuple = (512 * K, 1024 * K)
     behind: tuple = (512 * K, 1024 * K)
     chunk: int = 4 * K
-    step: int = 16 * K
+    training: tuple = (16 * K, 32 * K)
     decode: tuple = (128 * K, 1024 * K)
 
 
-TOY = Sizes(whole=(48,), behind=(64,), chunk=8, step=24, decode=(40,))
+TOY = Sizes(prefill=(48,), long=(), behind=(64,), chunk=8, training=(24,), decode=(40,))
 
 
 def parse(arguments):
@@ -103,6 +105,8 @@ def measured(options, ranks, device, log, arguments) -> bool:
             print(*(f"{name}: {value}" for name, value in run.items()), sep="\n")
         else:
             ceilings = announced(run, options.rounds)
+    if not options.tiny and options.sections != ["training"]:
+        dsa_kernels.warm(V32, max(Sizes.behind), Sizes.chunk, batches=(), device=device)
     for section in options.sections:
         rows = []
         for name, make in cases(section, TOY if options.tiny else Sizes(), ranks, device, options.tiny):
@@ -127,28 +131,24 @@ def provenance_of(arguments, ranks, device):
 
 def cases(section, sizes, ranks, device, tiny):
     """[(name, what makes it)] of a section, for this many ranks."""
-    N = ranks.size
+    chunk = sizes.chunk
     if section == "training":
         config = dataclasses.replace(TINY if tiny else V32, index_fp8=False)
         layer = training_layer(config, dsa_ref if tiny else dsa_kernels, device)
-        return [(f"a step of {size(sizes.step)}", lambda: Training(layer, sizes.step, ranks))]
-    config = dataclasses.replace(TINY if tiny else V32, max_seq_len=max(*sizes.behind, *sizes.whole))
+        return [(f"a step of {size(T)}", lambda T=T: Training(layer, T, ranks)) for T in sizes.training]
+    config = dataclasses.replace(TINY if tiny else V32, max_seq_len=max(sizes.behind))
     layer = random_layer(config, device)
     if tiny:
         layer.ops = dsa_ref
-    else:
-        dsa_kernels.warm(config, config.max_seq_len, sizes.chunk, batches=(), device=device)
     if section == "decode":
         return [(f"a token behind {size(S)}", lambda S=S: Decode(layer, S, ranks)) for S in sizes.decode]
-    chunk = sizes.chunk
 
-    def case(T, S):
-        return lambda: Prefill(layer, T, S, ranks, chunk)
+    def prefill(T, S):
+        name = f"a prompt of {size(S)}" if T == S else f"{size(T)} at the end of {size(S)}"
+        return name, lambda: Prefill(layer, T, S, ranks, chunk)
 
-    return [
-        *((f"a prompt of {size(S)}", case(S, S)) for S in sizes.whole),
-        *((f"{size(N * chunk)} at the end of {size(S)}", case(N * chunk, S)) for S in sizes.behind),
-    ]
+    behind = [prefill(ranks.size * chunk, S) for S in sizes.behind if section == "long"]
+    return behind + [prefill(S, S) for S in getattr(sizes, section)]
 
 
 if __name__ == "__main__":

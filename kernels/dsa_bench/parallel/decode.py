@@ -46,6 +46,10 @@ class Decode:
         with dsa_ref.unchecked_values():
             return self.layer(self.x, self.positions, self.cache, record=record)
 
+    def heaviest(self):
+        """What of `alone` needs the most memory: all of it."""
+        self.alone()
+
     def exchanges(self):
         """{name: call}: what is exchanged, one after another, and nothing else."""
         c, k = self.layer.config, min(self.layer.config.index_topk, self.S)

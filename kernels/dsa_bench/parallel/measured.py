@@ -29,12 +29,11 @@ def row_of(case, name, rounds):
     row["exchanges_ms"] = {who: timing.ms for who, timing in timings.items() if who not in (ONE, ALL)}
     group.meet(ranks)
     with group.weighed(device) as found:
-        case.together()
+        memory = group.memory_beyond(case.together, device)
     row["exchange"] = weighed(group.everyones(ranks, found)) | {"calls": found if ranks.rank == 0 else None}
     row["exchange"]["share"] = (row["exchange"]["ms"] + row["exchange"]["messages_ms"]) / row["all_ms"]
-    group.meet(ranks)
-    row["memory_bytes"] = group.everyones(ranks, group.memory_beyond(case.together, device))
-    row["one_memory_bytes"] = group.memory_beyond(case.alone, device) if ranks.rank == 0 else None
+    row["memory_bytes"] = group.everyones(ranks, memory)
+    row["one_memory_bytes"] = group.memory_beyond(case.heaviest, device) if ranks.rank == 0 else None
     group.meet(ranks)
     if hasattr(case, "selection"):
         row["selection"] = case.selection()

@@ -108,9 +108,9 @@ class Prefill:
         with dsa_ref.unchecked_values():
             return self.plan(self.x, self.positions)
 
-    def alone(self, keep=None):
-        """The tokens, `block` in a call. keep(first, step, y): what is done with each."""
-        for first in range(0, self.T, self.block):
+    def alone(self, keep=None, begin=0):
+        """The tokens from `begin` on, `block` in a call. keep(first, step, y): what is done with each."""
+        for first in range(begin, self.T, self.block):
             self.cache.length = self.S - self.T + first
             record, x = None if keep is None else [], self.all_x[first : first + self.block]
             positions = torch.arange(self.cache.length, self.cache.length + len(x), device=self.device)
@@ -118,6 +118,10 @@ class Prefill:
                 y = self.layer(x, positions, self.cache, record=record)
             if keep is not None:
                 keep(first, record[0], y)
+
+    def heaviest(self):
+        """What of `alone` needs the most memory: the last block."""
+        self.alone(begin=(self.T - 1) // self.block * self.block)
 
     def exchanges(self):
         """{name: call}: the exchange of a call alone, and with what brings the rows into the sequence's order."""
@@ -199,9 +203,11 @@ class Prefill:
             rows = torch.cat([torch.arange(c.start, c.stop, device=self.device) for c in chunks[self.ranks.rank]])
             ends = (before + rows + 1).to(torch.int32).split(len(self.scored[0]))
             group.meet(self.ranks)
-            times = [group.own_ms(lambda ends=ends: self._select(ends), self.device) for _ in range(2)]
+            times = [
+                group.own_ms(lambda ends=ends: self._select(ends), self.device) for _ in range(1 + (len(ends) < 9))
+            ]
             pairs = [sum(cost.causal_pairs(len(c), before + c.stop) for c in own if len(c)) for own in chunks]
-            found[name] = {"pairs": pairs, "ms": group.everyones(self.ranks, times[1])}
+            found[name] = {"pairs": pairs, "ms": group.everyones(self.ranks, times[-1])}
         return found
 
     def _select(self, ends):

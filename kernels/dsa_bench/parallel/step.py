@@ -50,6 +50,10 @@ class Training:
     def alone(self):
         return self.one.gradients()
 
+    def heaviest(self):
+        """What of `alone` needs the most memory: all of it."""
+        self.alone()
+
     def exchanges(self):
         """{name: call}: the rows' all-gather, the two reduce-scatters of their gradients, the weights' all-reduce."""
         c, n = self.layer.config, self.T // self.ranks.size
