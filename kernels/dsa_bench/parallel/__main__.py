@@ -1,8 +1,8 @@
 """One V3.2 layer over the GPUs of a host: `torchrun --nproc-per-node N -m dsa_bench.parallel [--record FILE]`.
 
 Prefill by gathered keys, a training step, decode by sharded keys, each against one of the GPUs in the same rounds and
-against its exchange alone; "long" has the prompts that take the longest. N is a power of two. `--tiny` is a rehearsal at
-toy sizes on a CPU, by the reference's steps.
+against its exchange alone; "long" has the prompts that take the longest. N is a power of two. `--tiny` is a rehearsal
+at toy sizes on a CPU, by the reference's steps.
 
 Exit code 0: all is right; 1: something is wrong; 2: no GPU, or arguments that make no sense.
 """
