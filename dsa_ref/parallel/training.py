@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import dsa_ref
 
+from ..contracts import check_dtype, check_shapes
 from ..nn.model import SmallModel
 from .gathered import GatheredLayer
 from .ranks import Ranks
@@ -34,7 +35,8 @@ def stage_backward(model: SmallModel, tokens: Tensor, stage: str) -> tuple[Tenso
     Returns (language loss, indexer loss) of all windows on all ranks alike, detached fp32; None where the stage has
     none. Gradients that parameters had before must be the same on all ranks: they are kept, and counted once.
 
-    Raises: TypeError for another model, ValueError for another stage or other tokens, as GatheredLayer does.
+    Raises: TypeError for another model, ValueError for another stage, TypeError or ValueError for other tokens, on all
+    ranks, and as GatheredLayer does.
     """
     layers = [block.self_attn for block in model.layers] if isinstance(model, SmallModel) else []
     if not layers or not all(isinstance(layer, GatheredLayer) for layer in layers):
@@ -43,7 +45,9 @@ def stage_backward(model: SmallModel, tokens: Tensor, stage: str) -> tuple[Tenso
     with ranks.failing_together():
         if stage not in STAGES:
             raise ValueError(f"stage must be one of {STAGES}, got {stage!r}")
-        if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        check_shapes(tokens=(tokens, "n L+1"))
+        check_dtype("tokens", tokens, (torch.int64,))
+        if tokens.shape[1] < 2:
             raise ValueError(f"tokens must have shape [n, L + 1] with n, L > 0, got {list(tokens.shape)}")
         values = zlib.crc32(tokens.cpu().numpy().tobytes())
         ranks.agree({"call": "training", "stage": stage, "tokens": list(tokens.shape), "values": values})

@@ -36,8 +36,10 @@ class World:
     def __init__(self, size, timeout=60.0):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["parallel_cases"])
-        path = os.pathsep.join(folder for folder in sys.path if folder)  # before Python 3.12 the server has no other
-        with mock.patch.dict(os.environ, PYTHONPATH=path):
+        path = os.pathsep.join(
+            folder for folder in sys.path if folder
+        )  # before Python 3.12 the server has no other; and no GPU
+        with mock.patch.dict(os.environ, PYTHONPATH=path, CUDA_VISIBLE_DEVICES=""):
             multiprocessing.forkserver.ensure_running()
         self.size, self.folder = size, tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []

@@ -2,12 +2,15 @@
 
 import parallel_cases as cases
 import pytest
+import rungs
 import torch
+from conftest import NEEDS_TRITON
 from inputs import assert_close, assert_same_bits
 
 from dsa_ref.parallel import Zigzag
 from dsa_ref.training import stages
 
+NEEDS_KERNELS = pytest.mark.skipif(not rungs.has_triton(), reason=NEEDS_TRITON)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}  # of the largest wanted number; a bf16 is rounded by 2^-9
 SHAPES = {
     "one sequence of an odd length": [37],
@@ -169,12 +172,13 @@ def test_all_ranks_have_the_same_gradients_of_weights(worlds):
         assert all(torch.equal(grad, parts[0][1][name]) for name, grad in grads.items())
 
 
-def test_kernels_give_what_they_give_on_one_rank(worlds):
+@NEEDS_KERNELS
+def test_kernels_give_the_same(worlds):
     for changes in ({}, {"index_fp8": False, "grad": True}):
-        arguments = {"lengths": [7, 4], "seed": 0, "ops": "kernels"} | changes
-        compare(worlds(2).run("layer_forward", **arguments), alone(**arguments))
-    arguments = {"n": 1, "length": 5, "stage": "sparse", "seed": 0, "ops": "kernels"}
-    compare_training(worlds(2).run("train", **arguments), one_ranks_training(**arguments))
+        arguments = {"lengths": [7, 4], "seed": 0} | changes
+        compare(worlds(2).run("layer_forward", ops="kernels", **arguments), alone(**arguments))
+    arguments = {"n": 1, "length": 5, "stage": "sparse", "seed": 0}
+    compare_training(worlds(2).run("train", ops="kernels", **arguments), one_ranks_training(**arguments))
 
 
 @pytest.mark.parametrize("T", [1, 2, 7, 16, 37, 1000])

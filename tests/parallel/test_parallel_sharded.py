@@ -2,12 +2,15 @@
 
 import parallel_cases as cases
 import pytest
+import rungs
 import torch
+from conftest import NEEDS_TRITON
 from inputs import assert_close, assert_same_bits
 
 import dsa_ref
 from dsa_ref.parallel import Zigzag
 
+NEEDS_KERNELS = pytest.mark.skipif(not rungs.has_triton(), reason=NEEDS_TRITON)
 TOLERANCE = 1e-5  # of the largest wanted number
 SELECTIONS = {
     "random scores": {"T": 6, "S": 41, "k": 8},
@@ -48,6 +51,7 @@ def test_selection_and_attention_are_one_ranks(worlds, size, arguments):
         compare(worlds(size).run("select", seed=seed, **arguments), alone(seed=seed, **arguments))
 
 
+@NEEDS_KERNELS
 def test_kernels_select_the_same(worlds):
     arguments = {"T": 3, "S": 41, "k": 8, "seed": 0, "ties": True, "empty": (1,)}
     parts, wanted = worlds(3).run("select", ops="kernels", **arguments), alone(**arguments)
@@ -144,9 +148,12 @@ def test_a_wrong_variant_of_a_generation_is_found(worlds, fault, message):
     found_out(world, compared, "generate", message, chunk=2, fault=fault, **arguments)
 
 
+@NEEDS_KERNELS
 def test_kernels_generate_the_same(worlds):
-    arguments = {"prompt": 9, "more": 2, "seed": 5, "ops": "kernels", "index_fp8": True}
-    compare_generation(worlds(2).run("generate", chunk=1, **arguments), alone_generating(**arguments), 11)
+    arguments = {"prompt": 9, "more": 2, "seed": 5, "index_fp8": True}
+    compare_generation(
+        worlds(2).run("generate", ops="kernels", chunk=1, **arguments), alone_generating(**arguments), 11
+    )
 
 
 def test_one_size_of_a_group_gives_the_same_bits_each_time(worlds):
