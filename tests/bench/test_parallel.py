@@ -15,6 +15,7 @@ from conftest import NEEDS_TRITON
 
 from dsa_ref import TINY, cost, records
 from dsa_ref.parallel import Zigzag
+from notebooks.maintain import tables
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = [
@@ -95,6 +96,23 @@ def test_pairs_are_counted_and_contiguous_shares_are_not_balanced(ranks):
         assert row["selection"]["contiguous"]["pairs"] == [sum(seen[: T // 2]), sum(seen[T // 2 :])]
         assert row["selection"]["zigzag"]["pairs_imbalance"] == 0
     assert whole["selection"]["contiguous"]["pairs_imbalance"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_readme_s_table_of_a_record(ranks):
+    """A line a case, prompts with what is predicted of them; a wrong one says so."""
+    steps = json.loads(json.dumps(ranks[1]["steps"]))
+    steps["decode"]["rows"][0] |= {"verdict": "WRONG", "memory_bytes": [3 << 30, 1 << 30]}
+    text = tables.over_ranks("parallel_h200.json", steps)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert "2 x CPU" in text and [row[0] for row in rows[2:]] == [
+        "a prompt of 48", "16 at the end of 64", "a step of 24", "a token behind 40, wrong"
+    ]  # fmt: skip
+    prompt = steps["prefill"]["rows"][0]
+    assert rows[2][1:4] == [f"{prompt[key]:.{n}f}" for key, n in (("one_ms", 2), ("all_ms", 2), ("efficiency", 3))]
+    assert rows[2][4:6] == tables.predicted(prompt, 2) and rows[4][4:6] == ["", ""]
+    assert rows[2][9].endswith("%") and rows[5][10] == "3.0" and all(len(row) == 11 for row in rows)
+    one = {"tokens": 4096, "keys": 1 << 20}
+    assert [float(tables.predicted(one, size)[1]) for size in (1, 8)][0] == 1 > float(tables.predicted(one, 8)[1])
 
 
 def test_the_same_bits_must_give_the_same_selection(bench):
