@@ -76,6 +76,7 @@ TABLE = [
         "numpy torch",
     ),
     Row("dsa_ref.bill", "dsa_ref.config dsa_ref.contracts dsa_ref.cost", ""),
+    Row("dsa_ref.group_bill", "dsa_ref.config dsa_ref.contracts dsa_ref.cost dsa_ref.bill", ""),
     Row("dsa_ref.records", "", "torch"),
     Row(
         "dsa_ref",

@@ -37,6 +37,12 @@ def training_log(gpu):
     return found and found.with_name(f"training_kernels_{found.name}")
 
 
+def parallel_log(gpu):
+    """Where figures of a layer over several GPUs go, None for a card that has no file."""
+    found = default_log(gpu)
+    return found and found.with_name(f"parallel_{found.name}")
+
+
 def ladder_log():
     """Where the ladder's figures go, on any card."""
     return figures_folder() / "ladder.json"

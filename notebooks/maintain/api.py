@@ -30,6 +30,7 @@ PACKAGES = {  # in the page's order: what the heading says, and the file
     "dsa_ref.training.results": "dsa_ref/training/results.py",
     "dsa_ref.cost": "dsa_ref/cost.py",
     "dsa_ref.bill": "dsa_ref/bill.py",
+    "dsa_ref.group_bill": "dsa_ref/group_bill.py",
     "dsa_ref.testing": "dsa_ref/testing.py",
     "dsa_ref.records": "dsa_ref/records.py",
 }

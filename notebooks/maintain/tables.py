@@ -5,7 +5,7 @@ In README.md a table stands between `<!-- table: name -->` and `<!-- end of tabl
 
 import re
 
-from dsa_ref import records
+from dsa_ref import V32, bill, group_bill, records
 from dsa_ref.training import results
 
 README = records.figures_folder().parent / "README.md"
@@ -22,6 +22,7 @@ SHAPES = {  # a step of h200.json and h100.json -> (what it is called here, its 
 
 MODELS = ("models_h200.json", "models_h100.json", "models_cpu.json")  # those that are there have a table
 TRAINING = ("training_kernels_h200.json", "training_kernels_h100.json")  # likewise
+PARALLEL = ("parallel_h200.json", "parallel_h100.json")  # likewise
 DENSE = ("dense MHA, cuDNN", "dense MHA, flash")
 WHO = {"eager": "eager", "sdpa": "sdpa", "ours": "ours", "ours_fp8": "FP8"}
 
@@ -241,6 +242,53 @@ def regimes(file, runs) -> str:
     return "\n".join([*lines, table(heads, rows)])
 
 
+def parallel() -> str:
+    """A layer over several GPUs against one, for each of the records that are there."""
+    return "\n\n".join(over_ranks(file, records.read(file)["steps"]) for file in parallel_records())
+
+
+def parallel_records() -> list[str]:
+    """The records of a layer over several GPUs that are there."""
+    return [file for file in PARALLEL if (records.figures_folder() / file).is_file()]
+
+
+def over_ranks(file, steps) -> str:
+    """Prompts, training and decode over the ranks of one record, beside what `group_bill` predicts of a prompt."""
+    made = next(iter(steps.values()))["provenance"]
+    size, rows = made["ranks"], []
+    order = [name for name in ("prefill", "long", "training", "decode") if name in steps]
+    for section, row in [(name, row) for name in order for row in steps[name]["rows"]]:
+        cells = [row["case"], f"{row['one_ms']:.2f}", f"{row['all_ms']:.2f}", f"{row['efficiency']:.3f}"]
+        cells += predicted(row, size) if section in ("prefill", "long") else ["", ""]
+        exchange = row["exchange"]
+        cells += [f"{row['exchanges_ms']['all-gather']:.2f}", f"{exchange['share']:.1%}"]
+        if "selection" in row:
+            cells += [f"{100 * row['selection'][plan]['ms_imbalance']:.1f} %" for plan in ("zigzag", "contiguous")]
+        else:
+            cells += ["", ""]
+        wrong = "" if row["verdict"] == "right" else ", wrong"
+        memory = "" if None in row["memory_bytes"] else f"{max(row['memory_bytes']) / 2**30:.1f}"
+        rows.append([cells[0] + wrong, *cells[1:], memory])
+    lines = [
+        f"*{size} x {made['device']}, torch {made['torch']}, triton {made['triton']}, NCCL {made['nccl']}",
+        f"([`{file}`](figures/{file}), `{made['command']}`).*",
+        "",
+    ]
+    heads = [
+        "one layer", "one GPU, ms", f"{size} GPUs, ms", "efficiency", "predicted, ms", "predicted", "all-gather, ms",
+        "exchanges", "zigzag", "contiguous", "GiB",
+    ]  # fmt: skip
+    return "\n".join([*lines, table(heads, rows)])
+
+
+def predicted(row, size) -> list[str]:
+    """What `group_bill` says of a row's prompt, or of the tokens at its end: ms on all ranks, and the efficiency."""
+    T, S = row["tokens"], row["keys"]
+    one = sum(bill.prefill_seconds(V32, T, S).values())
+    every = sum(group_bill.gathered_seconds(V32, T, S, size).values())
+    return [f"{1e3 * every:.2f}", f"{one / size / every:.3f}"]
+
+
 TABLES = {
     "layer": layer,
     "kernels": kernels,
@@ -248,17 +296,18 @@ TABLES = {
     "training_kernels": training_kernels,
     "models": models,
     "training": training,
+    "parallel": parallel,
 }
 
 
 def written(text) -> str:
     """README's text with each of its tables made anew.
 
-    "training" and "training_kernels" belong there once there is a record of them. Raises: ValueError for a table that
-    nobody makes or that has nothing to show, or one that is missing.
+    "training", "training_kernels" and "parallel" belong there once there is a record of them. Raises: ValueError for a
+    table that nobody makes or that has nothing to show, or one that is missing.
     """
     found = re.findall(r"<!-- table: (\w+) -->", text)
-    recorded = {"training": results.recorded(), "training_kernels": training_records()}
+    recorded = {"training": results.recorded(), "training_kernels": training_records(), "parallel": parallel_records()}
     wanted = [name for name in TABLES if recorded.get(name, True)]
     if sorted(found) != sorted(wanted):
         raise ValueError(f"README.md must have the tables {', '.join(wanted)} once each, got {', '.join(found)}")

@@ -576,7 +576,8 @@ def test_the_readme_has_the_table_if_there_is_a_record(there, tmp_path, monkeypa
     """With one the README must have its place, which is filled; without one it must have none, which would be empty."""
     (tmp_path / "x.json").write_text(json.dumps({"runs": two_seeds()}))
     monkeypatch.setattr(results, "recorded", lambda: [tmp_path / "x.json"] if there else [])
-    monkeypatch.setattr(tables, "training_records", lambda: ["another table's"])
+    for other in ("training_records", "parallel_records"):
+        monkeypatch.setattr(tables, other, lambda: ["another table's"])
     others = "".join(f"<!-- table: {n} -->\n<!-- end of table -->\n" for n in tables.TABLES if n != "training")
     monkeypatch.setattr(tables, "TABLES", {**dict.fromkeys(tables.TABLES, str), "training": tables.training})
     place = "<!-- table: training -->\n\n<!-- end of table -->\n"

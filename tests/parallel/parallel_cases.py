@@ -275,16 +275,6 @@ def twins():
     return same, list(model.state_dict()) == list(over.state_dict()), kinds, dtypes
 
 
-def bench(what, T, fault=None):
-    """A row of the bench's record, in its interpreter and on gloo."""
-    from dsa_bench import parallel  # where there is triton
-
-    layer = parallel.training_layer(config_of(index_fp8=what == "prefill"), rungs.load("kernels"), "cpu")
-    layer.requires_grad_(what == "training")
-    with planted(fault):
-        return getattr(parallel, what)(layer, T, Ranks(), torch.device("cpu"), 1)
-
-
 def agrees():
     """What `agree` gives back, and how it takes a message that is too long."""
     group = Ranks(dist.group.WORLD)
