@@ -1,4 +1,4 @@
-"""Processes that run the same function, each as one rank of a group on this machine: what `torchrun` does, in a page."""
+"""Processes that run the same function, each as one rank of a group on this machine: what `torchrun` does, in short."""
 
 import dataclasses
 import inspect
@@ -34,10 +34,13 @@ def run_ranks(size, program, seconds=100) -> list[Ended]:
     with tempfile.TemporaryDirectory() as folder:
         script = pathlib.Path(folder, "program.py")
         script.write_text(source, encoding="utf-8")
-        outputs = [[open(pathlib.Path(folder, f"{rank}.{kind}"), "w+") for kind in ("out", "err")] for rank in range(size)]
+        outputs = [
+            [pathlib.Path(folder, f"{rank}.{kind}").open("w+", encoding="utf-8") for kind in ("out", "err")]
+            for rank in range(size)
+        ]
         shared = os.environ | {
-            "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONIOENCODING": "utf-8",
+            "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+            "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONIOENCODING": "utf-8",
         }  # fmt: skip
         started = []
         try:
