@@ -47,8 +47,8 @@ def one_gpu_seconds(phase, L) -> float:
 def live_plans(phase="read a prompt", ranks=3, link="InfiniBand, 400 Gbit/s") -> LiveFigure:
     """One layer: computing, divided by the ranks, and the travel of both plans, against the length of the text.
 
-    Controls: phase, ranks (a power of two), link. `.data`: phase, ranks, link, lengths, computing, gathered, sharded
-    (seconds at each length), and pays {plan: the lengths at which it takes less than one GPU alone}.
+    Controls: phase, ranks (a power of two), link. `.data`: phase, ranks, link; alone, computing, gathered, sharded
+    (seconds at each of LENGTHS); and pays {plan: the lengths at which it takes less than one GPU alone}.
     """
 
     def compute(phase, ranks, link):
