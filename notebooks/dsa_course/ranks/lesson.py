@@ -10,6 +10,7 @@ from dsa_ref import index_scores, select_topk
 from dsa_ref.nn import load_small_model
 
 TEXT = pathlib.Path(contextlib.__file__).read_bytes()[:256]
+NEXT = pathlib.Path(contextlib.__file__).read_bytes()[256:272]  # what follows
 
 
 @functools.cache

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -80,6 +81,6 @@ def read_and_close(file) -> str:
 
 
 def last_line(text) -> str:
-    """The last line that an error printed."""
+    """The last line that an error printed, without the `[rank0]: ` that torch puts before it."""
     lines = text.strip().splitlines()
-    return lines[-1] if lines else ""
+    return re.sub(r"^\[rank\d+\]: ", "", lines[-1]) if lines else ""
