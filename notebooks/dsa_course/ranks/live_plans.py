@@ -44,31 +44,25 @@ def one_gpu_seconds(phase, L) -> float:
     return cost.decode_bytes(V32, L).index / H200.memory
 
 
+def plans_at(phase, size, link) -> dict:
+    """What `live_plans` shows, its `.data`."""
+    alone = [one_gpu_seconds(phase, L) for L in LENGTHS]
+    ways = [received(V32, L, L if phase == "read a prompt" else 1, size) for L in LENGTHS]
+    travel = {plan: [way[plan] / LINKS[link] for way in ways] for plan in ("gathered", "sharded")}
+    pays = {
+        plan: [L for L, one, moved in zip(LENGTHS, alone, travel[plan], strict=True) if one / size + moved < one]
+        for plan in travel
+    }
+    computing = [one / size for one in alone]
+    return {"phase": phase, "ranks": size, "link": link, "alone": alone, "computing": computing, **travel, "pays": pays}
+
+
 def live_plans(phase="read a prompt", ranks=3, link="InfiniBand, 400 Gbit/s") -> LiveFigure:
     """One layer: computing, divided by the ranks, and the travel of both plans, against the length of the text.
 
     Controls: phase, ranks (a power of two), link. `.data`: phase, ranks, link; alone, computing, gathered, sharded
     (seconds at each of LENGTHS); and pays {plan: the lengths at which it takes less than one GPU alone}.
     """
-
-    def compute(phase, ranks, link):
-        size, rate = 2**ranks, LINKS[link]
-        alone = [one_gpu_seconds(phase, L) for L in LENGTHS]
-        ways = [received(V32, L, L if phase == "read a prompt" else 1, size) for L in LENGTHS]
-        travel = {plan: [way[plan] / rate for way in ways] for plan in ("gathered", "sharded")}
-        pays = {
-            plan: [L for L, one, moved in zip(LENGTHS, alone, travel[plan], strict=True) if one / size + moved < one]
-            for plan in travel
-        }
-        return {
-            "phase": phase,
-            "ranks": size,
-            "link": link,
-            "alone": alone,
-            "computing": [one / size for one in alone],
-            **travel,
-            "pays": pays,
-        }
 
     def draw(data):
         figure = Figure(figsize=(8.6, 3.7), layout="constrained", facecolor=COLOURS["visible"])
@@ -107,4 +101,4 @@ def live_plans(phase="read a prompt", ranks=3, link="InfiniBand, 400 Gbit/s") ->
         "ranks": ipywidgets.IntSlider(ranks, min=1, max=6, description="GPUs = 2^"),
         "link": ipywidgets.Dropdown(options=list(LINKS), value=link, description="link"),
     }
-    return LiveFigure("plans", compute, draw, describe, **controls)
+    return LiveFigure("plans", lambda phase, ranks, link: plans_at(phase, 2**ranks, link), draw, describe, **controls)

@@ -24,19 +24,20 @@ def pairs_of(chunks) -> int:
     return sum((chunk.start + 1 + chunk.stop) * len(chunk) // 2 for chunk in chunks)
 
 
+def shares_at(plan, size) -> dict:
+    """What `live_shares` shows, its `.data`."""
+    chunks = {rank: chunks_of(plan, TOKENS, size, rank) for rank in range(size)}
+    pairs = [pairs_of(own) for own in chunks.values()]
+    work = [own * size / sum(pairs) for own in pairs]
+    return {"plan": plan, "size": size, "chunks": chunks, "work": work, "imbalance": max(work) - 1}
+
+
 def live_shares(size=4, plan="contiguous") -> LiveFigure:
     """The causal triangle of 128K tokens, cut among ranks, and how many pairs each scores. Controls: plan, ranks.
 
     `.data`: plan, size, chunks {rank: its ranges}, work (pairs of each rank, over the mean), imbalance (the most, over
     the mean, less 1).
     """
-
-    def compute(plan, size):
-        chunks = {rank: chunks_of(plan, TOKENS, size, rank) for rank in range(size)}
-        pairs = [pairs_of(own) for own in chunks.values()]
-        mean = sum(pairs) / size
-        work = [own / mean for own in pairs]
-        return {"plan": plan, "size": size, "chunks": chunks, "work": work, "imbalance": max(work) - 1}
 
     def draw(data):
         figure = Figure(figsize=(8.6, 3.7), layout="constrained", facecolor=COLOURS["visible"])
@@ -81,7 +82,7 @@ def live_shares(size=4, plan="contiguous") -> LiveFigure:
         "plan": ipywidgets.ToggleButtons(options=PLANS, value=plan),
         "size": ipywidgets.IntSlider(size, min=2, max=8, description="ranks"),
     }
-    return LiveFigure("shares", compute, draw, describe, **controls)
+    return LiveFigure("shares", shares_at, draw, describe, **controls)
 
 
 def shade_of(rank, size):
