@@ -104,6 +104,15 @@ def ops(request):
         pytest.skip(NEEDS_TRITON)
 
 
+@pytest.fixture(scope="session")
+def worlds():
+    """A function of a number of ranks that gives processes in such a group: see tests/parallel."""
+    from parallel_worlds import Worlds  # beside the tests that ask for it
+
+    with Worlds() as started:
+        yield started
+
+
 @pytest.fixture
 def device():
     return "cuda" if torch.cuda.is_available() else "cpu"

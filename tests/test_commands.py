@@ -37,7 +37,7 @@ def commands():
         "traps": (traps.main, [], "--log"),
         "long context": (long_context.main, [], "--log"),
     }
-    for name in ("__main__", "exact", "layer_cpu", "bill.__main__", "models.__main__", "training.__main__"):
+    for name in ("__main__", "exact", "layer_cpu", "bill.__main__", "models.__main__", "training.__main__", "parallel"):
         if importlib.util.find_spec("triton"):
             found[f"dsa_bench {name}"] = (lambda arguments, name=name: bench(name).main(arguments), [], "--log")
     return found

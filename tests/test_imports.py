@@ -99,6 +99,11 @@ TABLE = [
         "dsa_ref.integrations.transformers.*",
         "torch transformers ?",  # an operator takes no module, but its name
     ),
+    Row(  # a layer over a group of ranks
+        "dsa_ref.parallel.*",
+        "dsa_ref dsa_ref.config dsa_ref.contracts dsa_ref.decode dsa_ref.nn.* dsa_ref.parallel.*",
+        "torch",
+    ),
     Row(
         "dsa_ref.training.*",
         "dsa_ref dsa_ref.config dsa_ref.precision dsa_ref.contracts dsa_ref/step dsa_ref.testing dsa_ref.records "
@@ -201,7 +206,7 @@ TABLE = [
     # the bench, which knows the reference as a user does
     Row(
         "dsa_bench.*",
-        "dsa_ref dsa_ref.nn dsa_ref.training dsa_ref.testing dsa_ref.cost dsa_ref.records "
+        "dsa_ref dsa_ref.nn dsa_ref.training dsa_ref.parallel dsa_ref.testing dsa_ref.cost dsa_ref.records "
         "dsa_ref.integrations.transformers dsa_kernels.* dsa_bench.*",
         "numpy torch triton transformers deep_gemm tilelang",
     ),
@@ -437,6 +442,9 @@ PLANTED = [
     ("dsa_ref.nn.model", "from ..testing import poisoned"),
     ("dsa_ref.nn.checkpoint", "import transformers"),
     ("dsa_ref.training.train", "import dsa_kernels"),
+    ("dsa_ref.nn.layer", "from ..parallel import GatheredLayer"),
+    ("dsa_ref.parallel.training", "from ..training.stages import STAGES"),
+    ("dsa_ref.parallel.gathered", "import dsa_kernels"),
     ("dsa_ref.integrations.transformers.machine", "import dsa_kernels"),
     ("dsa_ref.integrations.transformers.machine", "from triton.experimental import gluon"),
     ("dsa_ref.training.train", "from matplotlib.figure import Figure"),

@@ -39,7 +39,7 @@ from .checkpointing import (
 )
 from .decode import check_decode, decode_step, recorded
 from .parts import Indexer, RMSNorm
-from .prefill import prefill_step, serves
+from .prefill import prefill_step, row_starts, serves
 from .probe import probe_of
 from .wrapped import matrix
 
@@ -205,7 +205,7 @@ class DSALayer(nn.Module):
             q, k, v = self._decompressed(q_heads, kv)
             # A cache holds one sequence: causal is all there is. Values of start are read, as they save a mask.
             seen = {} if cache is not None and self.rows_are_last else ranges
-            out, step["lse"] = self.ops.mha_attention(q, k, v, c.softmax_scale, **seen)
+            out, step["lse"] = self.ops.mha_attention(q, k, v, c.softmax_scale, None, **seen)
             if recording:  # for the indexer's target alone, which is a constant
                 with torch.no_grad():
                     step["q"] = self._absorbed(q_heads, self._up_projections(kv)[0], kv.dtype)
@@ -304,7 +304,7 @@ class DSALayer(nn.Module):
 
     def _ranges(self, positions: Tensor, cache) -> dict[str, Tensor]:
         """Which of all rows each token sees, as the steps take it: its first one, int32 [T]; the last is its own."""
-        return {"start": self._row_starts(positions, cache).to(torch.int32)}
+        return {"start": row_starts(positions, cache)}
 
     def _all_rows(self, cache, kv, k_idx, k_scale) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The rows of all tokens that these may see, after those of the cache. `dsa_ref.parallel` has other ranks'."""

@@ -185,6 +185,13 @@ def for_every_head(out: Tensor, x: Tensor) -> None:
     out.copy_(x[:, None])
 
 
+def row_starts(positions: Tensor, cache) -> Tensor:
+    """Each row's first visible key, int32 [T]: the cache's first, or where a packed sequence begins."""
+    if cache is not None:
+        return torch.zeros(len(positions), dtype=torch.int32, device=positions.device)
+    return torch.arange(len(positions), dtype=torch.int32, device=positions.device) - positions.int()
+
+
 def rows_beside(layer, x: Tensor, cache) -> tuple[LayerCache, int]:
     """Where the rows of x are written, and from which row on: into the cache where nobody looks at them, else beside.
 

@@ -3,7 +3,7 @@
     GatheredLayer    prefill and training: each rank has its share of the queries; the keys of a layer are gathered
     ShardedLayer     decode, and contexts that fit nowhere: each rank has its share of the keys; results are merged
 
-Both are DSALayers of another one's weights. Source: SPEC sections 3 to 5 and 10.
+Both are DSALayers of another one's weights. Source: SPEC section 11.
 """
 
 from .gathered import GatheredLayer, gather_rows

@@ -7,12 +7,17 @@
     select, attend    each own row with its range [start, end) of rows of the sequence: the layer's steps as ever
     backward          one reduce-scatter in fp32 of the gradient of the gathered rows, dkv or dk_idx
 
+Without gradients, all keys are made and gathered first, and then the queries come in blocks of `rows_at_once`, so that
+a share of any length needs memory for the keys of a layer and the queries of one block.
+
 What a row sees, and in which order, is what one rank alone would give it: there are no partial softmaxes to merge and
-no choice to repeat. The price is memory for all keys of a layer, while it runs.
+no choice to repeat.
 
 dkv and dk_idx come in two backward passes, the language loss's and then the indexer's, whose target the first one
 yields (SPEC section 5): so each has its own reduce-scatter, of D and of Di numbers a token. Each rank's gradient is
 rounded to the dtype of the rows before it is widened and summed, as the steps return it so.
+
+Source: SPEC section 11.
 """
 
 import zlib
@@ -22,8 +27,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..contracts import check_finite, values_readable
+from ..contracts import check_finite, unchecked_values, values_readable
+from ..nn.cache import LayerCache
+from ..nn.decode import append_latents, query_latent
 from ..nn.layer import DSALayer
+from ..nn.prefill import index_rows, prefill_step, serves
 from .ranks import Ranks, pack, row_bytes
 from .sharded_cache import ShardedCache
 from .zigzag import Zigzag
@@ -38,7 +46,8 @@ class GatheredLayer(DSALayer):
     `forward(x, positions, cache, attention, record, indices)` is DSALayer's, for x [n, dim] and positions int [n] of
     this rank's rows, `Zigzag(T, size).rows(rank)` of T packed tokens; n may be 0. All ranks must call it. Indices in
     the record are rows of the sequence, and "end" is there beside "start". cache: an empty ShardedCache, which keeps
-    the rank's own rows for `ShardedLayer`, or None.
+    the rank's own rows for `ShardedLayer`, or None. Without gradients and a record, queries come in blocks of
+    `rows_at_once`, which may be set.
 
     Selections are one rank's, where the projections of fewer rows at a time round alike. Outputs and gradients are one
     rank's up to rounding, and the same bits each time for one size of the group.
@@ -48,6 +57,7 @@ class GatheredLayer(DSALayer):
     """
 
     rows_are_last = False
+    rows_at_once = 4096  # queries of a call without gradients and without a record
 
     def __init__(self, layer: DSALayer, group: dist.ProcessGroup | None = None) -> None:
         if not isinstance(layer, DSALayer):
@@ -82,21 +92,53 @@ class GatheredLayer(DSALayer):
         wanted = [self.shares.count(rank) for rank in range(self.ranks.size)]
         if counts != wanted or not sum(counts):  # on all ranks alike
             raise ValueError(f"x must hold {wanted} rows on the ranks, those of a Zigzag of at least 1, got {counts}")
-        with self.ranks.failing_together():
-            return super().forward(x, positions, cache, attention, record, indices)
+        self.block, self.everyone = slice(None), None
+        try:
+            with self.ranks.failing_together():
+                if record is None and serves(self, x, attention):
+                    self._check_shared(indices, positions, None, attention)
+                    return self._prefill(x, positions, cache, indices)
+                return super().forward(x, positions, cache, attention, record, indices)
+        finally:
+            self.everyone = None  # the memory of all keys
+
+    def _prefill(self, x, positions, cache, indices) -> Tensor:
+        """All keys, and then the queries block by block, each of which finds them in `_all_rows`."""
+        n, rows = len(x), LayerCache(self.config, max(1, len(x)), x.dtype, x.device, self.indexer is not None)
+        blocks = [slice(first, min(first + self.rows_at_once, n)) for first in range(0, max(1, n), self.rows_at_once)]
+        self._ranges(positions, None)  # which looks at all positions
+        for block in blocks:
+            slots = torch.arange(block.start, block.stop, device=x.device)
+            with unchecked_values():
+                append_latents(self, self.kv_a_proj_with_mqa(x[block]), rows, slots, positions[block])
+                if self.indexer is not None:  # its keys alone: queries from the block's end on
+                    q_latent = query_latent(self, x[block])
+                    index_rows(self, x[block], q_latent, rows, slots, positions[block], len(slots))
+            rows.length = block.stop
+        self.everyone = self._gathered(cache, *rows.rows())
+        outs = []
+        for self.block in blocks:
+            shared = None if indices is None else indices[self.block]
+            outs.append(prefill_step(self, x[self.block], positions[self.block], None, shared, False)[0])
+        return torch.cat(outs)
 
     def _check_positions(self, positions, cache) -> None:
         """They are checked together with the other ranks', in `_all_rows`."""
 
     def _row_starts(self, positions, cache) -> Tensor:
-        return self.shares.rows(self.ranks.rank, positions.device) - positions
+        return self.shares.rows(self.ranks.rank, positions.device)[self.block] - positions
 
     def _ranges(self, positions, cache) -> dict[str, Tensor]:
         start = self._row_starts(positions, cache)
-        self.runs = self._runs(start, positions) if values_readable(positions) else []
+        if self.everyone is None:  # the whole share
+            self.runs = self._runs(start, positions) if values_readable(positions) else []
         return {"start": start.to(torch.int32), "end": (start + positions + 1).to(torch.int32)}
 
     def _all_rows(self, cache, kv, k_idx, k_scale):
+        return self._gathered(cache, kv, k_idx, k_scale) if self.everyone is None else self.everyone
+
+    def _gathered(self, cache, kv, k_idx, k_scale) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """All ranks' rows, in the sequence's order; this rank's go into its cache too, if there is one."""
         check_finite(" in the rows of new tokens", k_idx=k_idx, k_scale=k_scale)
         rows = [tensor for tensor in (kv, k_idx, k_scale) if tensor is not None]
         kinds = [[str(tensor.dtype), list(tensor.shape[1:]), tensor.requires_grad] for tensor in rows]

@@ -1,6 +1,7 @@
 """A model whose attention layers work over a group of ranks, with the weights and names of the model it came from."""
 
 import copy
+import zlib
 
 import torch.distributed as dist
 from torch import nn
@@ -9,7 +10,7 @@ from ..contracts import check_count
 from ..nn.layer import DSALayer
 from ..nn.model import SmallModel
 from .gathered import GatheredLayer
-from .ranks import Ranks
+from .ranks import Ranks, checksum
 from .sharded import ShardedLayer
 from .sharded_cache import ShardedCache
 
@@ -20,9 +21,11 @@ def over_group(
     """The model with `plan(layer, group)` in the place of each DSALayer: the same parameters under the same names.
 
     The model itself stays as it is, and both can be used: so one model prefills by one plan and decodes by the other,
-    and its checkpoints are those of one rank. All else in it sees this rank's tokens alone: pass positions.
+    and its checkpoints are those of one rank. All else in it sees this rank's tokens alone: pass positions. All ranks
+    call it, and their weights are compared.
 
-    Raises: TypeError for another plan or model, ValueError for a model without a DSALayer.
+    Raises: TypeError for another plan or model, ValueError for a model without a DSALayer; ValueError on all ranks for
+    weights that are not the same on all.
     """
     if plan not in (GatheredLayer, ShardedLayer):
         raise TypeError(f"plan must be GatheredLayer or ShardedLayer, got {plan!r}")
@@ -30,6 +33,10 @@ def over_group(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not any(isinstance(module, DSALayer) for module in model.modules()):
         raise ValueError("model must hold a DSALayer, got none")
+    ranks, weights = Ranks(group), dict(model.named_parameters())
+    names = zlib.crc32(repr([(name, list(weight.shape)) for name, weight in weights.items()]).encode())
+    sums = zlib.crc32(repr([checksum(weight) for weight in weights.values()]).encode())
+    ranks.agree({"call": "over_group", "plan": plan.__name__, "names": names, "weights": sums})
     return _replaced(model, plan, group)
 
 

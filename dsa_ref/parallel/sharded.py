@@ -5,11 +5,13 @@
     selection      the k best of these candidates, by SPEC section 4, in the order of their places: of equal scores the
                    smallest place is kept, whichever rank brought it
     attention      over those winners that the rank holds itself: out and its log-sum-exp
-    one all-gather [out | lse] in fp32, merged in the order of ranks (SPEC section 10); a rank without a winner has a
+    one all-gather [out | lse] in fp32, merged in the order of ranks; a rank without a winner has a
                    log-sum-exp of -inf and counts for nothing
 
 For decode, and for contexts whose keys fit on no single rank. Bytes sent follow k and not the context. Every rank ends
 up with the same output, to the bit. Without gradients.
+
+Source: SPEC section 11.
 """
 
 import zlib
@@ -25,7 +27,7 @@ from ..contracts import check_finite, values_readable
 from ..decode import merge_parts
 from ..nn.cache import all_or_nothing
 from ..nn.layer import DSALayer
-from .ranks import Ranks
+from .ranks import Ranks, checksum, pack, row_bytes
 from .sharded_cache import ShardedCache
 
 LAST = torch.iinfo(torch.int32).max  # behind every place
@@ -55,7 +57,7 @@ def sharded_select(
         there = best.clamp(min=0).long()
         keys[:, : best.shape[1]] = places[there].masked_fill(best < 0, -1)
         scores[:, : best.shape[1]] = every.gather(1, there)
-    keys, scores = (candidates(part, ranks) for part in (keys, scores))
+    keys, scores = candidates(keys, scores, ranks)
     order = by_place(keys)
     keys, scores = keys.gather(1, order), scores.gather(1, order)
     count = (keys >= 0).sum(dim=1, dtype=torch.int32)
@@ -64,9 +66,11 @@ def sharded_select(
     return winners.masked_fill(winners == LAST, -1)
 
 
-def candidates(part: Tensor, ranks: Ranks) -> Tensor:
-    """[T, k] of every rank side by side: [T, size · k]."""
-    return ranks.all_gather(part).transpose(0, 1).flatten(1)
+def candidates(keys: Tensor, scores: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Every rank's keys and scores [T, k] side by side: two tensors [T, size · k]."""
+    everyone = ranks.all_gather(pack((keys, scores), len(keys))).transpose(0, 1)
+    parts = everyone.split((row_bytes(keys), row_bytes(scores)), dim=2)
+    return tuple(part.contiguous().view(own.dtype).flatten(1) for part, own in zip(parts, (keys, scores), strict=True))
 
 
 def by_place(keys: Tensor) -> Tensor:
@@ -179,9 +183,3 @@ class ShardedLayer(DSALayer):
         attending = step["q"], kv, step["indices"], c.softmax_scale, c.kv_lora_rank, held, self.ranks, self.ops
         u, step["lse"] = sharded_attention(*attending)
         return self.o_proj(torch.einsum("thc,hvc->thv", u, W_UV).flatten(1)), step
-
-
-def checksum(x: Tensor) -> int:
-    """The sum of the tensor's bit patterns, which does not depend on the order of the sum."""
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    return int(x.detach().contiguous().view(whole).sum(dtype=torch.int64))

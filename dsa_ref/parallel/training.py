@@ -5,7 +5,7 @@
     weights      are replicated, so each rank has the gradient of its share of the loss: summed once, in
                  `sum_gradients`, after the last backward pass, in fp32
 
-Source: SPEC section 5; `dsa_ref.training.stages` is the same step on one rank.
+Source: SPEC sections 5 and 11; `dsa_ref.training.stages` is the same step on one rank.
 """
 
 import zlib
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import dsa_ref
 
+from ..contracts import check_dtype, check_shapes
 from ..nn.model import SmallModel
 from .gathered import GatheredLayer
 from .ranks import Ranks
@@ -34,7 +35,8 @@ def stage_backward(model: SmallModel, tokens: Tensor, stage: str) -> tuple[Tenso
     Returns (language loss, indexer loss) of all windows on all ranks alike, detached fp32; None where the stage has
     none. Gradients that parameters had before must be the same on all ranks: they are kept, and counted once.
 
-    Raises: TypeError for another model, ValueError for another stage or other tokens, as GatheredLayer does.
+    Raises: TypeError for another model, ValueError for another stage, TypeError or ValueError for other tokens, on all
+    ranks, and as GatheredLayer does.
     """
     layers = [block.self_attn for block in model.layers] if isinstance(model, SmallModel) else []
     if not layers or not all(isinstance(layer, GatheredLayer) for layer in layers):
@@ -43,34 +45,49 @@ def stage_backward(model: SmallModel, tokens: Tensor, stage: str) -> tuple[Tenso
     with ranks.failing_together():
         if stage not in STAGES:
             raise ValueError(f"stage must be one of {STAGES}, got {stage!r}")
-        if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        check_shapes(tokens=(tokens, "n L+1"))
+        check_dtype("tokens", tokens, (torch.int64,))
+        if tokens.shape[1] < 2:
             raise ValueError(f"tokens must have shape [n, L + 1] with n, L > 0, got {list(tokens.shape)}")
         values = zlib.crc32(tokens.cpu().numpy().tobytes())
         ranks.agree({"call": "training", "stage": stage, "tokens": list(tokens.shape), "values": values})
-    T, length = tokens[:, 1:].numel(), tokens.shape[1] - 1
-    rows = Zigzag(T, ranks.size).rows(ranks.rank, tokens.device)
+    parameters = list(model.parameters())
+    before = [weight.grad for weight in parameters]
+    for weight in parameters:
+        weight.grad = None
+    try:
+        shares = _own_backward(model, layers, tokens, stage)
+        sum_gradients(parameters, ranks.group)
+        losses = tuple(None if share is None else ranks.all_reduce(share.detach().clone()) for share in shares)
+        for weight, grad in zip(parameters, before, strict=True):
+            if grad is not None:  # in place, where it may be a view into somebody's buffer
+                weight.grad = grad if weight.grad is None else grad.add_(weight.grad)
+    except BaseException:
+        for weight, grad in zip(parameters, before, strict=True):
+            weight.grad = grad
+        raise
+    return losses
+
+
+def _own_backward(model, layers, tokens, stage) -> tuple[Tensor | None, Tensor | None]:
+    """This rank's shares of the two losses, whose gradients are in the parameters'."""
+    ranks, rows, length = layers[0].ranks, tokens[:, 1:].numel(), tokens.shape[1] - 1
+    own = Zigzag(rows, ranks.size).rows(ranks.rank, tokens.device)
     record = None if stage == "dense" else []
     attention = "sparse" if stage == "sparse" else "dense"
-    before = {weight: weight.grad for weight in model.parameters()}
-    for weight in before:
-        weight.grad = None
-    logits = model(tokens[:, :-1].flatten()[rows], rows % length, attention=attention, record=record)
+    logits = model(tokens[:, :-1].flatten()[own], own % length, attention=attention, record=record)
     language, indexer = None, None
     if stage != "warm-up":
-        language = F.cross_entropy(logits, tokens[:, 1:].flatten()[rows], reduction="sum") / T
+        language = F.cross_entropy(logits, tokens[:, 1:].flatten()[own], reduction="sum") / rows
         language.backward()
     if record is not None:
         indexer = torch.zeros((), device=tokens.device)
         for layer, step in zip(layers, record, strict=True):
-            target = step["probe"].grad if "probe" in step else None
-            share = indexer_share(layer, step, T, target) / len(layers)
+            target = step["probe"].grad if "probe" in step else None  # left there by the pass above, where ops can
+            share = indexer_share(layer, step, rows, target) / len(layers)
             share.backward()
             indexer += share.detach()
-    sum_gradients(model.parameters(), ranks.group)
-    for weight, grad in before.items():
-        if grad is not None:
-            weight.grad = grad if weight.grad is None else weight.grad + grad
-    return tuple(None if loss is None else ranks.all_reduce(loss.detach().clone()) for loss in (language, indexer))
+    return language, indexer
 
 
 def indexer_share(layer: GatheredLayer, step: dict, rows: int, target: Tensor | None = None) -> Tensor:

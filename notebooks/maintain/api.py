@@ -14,6 +14,7 @@ PACKAGES = {  # in the page's order: what the heading says, and the file
     "dsa_ref.nn": "dsa_ref/nn/__init__.py",
     "dsa_ref.nn.generate": "dsa_ref/nn/generate.py",
     "dsa_ref.long_context": "dsa_ref/long_context/__init__.py",
+    "dsa_ref.parallel": "dsa_ref/parallel/__init__.py",
     "dsa_ref.training.corpus": "dsa_ref/training/corpus.py",
     "dsa_ref.training.needle": "dsa_ref/training/needle.py",
     "dsa_ref.training.data": "dsa_ref/training/data.py",

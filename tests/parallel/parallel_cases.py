@@ -12,6 +12,7 @@ from unittest import mock
 import rungs
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from dsa_ref import TINY, DSALayer, LayerCache
 from dsa_ref.nn import ModelConfig, SmallModel
@@ -88,19 +89,43 @@ def dealt(S, size, seed, empty):
 # Cases: on one rank of a group ----------------------------------------------------------------------------------------
 
 
-def layer_forward(lengths, seed, ops="reference", attention="sparse", fault=None, grad=False, dtype=torch.float32, **fields):
-    """Own rows, the layer's output on them and the record of the selection; with `grad`, gradients of all."""
+def layer_forward(
+    lengths, seed, ops="reference", attention="sparse", fault=None, grad=False, dtype=torch.float32, repeated=False,
+    **fields,
+):  # fmt: skip
+    """Own rows, the layer's output on them and the record of the selection; with `grad`, gradients of all.
+
+    repeated: under activation checkpointing, which runs the layer again in the backward pass.
+    """
     layer, group = layer_of(seed, ops, dtype, **fields), Ranks()
     rows = Zigzag(sum(lengths), group.size).rows(group.rank)
     x, positions, record = tokens_of(lengths, seed, dtype)[rows].requires_grad_(grad), packed(lengths)[rows], []
     with planted(fault), torch.set_grad_enabled(grad):
-        y = GatheredLayer(layer, None)(x, positions, attention=attention, record=record)
+        over, more = GatheredLayer(layer), {"attention": attention, "record": record}
+        y = checkpoint(over, x, positions, use_reentrant=False, **more) if repeated else over(x, positions, **more)
         found = {"rows": rows, "y": y.detach(), "indices": record[0].get("indices"), "lse": record[0]["lse"].detach()}
         if grad:
             (y * weights_of(lengths, seed)[rows]).sum().backward()
             training.sum_gradients(layer.parameters())
             found |= {"dx": x.grad, "weights": [w.grad for w in layer.parameters()]}
     return found
+
+
+def shared_selection(lengths, seed):
+    """Two layers, the second without an indexer: own rows, and its output by either plan (see `two_layers`)."""
+    first, second = two_layers(seed)
+    rows = Zigzag(sum(lengths), Ranks().size).rows(Ranks().rank)
+    x, positions, record = tokens_of(lengths, seed), packed(lengths), []
+    gathered = GatheredLayer(first)(x[rows], positions[rows], record=record)
+    gathered = GatheredLayer(second)(gathered, positions[rows], indices=record[0]["indices"])
+    caches = [ShardedCache(TINY, sum(lengths), indexer=indexer) for indexer in (True, False)]
+    y = ShardedLayer(first)(x, positions, caches[0], record=record)
+    return rows, gathered, ShardedLayer(second)(y, positions, caches[1], indices=record[1]["indices"])
+
+
+def two_layers(seed):
+    torch.manual_seed(seed)
+    return [DSALayer(TINY, indexer=indexer).requires_grad_(False) for indexer in (True, False)]
 
 
 def weights_of(lengths, seed):
@@ -138,12 +163,12 @@ def attention_inputs(T, S, seed):
     return torch.randn(T, 4, 12, generator=generator), torch.randn(S, 12, generator=generator)
 
 
-def generate(prompt, more, chunk, seed, prefill=True, ops="reference", fault=None, **fields):
+def generate(prompt, more, chunk, seed, prefill=True, ops="reference", fault=None, rows_at_once=5, **fields):
     """Logits of a prompt's rows on this rank, then those of the tokens that follow, chunk by chunk, on all ranks."""
     model, group = model_of(seed, ops, **fields).requires_grad_(False), Ranks()
     text = windows_of(1, prompt + more, seed)[0, : prompt + more]
     caches, found = new_sharded_caches(model, prompt + more), []
-    with planted(fault):
+    with planted(fault), mock.patch.object(GatheredLayer, "rows_at_once", rows_at_once):
         if prefill:
             rows = Zigzag(prompt, group.size).rows(group.rank)
             found.append((rows, over_group(model, GatheredLayer)(text[rows], rows, caches)))
@@ -154,27 +179,27 @@ def generate(prompt, more, chunk, seed, prefill=True, ops="reference", fault=Non
     return found, [cache.held for cache in caches]
 
 
-def refused(call, **changes):
-    """A call for which rank 1 has other arguments; then one that all make alike, since the group must still work."""
-    group = Ranks()
+def refused(call, changes):
+    """What a call raises for which rank 1 has other arguments; then all make one alike: the group must still work."""
+    group, raised = Ranks(), None
     try:
         CALLS[call](group, **(changes if group.rank == 1 else {}))
-    finally:
-        layer_forward([9], seed=0)
+    except (ValueError, TypeError) as error:
+        raised = type(error).__name__, str(error)
+    return raised, layer_forward([9], seed=0)["y"].isfinite().all()
 
 
-def gathered_call(group, T=11, dim=64, dtype=torch.float32, fields=None, poison=False, attention="sparse", shift=0,
-                  grad=False, cache=None):  # fmt: skip
-    lengths = [11]
+def gathered_call(
+    group, fewer=0, dim=64, dtype=torch.float32, fields=None, poison=False, attention="sparse", shift=0, grad=False,
+    cache=None,
+):  # fmt: skip
     rows = Zigzag(11, group.size).rows(group.rank)
-    x, positions = tokens_of(lengths, 0)[rows], packed(lengths)[rows] + shift
-    x = torch.cat((x, x))[: T if T < len(rows) else len(rows) + (T > 11), :dim].to(dtype)
-    positions = torch.cat((positions, positions))[: len(x)]
+    rows = rows[: len(rows) - fewer]
+    x, positions = tokens_of([11], 0)[rows, :dim].to(dtype), packed([11])[rows] + shift
     if poison:
         x[0] = torch.nan
     layer = layer_of(0, **(fields or {})).to(dtype).requires_grad_(grad)
-    cache = LayerCache(TINY, 20) if cache else None
-    GatheredLayer(layer)(x, positions, cache, attention)
+    GatheredLayer(layer)(x, positions, LayerCache(TINY, 20) if cache else None, attention)
 
 
 def sharded_call(group, T=3, seed=0, dtype=torch.float32, fields=None, before=0, capacity=9, attention="sparse"):
@@ -189,44 +214,63 @@ def training_call(group, stage="sparse", n=2, seed=0):
     stage_backward(over_group(model_of(0), GatheredLayer), windows_of(n, 7, seed), stage)
 
 
+def weights_call(group, seed=0):
+    over_group(model_of(seed), GatheredLayer)
+
+
 def mixed_call(group, other=False):
     (sharded_call if other else gathered_call)(group)
 
 
-CALLS = {"gathered": gathered_call, "sharded": sharded_call, "training": training_call, "mixed": mixed_call}
+CALLS = {"gathered": gathered_call, "sharded": sharded_call, "training": training_call, "mixed": mixed_call,
+         "weights": weights_call}  # fmt: skip
 
 
 def dies(rank, where):
-    """The rank's process ends in the middle of a call."""
+    """One rank's process ends in the middle of a call; what the others raise, and after how many seconds."""
+    messages = iter(range(100))
 
-    def ends(*arguments):
-        os._exit(7)
+    def ends_in(owner, name, after):
+        original = getattr(owner, name)
+
+        def ending(*arguments):
+            if next(messages) >= after:
+                os._exit(7)
+            return original(*arguments)
+
+        setattr(owner, name, ending)
 
     if Ranks().rank == rank:
-        owner, name = {"before": (Ranks, "agree"), "after": (Ranks, "all_gather"), "backward": (Ranks, "reduce_scatter")}[where]
-        count = iter(range(100))
-
-        def counted(*arguments, **keywords):
-            if next(count) >= (2 if where == "after" else 0):  # two messages, then the rows
-                ends()
-            return original(*arguments, **keywords)
-
-        original = getattr(owner, name)
-        setattr(owner, name, counted)
-    return layer_forward([11], seed=0, grad=True)
+        # "rows": two messages are sent, each by an all-gather, and then the rows
+        ends_in(Ranks, *{"message": ("agree", 0), "rows": ("all_gather", 2), "backward": ("reduce_scatter", 0)}[where])
+    begun = time.monotonic()
+    try:
+        layer_forward([11], seed=0, grad=True)
+    except RuntimeError as error:
+        return str(error), time.monotonic() - begun
+    return None
 
 
 def late(rank, seconds):
     """The rank comes too late."""
     if Ranks().rank == rank:
         time.sleep(seconds)
-        return None
     begun = time.monotonic()
     try:
         layer_forward([11], seed=0)
     except RuntimeError as error:
         return str(error), time.monotonic() - begun
     return None
+
+
+def bench(what, T, fault=None):
+    """A row of the bench's record, in its interpreter and on gloo."""
+    from dsa_bench import parallel  # where there is triton
+
+    layer = parallel.training_layer(config_of(index_fp8=what == "prefill"), rungs.load("kernels"), "cpu")
+    layer.requires_grad_(what == "training")
+    with planted(fault):
+        return getattr(parallel, what)(layer, T, Ranks(), torch.device("cpu"), 1)
 
 
 def agrees():
@@ -293,11 +337,10 @@ def by_rank(keys):
     return (keys < 0).byte().sort(dim=1, stable=True).indices
 
 
-def own_best(part, group):
+def own_best(keys, scores, group):
     """No exchange of candidates: each rank keeps the k best of its own."""
-    return part.repeat(1, group.size) if part.is_floating_point() else torch.cat(
-        (part, torch.full((len(part), part.shape[1] * (group.size - 1)), -1, dtype=part.dtype)), dim=1
-    )
+    nothing = torch.full((len(keys), keys.shape[1] * (group.size - 1)), -1, dtype=torch.int32)
+    return torch.cat((keys, nothing), dim=1), torch.cat((scores, nothing.to(scores.dtype)), dim=1)
 
 
 def every_own_place(self, before, T):

@@ -1,7 +1,7 @@
 """Real processes on gloo, started once for each size of a group, that run the cases of `parallel_cases` on all ranks.
 
-Processes are forked from one server that has torch loaded, so that a world starts in a fraction of a second. A case that
-does not end is a failure of its test, and the end of its world's processes.
+Processes are forked from one server that has torch loaded, so that a world starts in a fraction of a second. A case
+that does not end is a failure of its test, and the end of its world's processes.
 """
 
 import datetime
@@ -36,17 +36,17 @@ class World:
     def __init__(self, size, timeout=60.0):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["parallel_cases"])
-        path = os.pathsep.join(folder for folder in sys.path if folder)  # before Python 3.12 the server has no other
-        with mock.patch.dict(os.environ, PYTHONPATH=path):
+        path = os.pathsep.join(
+            folder for folder in sys.path if folder
+        )  # before Python 3.12 the server has no other; and no GPU
+        with mock.patch.dict(os.environ, PYTHONPATH=path, CUDA_VISIBLE_DEVICES=""):
             multiprocessing.forkserver.ensure_running()
         self.size, self.folder = size, tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
         self.broken = False  # a case has failed, and left ranks at different places
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=serve, args=(theirs, self.folder.name, rank, size, timeout), daemon=True
-            )
+            process = context.Process(target=serve, args=(theirs, self.folder.name, rank, size, timeout), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -87,6 +87,27 @@ class World:
         self.folder.cleanup()
 
 
+class Worlds:
+    """Worlds by their size, each started when a test first asks for it; one in which a case has failed starts anew."""
+
+    def __init__(self):
+        self.started = {}
+
+    def __call__(self, size):
+        if size in self.started and self.started[size].broken:
+            self.started.pop(size).close()
+        if size not in self.started:
+            self.started[size] = World(size)
+        return self.started[size]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for world in self.started.values():
+            world.close()
+
+
 def serve(pipe, folder, rank, size, timeout):
     """Join the group, then run what the pipe names until it is closed."""
     import parallel_cases
@@ -94,7 +115,9 @@ def serve(pipe, folder, rank, size, timeout):
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     patience = datetime.timedelta(seconds=timeout)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size, timeout=patience)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size, timeout=patience
+    )
     while True:
         try:
             case, arguments = pipe.recv()

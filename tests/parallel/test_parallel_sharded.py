@@ -2,12 +2,15 @@
 
 import parallel_cases as cases
 import pytest
+import rungs
 import torch
+from conftest import NEEDS_TRITON
 from inputs import assert_close, assert_same_bits
 
 import dsa_ref
 from dsa_ref.parallel import Zigzag
 
+NEEDS_KERNELS = pytest.mark.skipif(not rungs.has_triton(), reason=NEEDS_TRITON)
 TOLERANCE = 1e-5  # of the largest wanted number
 SELECTIONS = {
     "random scores": {"T": 6, "S": 41, "k": 8},
@@ -48,6 +51,7 @@ def test_selection_and_attention_are_one_ranks(worlds, size, arguments):
         compare(worlds(size).run("select", seed=seed, **arguments), alone(seed=seed, **arguments))
 
 
+@NEEDS_KERNELS
 def test_kernels_select_the_same(worlds):
     arguments = {"T": 3, "S": 41, "k": 8, "seed": 0, "ties": True, "empty": (1,)}
     parts, wanted = worlds(3).run("select", ops="kernels", **arguments), alone(**arguments)
@@ -107,6 +111,17 @@ def test_a_prompt_by_gathered_keys_and_its_continuation_by_sharded_ones(worlds, 
         assert [len(found[0][0]) for found, _ in parts] == [Zigzag(prompt, size).count(rank) for rank in range(size)]
 
 
+def test_blocks_of_queries_change_nothing(worlds):
+    """The same up to rounding: a product over fewer rows may round otherwise."""
+    arguments = {"prompt": 37, "more": 0, "chunk": 1, "seed": 5}
+    wanted = alone_generating(37, 0, 5)
+    for rows_at_once in (1, 5, 64):
+        for found, held in worlds(3).run("generate", rows_at_once=rows_at_once, **arguments):
+            ((rows, logits),) = found
+            assert_close(logits, wanted[rows], TOLERANCE)
+            assert held == [len(rows)] * 2
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_context_that_only_all_ranks_together_hold(worlds, size):
     arguments = {"prompt": 0, "more": 30, "seed": 6, "prefill": False}
@@ -126,13 +141,19 @@ def test_a_wrong_variant_of_a_generation_is_found(worlds, fault, message):
     world, wanted = worlds(2), alone_generating(**arguments)
     total = arguments["prompt"] + arguments["more"]
     compare_generation(world.run("generate", chunk=2, **arguments), wanted, total)
-    compared = lambda parts: compare_generation(parts, wanted, total)
+
+    def compared(parts):
+        compare_generation(parts, wanted, total)
+
     found_out(world, compared, "generate", message, chunk=2, fault=fault, **arguments)
 
 
+@NEEDS_KERNELS
 def test_kernels_generate_the_same(worlds):
-    arguments = {"prompt": 9, "more": 2, "seed": 5, "ops": "kernels", "index_fp8": True}
-    compare_generation(worlds(2).run("generate", chunk=1, **arguments), alone_generating(**arguments), 11)
+    arguments = {"prompt": 9, "more": 2, "seed": 5, "index_fp8": True}
+    compare_generation(
+        worlds(2).run("generate", ops="kernels", chunk=1, **arguments), alone_generating(**arguments), 11
+    )
 
 
 def test_one_size_of_a_group_gives_the_same_bits_each_time(worlds):

@@ -60,7 +60,7 @@ def wrong_citations(text, path=ROOT / "README.md"):
 
 
 def test_specification_has_the_sections_that_the_code_is_written_by():
-    assert list(spec()) == list(range(1, 11))
+    assert list(spec()) == list(range(1, 12))
     assert spec()[2] == set(range(1, 10))
 
 
@@ -87,6 +87,9 @@ def test_other_checkpoints_and_serving_are_cited_where_they_belong():
     serving = {name for name, sections in named.items() if 10 in sections}
     assert {"dsa_ref/append.py", "dsa_ref/decode.py", "dsa_ref/page_table.py"} <= serving
     assert all(re.search("page|decode|append", name) for name in serving), serving
+    parallel = {name for name, sections in named.items() if 11 in sections}
+    assert {"dsa_ref/parallel/gathered.py", "dsa_ref/parallel/sharded.py"} <= parallel
+    assert all(name.startswith("dsa_ref/parallel/") for name in parallel), parallel
     assert cited("Source: SPEC section 2 steps 1 to 6, sections 6 and\n9.\n\nsection 3") == {2, 6, 9}
 
 
@@ -100,7 +103,7 @@ def test_every_step_cites_the_specification():
     "text",
     (
         "Source: SPEC section 0.",
-        "Source: SPEC\nsections 2, 3 and 11",
+        "Source: SPEC\nsections 2, 3 and 12",
         "SPEC section 2 steps 3 to 10",
         "SPEC section 3, step 1",
         "see DESIGN.md",

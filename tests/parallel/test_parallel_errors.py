@@ -1,0 +1,130 @@
+"""What one rank does wrong is an error on all ranks, which names it, and never a hang; the group works afterwards."""
+
+import parallel_cases as cases
+import pytest
+import torch
+from parallel_worlds import World
+
+from dsa_ref import TINY
+from dsa_ref.nn import DSALayer
+from dsa_ref.parallel import GatheredLayer, Ranks, ShardedCache, join, over_group
+
+REFUSED = {  # call, what rank 1 brings, the error on all ranks
+    "fewer rows": ("gathered", {"fewer": 1}, "ValueError", "x must hold"),
+    "another width": ("gathered", {"dim": 32}, "ValueError", "rank 1: x must have shape"),
+    "another dtype": ("gathered", {"dtype": torch.float64}, "ValueError", "dtype must be the same on all ranks"),
+    "another k": ("gathered", {"fields": {"index_topk": 4}}, "ValueError", "index_topk must be the same"),
+    "another config": ("gathered", {"fields": {"rope_theta": 500.0}}, "ValueError", "config must be the same"),
+    "another attention": ("gathered", {"attention": "dense"}, "ValueError", "attention must be the same"),
+    "an unknown attention": ("gathered", {"attention": "linear"}, "ValueError", "rank 1: attention must be one of"),
+    "another sequence's positions": ("gathered", {"shift": 1}, "ValueError", "rank 1: positions must count up from 0"),
+    "a NaN": ("gathered", {"poison": True}, "ValueError", "rank 1: k_idx must be finite"),
+    "gradients": ("gathered", {"grad": True}, "ValueError", "rows must be the same on all ranks"),
+    "a cache of one rank": ("gathered", {"cache": True}, "ValueError", "rank 1: cache must be an empty ShardedCache"),
+    "more queries": ("sharded", {"T": 4}, "ValueError", "rows must be the same on all ranks, got 3 on rank 0, 4 on 1"),
+    "other queries": ("sharded", {"seed": 1}, "ValueError", "x must be the same on all ranks"),
+    "a longer cache": ("sharded", {"before": 2}, "ValueError", "length must be the same on all ranks"),
+    "a full cache": ("sharded", {"capacity": 1, "T": 6}, "ValueError", "rank 1: cache must hold"),
+    "dense over sharded keys": ("sharded", {"attention": "dense"}, "ValueError", "rank 1: attention must be 'sparse'"),
+    "another stage": ("training", {"stage": "dense"}, "ValueError", "stage must be the same on all ranks"),
+    "other windows": ("training", {"seed": 1}, "ValueError", "values must be the same on all ranks"),
+    "other weights": ("weights", {"seed": 1}, "ValueError", "weights must be the same on all ranks"),
+    "the other plan": ("mixed", {"other": True}, "ValueError", "call must be the same on all ranks"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_one_rank_brings_is_an_error_on_all(worlds, name):
+    call, changes, kind, message = REFUSED[name]
+    found = worlds(3).run("refused", call=call, changes=changes)
+    for raised, works in found:
+        assert raised[0] == kind and message in raised[1], raised
+        assert works
+
+
+def test_what_is_right_is_refused_nowhere(worlds):
+    for call in cases.CALLS:
+        assert all(raised is None for raised, _ in worlds(3).run("refused", call=call, changes={}))
+
+
+def test_ranks_agree_or_say_what_differs(worlds):
+    for own, message in worlds(3).run("agrees"):
+        assert own == [{"mine": 0}, {"mine": 1}, {"mine": 2}]
+        assert "must fit into" in message
+
+
+@pytest.mark.parametrize("where", ["message", "rows", "backward"])
+def test_a_rank_that_is_killed_ends_in_an_error_on_all_others(where):
+    world = World(3)
+    try:
+        outcomes = world.outcomes("dies", rank=1, where=where)
+        assert outcomes[1] is None and world.processes[1].exitcode in (None, 7)
+        for rank in (0, 2):
+            message, seconds = outcomes[rank]
+            assert f"rank {rank} of 3" in message and "another rank has ended" in message
+            assert seconds < 30  # at once, and not after the group's 60 seconds
+    finally:
+        world.close()
+
+
+def test_a_rank_that_does_not_come_is_an_error_after_the_timeout():
+    world = World(2, timeout=1.0)
+    try:
+        message, seconds = world.outcomes("late", rank=1, seconds=2.0)[0]
+        assert "did not come within the group's timeout" in message and 0.9 < seconds < 20
+    finally:
+        world.close()
+
+
+def test_there_must_be_a_group():
+    with pytest.raises(ValueError, match="not initialized"):
+        Ranks()
+    with pytest.raises(ValueError, match="not initialized"):
+        GatheredLayer(DSALayer(TINY))
+    with pytest.raises(TypeError, match="layer must be a DSALayer"):
+        GatheredLayer(torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="plan must be"):
+        over_group(cases.model_of(0), DSALayer)
+    with pytest.raises(ValueError, match="model must hold a DSALayer"):
+        over_group(torch.nn.Linear(1, 1), GatheredLayer)
+
+
+@pytest.mark.parametrize(
+    "timeout, kind", [(0, ValueError), (-1.0, ValueError), (float("inf"), ValueError), ("60", TypeError)]
+)
+def test_join_needs_a_timeout(timeout, kind):
+    with pytest.raises(kind, match="timeout"):
+        join(timeout)
+
+
+def test_join_needs_torchrun(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="torchrun"):
+        join()
+
+
+def test_a_sharded_cache_is_no_cache_of_a_layer_alone():
+    cache, x = ShardedCache(TINY, 5), torch.randn(2, TINY.dim)
+    with pytest.raises(TypeError, match="ShardedCache"), torch.no_grad():
+        DSALayer(TINY)(x, torch.arange(2), cache)
+    assert cache.length == 0 and cache.held == 0
+
+
+def test_a_sharded_cache_forgets_what_lies_behind_its_length():
+    cache = ShardedCache(TINY, 5)
+    rows = (
+        torch.arange(5.0)[:, None].expand(-1, TINY.latent_dim),
+        torch.zeros(5, 16).to(torch.float8_e4m3fn),
+        torch.ones(5),
+    )
+    places = torch.tensor([0, 2, 5, 6, 9])
+    cache.append_own(places, 10, *rows)
+    assert cache.held == 5 and cache.length == 10
+    cache.truncate(6)
+    assert cache.held == 3 and cache.rows()[0][:, 0].tolist() == [0.0, 1.0, 2.0]
+    cache.append_own(torch.tensor([7]), 8, *(part[4:] for part in rows))
+    assert (
+        cache.held == 4 and cache.places[:4].tolist() == [0, 2, 5, 7] and cache.rows()[0][:, 0].tolist() == [0, 1, 2, 4]
+    )
+    with pytest.raises(ValueError, match="on this rank"):
+        cache.check_own_room(2)
