@@ -263,6 +263,17 @@ def late(rank, seconds):
     return None
 
 
+def twins():
+    """Whether a model over the group has the model's own weights under their names, and has left the model alone."""
+    model = model_of(0)
+    over = over_group(model, GatheredLayer)
+    same = all(a is b for a, b in zip(model.parameters(), over.parameters(), strict=True))
+    kinds = [type(block.self_attn).__name__ for block in (*model.layers, *over.layers)]
+    model.double()  # both, since the weights are one
+    dtypes = {weight.dtype for weight in over.parameters()}
+    return same, list(model.state_dict()) == list(over.state_dict()), kinds, dtypes
+
+
 def bench(what, T, fault=None):
     """A row of the bench's record, in its interpreter and on gloo."""
     from dsa_bench import parallel  # where there is triton

@@ -7,7 +7,7 @@ import torch
 from conftest import NEEDS_TRITON
 from inputs import assert_close, assert_same_bits
 
-from dsa_ref.parallel import Zigzag
+from dsa_ref.parallel import Zigzag, ranks
 from dsa_ref.training import stages
 
 NEEDS_KERNELS = pytest.mark.skipif(not rungs.has_triton(), reason=NEEDS_TRITON)
@@ -170,6 +170,20 @@ def test_all_ranks_have_the_same_gradients_of_weights(worlds):
     for losses, grads in parts[1:]:
         assert losses == parts[0][0]
         assert all(torch.equal(grad, parts[0][1][name]) for name, grad in grads.items())
+
+
+def test_a_model_over_a_group_is_the_model_itself(worlds):
+    for same, names, kinds, dtypes in worlds(2).run("twins"):
+        assert same and names and kinds == ["DSALayer"] * 2 + ["GatheredLayer"] * 2 and dtypes == {torch.float64}
+
+
+def test_a_token_takes_the_bytes_that_are_said():
+    kv, k_idx, k_scale = torch.randn(2, 576).bfloat16(), torch.randn(2, 128).bfloat16(), torch.randn(2)
+    assert ranks.pack([kv, k_idx], 3).shape == (3, 1408)
+    packed = ranks.pack([kv, k_idx.to(torch.float8_e4m3fn), k_scale], 3)
+    assert packed.shape == (3, 1284) and not packed[2].any()  # padding
+    assert torch.equal(packed[:2, :1152].contiguous().view(torch.bfloat16), kv)
+    assert torch.equal(packed[:2, 1280:].contiguous().view(torch.float32)[:, 0], k_scale)
 
 
 @NEEDS_KERNELS
