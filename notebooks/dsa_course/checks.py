@@ -21,6 +21,8 @@ from .online_softmax.check import log_sum_exp, merge_parts, online_update
 from .online_softmax.check_work import block_attention
 from .quantize.check import hadamard, quantize
 from .quantize.check_scores import flips, scores_from_fp8
+from .ranks.check import candidates, winners, zigzag
+from .ranks.check_sums import group_gradient, rank_attention
 from .recall.check import recall, window_selection
 from .select_topk.check import check_selection, select_topk
 from .serving.check import merge_splits, step_bytes

@@ -44,6 +44,7 @@ COURSE = (
     Notebook("14_million", "A million tokens", 60, STEPS),
     Notebook("15_trap_museum", "The trap museum", 60, STEPS),
     Notebook("16_capstone", "Capstone: DSA in a small GPT", 120, STEPS),
+    Notebook("17_beyond_one_gpu", "Beyond one GPU", 60, STEPS),
 )
 
 

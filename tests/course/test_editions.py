@@ -132,7 +132,7 @@ def test_the_map_of_the_course_is_true():
         assert (exercises, points) == (len(found), sum(found)), name
     core = sum(minutes for nn, _, minutes, *_ in rows.values() if f"**{nn}** [" in text)
     assert f"core path: {core} minutes" in text
-    count = {15: "Fifteen", 16: "Sixteen", 17: "Seventeen", 18: "Eighteen", 19: "Nineteen"}[len(NAMES)]
+    count = {15: "Fifteen", 16: "Sixteen", 17: "Seventeen", 18: "Eighteen", 19: "Nineteen", 20: "Twenty"}[len(NAMES)]
     for page in (LEARNER / "README.md", LEARNER.parent / "README.md"):
         assert re.findall(r"(\w+)\s+notebooks[,\s]+(?:from|lead)", page.read_text(encoding="utf-8")) == [count], page
 
