@@ -273,10 +273,13 @@ def main(arguments: list[str] | None = None) -> None:
     if options.merge:
         try:
             record = merged([json.loads(path.read_text(encoding="utf-8")) for path in options.merge])
-        except (OSError, ValueError, KeyError) as error:
+            told = report(record["runs"])  # before anything is written: a run that lacks a field shows here
+        except KeyError as error:
+            parser.error(f"--merge must name logs of this program, got a run without {error}")
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             parser.error(f"--merge must name logs of this program, of one plan and several seeds: {error}")
         records.write_log(PROGRAM, options.log, record)
-        print(report(record["runs"]))
+        print(told)
         return
     options.state = options.state or options.log.with_suffix(".state")
     ops = resolve_options(parser, options)

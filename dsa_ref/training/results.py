@@ -39,11 +39,16 @@ class Row:
 
 
 def merged(logs: list[dict]) -> dict:
-    """One record of several logs, by seed. Raises: ValueError where a seed comes twice or the plans differ."""
+    """One record of several logs, by seed.
+
+    Raises: ValueError for what is no log, where no run is there, a seed comes twice or the plans differ.
+    """
+    if not all(isinstance(log, dict) and isinstance(log.get("runs"), list) for log in logs):
+        raise ValueError(f"every log must be an object with a list of runs, got {[type(log).__name__ for log in logs]}")
     runs = sorted((run for log in logs for run in log["runs"]), key=lambda run: run["seed"])
     seeds = [run["seed"] for run in runs]
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"every seed must come once, got {seeds}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"every seed must come once, and one at least, got {seeds}")
     plans = [{name: value for name, value in run["plan"].items() if name != "seed"} for run in runs]
     if any(plan != plans[0] for plan in plans):
         raise ValueError(f"all runs must have one plan, got {plans}")

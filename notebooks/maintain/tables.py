@@ -225,11 +225,13 @@ def regimes(file, runs) -> str:
     """How the runs of one record were made, and the table of their regimes: mean and range over the seeds."""
     made, plan = runs[0]["provenance"], runs[0]["plan"]
     dense, warm, last = plan["steps"]
+    short = max((until for until, length, _ in plan["starts"] if length < plan["length"]), default=0)
     lines = [
         f"*{made['device']}, torch {made['torch']}, triton {made['triton']} ([`{file}`](figures/{file}),",
         f"`{made['command']}`); seeds {', '.join(str(run['seed']) for run in runs)}, {dense} steps of dense",
         f"training, {warm} of warm-up, {last} of the last stage, of {plan['batch']} windows of {plan['length']} bytes",
-        f"each; k = {plan['k']}, {plan['windows']} held-out windows. Mean, and range over the seeds.*",
+        f"each, in the first {short:.0%} of the dense ones of as many bytes in shorter windows;",
+        f"k = {plan['k']}, {plan['windows']} held-out windows. Mean, and range over the seeds.*",
         "",
     ]
     digits = {"loss": 4, "ratio": 4, "error": 4, "worst": 4, "needles": 3, "recall": 3}

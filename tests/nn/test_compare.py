@@ -543,7 +543,7 @@ def test_runs_merge_by_seed(tmp_path, capsys):
     assert [run["seed"] for run in runs] == [0, 1]
     ratios = [row.ratio for row in results.rows(runs)["DSA"]]
     assert f"{sum(ratios) / 2:.4f} ({ratios[0]:.4f} to {ratios[1]:.4f})" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"every seed must come once, got \[0, 0\]"):
+    with pytest.raises(ValueError, match=r"every seed must come once, and one at least, got \[0, 0\]"):
         results.merged([{"runs": [a_run()]}, {"runs": [a_run()]}])
     other = a_run(1)
     other["plan"]["k"] = 16
@@ -551,11 +551,28 @@ def test_runs_merge_by_seed(tmp_path, capsys):
         results.merged([{"runs": [a_run()]}, {"runs": [other]}])
 
 
+@pytest.mark.parametrize(
+    "log, message",
+    [
+        ([], "an object with a list of runs, got ['list']"),
+        ({"history": []}, "an object with a list of runs, got ['dict']"),
+        ({"runs": []}, "and one at least, got []"),
+        ({"runs": [1]}, "not subscriptable"),
+        ({"runs": [{"seed": 0, "plan": {}}]}, "got a run without 'regimes'"),
+    ],
+)
+def test_what_is_no_log_is_not_merged(tmp_path, capsys, log, message):
+    (tmp_path / "log.json").write_text(json.dumps(log))
+    with pytest.raises(SystemExit):
+        compare.main(["--merge", str(tmp_path / "log.json"), "--log", str(tmp_path / "all.json")])
+    assert message in capsys.readouterr().err.replace("\n", " ") and not (tmp_path / "all.json").exists()
+
+
 def two_seeds():
     """Runs with all that the README's table tells of them."""
     runs = [a_run(0, 1.1), a_run(1, 1.2)]
     for run in runs:
-        run["plan"] |= {"steps": [1, 2, 3], "batch": 8, "length": 32, "windows": 2}
+        run["plan"] |= {"steps": [1, 2, 3], "batch": 8, "length": 32, "windows": 2, "starts": [[0.22, 16, 5]]}
         run["provenance"] = {"device": "H", "torch": "2", "triton": "3", "command": "python -m x --seed 0"}
     return runs
 

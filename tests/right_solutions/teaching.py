@@ -152,6 +152,12 @@ def verdict_in_numpy(ratios, errors):
 
 
 @right("verdict")
+def verdict_as_a_float(ratios, errors):
+    signs = {float(np.sign(r - 1)) if abs(r - 1) > 2 * e else 0.0 for r, e in zip(ratios, errors, strict=True)}
+    return signs.pop() if len(signs) == 1 and len(ratios) > 1 else 0.0
+
+
+@right("verdict")
 def verdict_in_torch(ratios, errors):
     r, e = (torch.tensor(side, dtype=torch.float64) for side in (ratios, errors))
     above, below = (r - 2 * e).min() > 1, (r + 2 * e).max() < 1

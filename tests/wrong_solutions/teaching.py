@@ -354,6 +354,38 @@ def one_percent_for_all(ratios, errors):
     return sides(ratios, errors, all(r > 1.01 for r in ratios), all(r < 0.99 for r in ratios))
 
 
+def verdict_by(ratios, errors, errors_away=2.0):
+    both = list(zip(ratios, errors, strict=True))
+    above, below = (all(side * (r - 1) > errors_away * e for r, e in both) for side in (1, -1))
+    return sides(ratios, errors, above, below)
+
+
+@wrong("verdict", "two errors")
+def a_normal_quantile(ratios, errors):
+    return verdict_by(ratios, errors, 1.96)
+
+
+@wrong("verdict", "two errors")
+def just_two_errors(ratios, errors):
+    both = list(zip(ratios, errors, strict=True))
+    return sides(ratios, errors, all(r - 2 * e >= 1 for r, e in both), all(r + 2 * e <= 1 for r, e in both))
+
+
+@wrong("verdict", "two errors")
+def errors_times_the_ratio(ratios, errors):
+    return verdict_by(ratios, [r * e for r, e in zip(ratios, errors, strict=True)])
+
+
+@wrong("verdict", "two errors")
+def errors_over_the_ratio(ratios, errors):
+    return verdict_by(ratios, [e / r for r, e in zip(ratios, errors, strict=True)])
+
+
+@wrong("verdict", "two errors")
+def errors_that_seeds_shrink(ratios, errors):
+    return verdict_by(ratios, [e / len(errors) ** 0.5 for e in errors])
+
+
 @wrong("verdict", "every seed")
 def any_seed(ratios, errors):
     both = list(zip(ratios, errors, strict=True))
@@ -381,6 +413,21 @@ def the_least_error(ratios, errors):
 def the_mean_error(ratios, errors):
     e = sum(errors) / len(errors)
     return sides(ratios, errors, all(r - 2 * e > 1 for r in ratios), all(r + 2 * e < 1 for r in ratios))
+
+
+@wrong("verdict", "each seed's own error")
+def the_largest_error(ratios, errors):
+    return verdict_by(ratios, [max(errors)] * len(errors))
+
+
+@wrong("verdict", "each seed's own error")
+def both_lists_sorted(ratios, errors):
+    return verdict_by(sorted(ratios), sorted(errors))
+
+
+@wrong("verdict", "each seed's own error")
+def the_error_of_the_seed_before(ratios, errors):
+    return verdict_by(ratios, errors[-1:] + errors[:-1])
 
 
 @wrong("verdict", "one seed")

@@ -1,6 +1,6 @@
 """Notebook 13: what a recorded difference is worth, given its errors and its seeds."""
 
-from ..checking import Check, expect, expect_int
+from ..checking import Check, expect, expect_number
 
 verdict = Check("verdict")  # (ratios, errors), a float for each seed -> 1, -1 or 0
 
@@ -14,8 +14,8 @@ def verdict_of(ratios, errors) -> int:
 
 
 def _expect(solution, ratios, errors, cause):
-    got, wanted = expect_int(solution(list(ratios), list(errors))), verdict_of(ratios, errors)
-    expect(got == wanted, f"ratios {list(ratios)}, errors {list(errors)}: got {got}, expected {wanted}", cause)
+    got, wanted = expect_number(solution(list(ratios), list(errors))), verdict_of(ratios, errors)
+    expect(got == wanted, f"ratios {list(ratios)}, errors {list(errors)}: got {got:g}, expected {wanted}", cause)
 
 
 @verdict.property("clear cases")
@@ -28,13 +28,18 @@ def verdict_clear_cases(solution):
 
 @verdict.property("two errors")
 def verdict_two_errors(solution):
-    cause = (
-        "chance alone gives differences of up to two errors: count the ratio's distance from 1, not from 0, in errors"
-    )
+    cause = "chance gives differences of up to two errors: a ratio must be further than that from 1, however many seeds"
     for far, near in ((1.004, 1.001), (1.04, 1.01)):
         for ratio, error in ((far, 0.0018), (far, 0.0022), (near, 0.0018), (near, 0.0003)):
             _expect(solution, [ratio] * 3, [error] * 3, cause)
             _expect(solution, [2 - ratio] * 3, [error] * 3, cause)
+    cause = "an error is that of the ratio as it stands: neither times the ratio nor divided by it"
+    for error in (0.7, 0.8):
+        _expect(solution, [2.5] * 3, [error] * 3, cause)
+    cause = "more than two errors: neither just two nor a little less, such as 1.96"
+    for distance in (0.25, 0.248, 0.252):  # of errors of 0.125, so that 1.25 and 0.75 are two away to the last bit
+        _expect(solution, [1 + distance] * 3, [0.125] * 3, cause)
+        _expect(solution, [1 - distance] * 3, [0.125] * 3, cause)
 
 
 @verdict.property("every seed")
@@ -50,14 +55,20 @@ def verdict_every_seed(solution):
 
 @verdict.property("each seed's own error")
 def verdict_each_seeds_own_error(solution):
-    cause = "each seed is judged by its own error: neither by their mean nor by the least"
-    for errors, wide in (
-        ([0.001, 0.001, 0.006], [0.001, 0.001, 0.004]),
-        ([0.006, 0.001, 0.001], [0.004, 0.001, 0.001]),
-    ):
-        for given in (errors, wide):
-            _expect(solution, [1.01, 1.01, 1.01], given, cause)
-            _expect(solution, [0.99, 0.99, 0.99], given, cause)
+    cause = (
+        "each seed is judged by its own error: neither by their mean nor by the least, the largest or another seed's"
+    )
+    for place in range(3):
+        for error in (0.004, 0.006):  # of one seed; that of the others is small
+            errors = [0.001] * 3
+            errors[place] = error
+            _expect(solution, [1.01] * 3, errors, cause)
+            _expect(solution, [0.99] * 3, errors, cause)
+            for far in range(3):  # and one ratio is far from 1, that seed's or another's
+                ratios = [1.01] * 3
+                ratios[far] = 1.05
+                _expect(solution, ratios, errors, cause)
+                _expect(solution, [2 - ratio for ratio in ratios], errors, cause)
 
 
 @verdict.property("one seed")
