@@ -41,7 +41,7 @@ def faults(provenance, file):
         found += [] if provenance.get("commit") else ["commit unknown"]
     elif not {"device", "gpu"} & provenance.keys():
         found.append("no device")
-    program = re.match(r"python -m ([\w.]+)", provenance.get("command", ""))
+    program = re.match(r"(?:python|torchrun --nproc-per-node \d+) -m (?:-- )?([\w.]+)", provenance.get("command", ""))
     if not program:
         return [*found, "no program"]
     today = program[1] if new else RENAMED.get(program[1], program[1])
@@ -84,6 +84,8 @@ NEW = OLD | {"command": "python -m dsa_bench", "commit": "abc", "device": "H100"
     [
         (OLD, []),
         (NEW, []),
+        (NEW | {"command": "torchrun --nproc-per-node 2 -m dsa_bench.parallel --record x"}, []),
+        (NEW | {"command": "torchrun --nproc-per-node 2 -m dsa_bench.other"}, ["no program dsa_bench.other"]),
         (NEW | {"command": "python -m kernels.bench"}, ["no program kernels.bench"]),  # an old name in a new record
         (OLD | {"command": "python -m dsa_ref.lab.other"}, ["no program dsa_ref.lab.other"]),
         (OLD | {"command": "make bench"}, ["no program"]),
