@@ -10,7 +10,7 @@ from ..contracts import check_count
 from ..nn.layer import DSALayer
 from ..nn.model import SmallModel
 from .gathered import GatheredLayer
-from .ranks import Ranks, checksum
+from .ranks import Ranks, sum_of_bits
 from .sharded import ShardedLayer
 from .sharded_cache import ShardedCache
 
@@ -35,7 +35,7 @@ def over_group(
         raise ValueError("model must hold a DSALayer, got none")
     ranks, weights = Ranks(group), dict(model.named_parameters())
     names = zlib.crc32(repr([(name, list(weight.shape)) for name, weight in weights.items()]).encode())
-    sums = zlib.crc32(repr([checksum(weight) for weight in weights.values()]).encode())
+    sums = zlib.crc32(repr([sum_of_bits(weight) for weight in weights.values()]).encode())
     ranks.agree({"call": "over_group", "plan": plan.__name__, "names": names, "weights": sums})
     return _replaced(model, plan, group)
 

@@ -160,7 +160,7 @@ def row_bytes(part: Tensor) -> int:
     return part.element_size() * part[:0].flatten(1).shape[1] if part.dim() > 1 else part.element_size()
 
 
-def checksum(x: Tensor) -> int:
+def sum_of_bits(x: Tensor) -> int:
     """The sum of the tensor's bit patterns, which does not depend on the order of the sum."""
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return int(x.detach().contiguous().view(whole).sum(dtype=torch.int64))

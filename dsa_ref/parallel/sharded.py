@@ -27,7 +27,7 @@ from ..contracts import check_finite, values_readable
 from ..decode import merge_parts
 from ..nn.cache import all_or_nothing
 from ..nn.layer import DSALayer
-from .ranks import Ranks, checksum, pack, row_bytes
+from .ranks import Ranks, sum_of_bits, pack, row_bytes
 from .sharded_cache import ShardedCache
 
 LAST = torch.iinfo(torch.int32).max  # behind every place
@@ -164,7 +164,7 @@ class ShardedLayer(DSALayer):
         check_finite(" in the rows of new tokens", kv=rows[0], k_idx=rows[1], k_scale=rows[2])
         same = {
             "call": "sharded keys", "rows": T, "length": before, "dtype": str(x.dtype), "index_topk": c.index_topk,
-            "config": zlib.crc32(repr(c).encode()), "x": checksum(x) if values_readable(x) else None,
+            "config": zlib.crc32(repr(c).encode()), "x": sum_of_bits(x) if values_readable(x) else None,
         }  # fmt: skip
         self.ranks.agree(same)
         places = self._own(before, T)
