@@ -27,7 +27,7 @@ from ..contracts import check_finite, values_readable
 from ..decode import merge_parts
 from ..nn.cache import all_or_nothing
 from ..nn.layer import DSALayer
-from .ranks import Ranks, sum_of_bits, pack, row_bytes
+from .ranks import Ranks, pack, row_bytes, sum_of_bits
 from .sharded_cache import ShardedCache
 
 LAST = torch.iinfo(torch.int32).max  # behind every place
