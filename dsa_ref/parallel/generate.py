@@ -51,6 +51,8 @@ def generate_over_group(
     with ranks.failing_together():
         if not isinstance(model, SmallModel):
             raise TypeError(f"model must be a SmallModel, got {type(model).__name__}")
+        if model.config.vocab_size != 256:
+            raise ValueError(f"model must have a vocab_size of 256, a token is a byte, got {model.config.vocab_size}")
         if not isinstance(prompt, bytes):
             raise TypeError(f"prompt must be bytes, got {type(prompt).__name__}")
         longest = model.config.attention.max_seq_len

@@ -32,7 +32,8 @@ def join(timeout: float = 60.0) -> dist.ProcessGroup:
     timeout: seconds that a rank waits for the others, in any exchange, before it raises; on GPUs NCCL's watchdog ends
     the process. A group of a part of them: `torch.distributed.new_group(ranks, timeout=...)` afterwards.
 
-    Raises: TypeError for a timeout that is no number, ValueError for one that is not positive, or outside of torchrun.
+    Raises: TypeError for a timeout that is no number, ValueError for one that is not positive, outside of torchrun, or
+    on a host with some GPUs, but fewer than processes.
     """
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
         raise TypeError(f"timeout must be a number of seconds, got {timeout!r}")
@@ -42,8 +43,10 @@ def join(timeout: float = 60.0) -> dist.ProcessGroup:
         raise ValueError(f"join must be called in a process that torchrun started, which sets {', '.join(missing)}")
     backend = "gloo"
     if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend, own, gpus = "cpu:gloo,cuda:nccl", int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if own >= gpus:
+            raise ValueError(f"--nproc-per-node must be at most the number of GPUs here, {gpus}, got a rank {own}")
+        torch.cuda.set_device(own)
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     return dist.group.WORLD
 
@@ -72,11 +75,11 @@ class Ranks:
         Raises: on all ranks alike, ValueError for what is not the same, naming it and a rank that differs, and the
         error that a rank has announced; RuntimeError for a rank that did not come.
         """
-        self.meetings += 1
         text = json.dumps({"same": same, "own": own or {}}).encode()
         if len(text) > MESSAGE:
             raise ValueError(f"what ranks agree on must fit into {MESSAGE} bytes, got {len(text)}")
         message = torch.zeros(1, MESSAGE, dtype=torch.uint8)
+        self.meetings += 1  # an error up to here can still be announced
         message[0, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         received = self.all_gather(message.to(self._message_device())).cpu()
         everyone = [json.loads(bytes(row[0].tolist()).rstrip(b"\0")) for row in received]
@@ -100,7 +103,8 @@ class Ranks:
         except tuple(ERRORS.values()) as error:
             if self.meetings == before:
                 kind = "TypeError" if isinstance(error, TypeError) else "ValueError"
-                self.agree({"error": [kind, str(error)[: MESSAGE // 2]]})
+                words = str(error).encode("ascii", "backslashreplace")[: MESSAGE // 3]  # in JSON up to twice as long
+                self.agree({"error": [kind, words.decode()]})
             raise
 
     def all_gather(self, own: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ def stage_backward(
         check_dtype("tokens", tokens, (torch.int64,))
         if tokens.shape[1] < 2:
             raise ValueError(f"tokens must have shape [n, L + 1] with n, L > 0, got {list(tokens.shape)}")
+        model._check_tokens(tokens)  # all, as every rank must refuse what lies in one rank's rows
         values = zlib.crc32(tokens.cpu().numpy().tobytes())
         same = {"call": "training", "stage": stage, "share": share, "tokens": list(tokens.shape), "values": values}
         ranks.agree(same)

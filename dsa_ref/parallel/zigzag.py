@@ -12,13 +12,22 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from ..contracts import check_count, check_int
+
 
 @dataclasses.dataclass(frozen=True)
 class Zigzag:
-    """The shares of T rows among `size` ranks. Chunks differ by at most one row, and may be empty: T < 2 · size."""
+    """The shares of T rows among `size` ranks. Chunks differ by at most one row, and may be empty: T < 2 · size.
+
+    Raises: TypeError or ValueError for a T or a rank that is no int or below 0, a size below 1, a rank not below size.
+    """
 
     T: int
     size: int
+
+    def __post_init__(self) -> None:
+        check_int("T", self.T, 0)
+        check_count("size", self.size)
 
     def chunk(self, c: int) -> range:
         """The rows of chunk c, of 2 · size."""
@@ -26,6 +35,7 @@ class Zigzag:
 
     def chunks(self, rank: int) -> tuple[range, range]:
         """The rows of the rank's two chunks, the earlier first."""
+        check_int("rank", rank, 0, self.size - 1)
         return self.chunk(rank), self.chunk(2 * self.size - 1 - rank)
 
     def count(self, rank: int) -> int:

@@ -65,12 +65,14 @@ class Run:
             self._resume()
         model.to(dtype)
         copy_to_model(self.masters, model)
+        self.team.check_same("options", {}, **options)
         self.team.check_same("state", self.masters | self.moments, stage=self.stage, step=self.done)
         self.log["sessions"].append({"stage": self.stage, "step": self.done, **(session or {})})
         self.before = self.log["seconds"]
 
     def _resume(self) -> None:
-        clear_unfinished(self.state)
+        if self.team.rank == 0:  # alone: two that remove one folder would meet
+            clear_unfinished(self.state)
         tensors, about = load_state(self.state, self.options)
         self.stage, self.done, self.log = about["stage"], about["step"], about["log"]
         with torch.no_grad():

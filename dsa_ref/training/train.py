@@ -180,7 +180,11 @@ def resolve_options(parser: argparse.ArgumentParser, options: argparse.Namespace
     if importlib.util.find_spec("safetensors") is None:
         parser.error("safetensors must be installed to save the weights: pip install safetensors")
     try:
-        torch.empty(0, device=options.device).cpu()  # "meta" has no numbers
+        place = torch.empty(0, device=options.device)
+        place.cpu()  # "meta" has no numbers
+        options.device = str(
+            place.device
+        )  # with its number: windows are drawn in a thread, whose current GPU is the first
     except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
         parser.error(f"--device must be one that torch can use here, got {options.device}: {error}")
     on_gpu = torch.device(options.device).type == "cuda"

@@ -52,10 +52,10 @@ def tokens_of(lengths, seed, dtype=torch.float32):
     return torch.randn(sum(lengths), TINY.dim, generator=generator).to(dtype)
 
 
-def model_of(seed, ops="reference", **fields):
+def model_of(seed, ops="reference", vocab_size=256, **fields):
     torch.manual_seed(seed)
     fields = {"index_fp8": False} | fields
-    model = SmallModel(ModelConfig(n_layers=2, hidden_dim=32, attention=config_of(**fields)), ops=rungs.load(ops))
+    model = SmallModel(ModelConfig(2, 32, vocab_size, config_of(**fields)), ops=rungs.load(ops))
     for weight in model.parameters():
         if weight.dim() == 2:  # larger than at a training's start, where the indexer's loss is next to nothing
             torch.nn.init.normal_(weight, std=0.2)
@@ -211,8 +211,11 @@ def sharded_call(group, T=3, seed=0, dtype=torch.float32, fields=None, before=0,
     ShardedLayer(layer)(tokens_of([T], seed, dtype), torch.arange(before, before + T), cache, attention)
 
 
-def training_call(group, stage="sparse", n=2, seed=0):
-    stage_backward(over_group(model_of(0), GatheredLayer), windows_of(n, 7, seed), stage)
+def training_call(group, stage="sparse", n=2, seed=0, token=None):
+    windows = windows_of(n, 7, seed)
+    if token is not None:
+        windows[0, 0] = token
+    stage_backward(over_group(model_of(0), GatheredLayer), windows, stage)
 
 
 def weights_call(group, seed=0):
@@ -372,10 +375,25 @@ def planted(fault):
     return FAULTS[fault]() if fault else contextlib.nullcontext()
 
 
-def bytes_after(prompt, tokens, seed, other=None, fault=None, fields=None, draws=0, **options):
+def bytes_after(prompt, tokens, seed, other=None, fault=None, fields=None, draws=0, vocab_size=256, **options):
     """The bytes that continue a prompt, as a list. other: the prompt of rank 1."""
-    model = model_of(seed, **(fields or {})).requires_grad_(False)
+    model = model_of(seed, vocab_size=vocab_size, **(fields or {})).requires_grad_(False)
     if other is not None and Ranks().rank == 1:
         prompt = other
     with planted(fault):
         return list(generate_over_group(model, prompt, tokens, seed=draws, **options))
+
+
+def unsendable():
+    """What both ranks hear where rank 1 fails with a text of many characters that are not ASCII."""
+    ranks = Ranks()
+    try:
+        with ranks.failing_together():
+            if ranks.rank == 1:
+                try:
+                    ranks.agree({"share": torch.ones(1)})
+                except TypeError as error:
+                    raise ValueError("\u2192" * 900) from error
+            ranks.agree({"share": 1.0})
+    except ValueError as error:
+        return str(error) if ranks.rank == 0 else f"rank 1: {ascii(str(error))}"

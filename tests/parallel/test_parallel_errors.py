@@ -7,7 +7,7 @@ from parallel_worlds import World
 
 from dsa_ref import TINY
 from dsa_ref.nn import DSALayer
-from dsa_ref.parallel import GatheredLayer, Ranks, ShardedCache, join, over_group
+from dsa_ref.parallel import GatheredLayer, Ranks, ShardedCache, Zigzag, join, new_sharded_caches, over_group
 
 REFUSED = {  # call, what rank 1 brings, the error on all ranks
     "fewer rows": ("gathered", {"fewer": 1}, "ValueError", "x must hold"),
@@ -28,6 +28,7 @@ REFUSED = {  # call, what rank 1 brings, the error on all ranks
     "dense over sharded keys": ("sharded", {"attention": "dense"}, "ValueError", "rank 1: attention must be 'sparse'"),
     "another stage": ("training", {"stage": "dense"}, "ValueError", "stage must be the same on all ranks"),
     "other windows": ("training", {"seed": 1}, "ValueError", "values must be the same on all ranks"),
+    "a token that is none": ("training", {"token": 256}, "ValueError", "rank 1: tokens must lie in"),
     "other weights": ("weights", {"seed": 1}, "ValueError", "weights must be the same on all ranks"),
     "the other plan": ("mixed", {"other": True}, "ValueError", "call must be the same on all ranks"),
 }  # fmt: skip
@@ -128,3 +129,29 @@ def test_a_sharded_cache_forgets_what_lies_behind_its_length():
     )
     with pytest.raises(ValueError, match="on this rank"):
         cache.check_own_room(2)
+
+
+@pytest.mark.parametrize("T, size, rank", [(-1, 2, 0), (4, 0, 0), (4, 2, 2), (4, 2, -1), (4.0, 2, 0), (4, "2", 0)])
+def test_shares_are_those_of_ranks(T, size, rank):
+    with pytest.raises((ValueError, TypeError), match="T must|size must|rank must"):
+        Zigzag(T, size).rows(rank)
+
+
+def test_caches_are_a_small_models():
+    with pytest.raises(TypeError, match="model must be a SmallModel, got Linear"):
+        new_sharded_caches(torch.nn.Linear(1, 1), 4)
+
+
+def test_what_json_cannot_hold_is_announced(worlds):
+    """An error before a message was sent reaches the others, whatever its text: they would wait for it."""
+    for message in worlds(2).run("unsendable"):
+        assert message.startswith("rank 1: ") and "\\u2192" in message
+
+
+def test_there_must_be_a_gpu_for_each_process(monkeypatch):
+    for name, value in {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="at most the number of GPUs here, 2, got a rank 2"):
+        join()

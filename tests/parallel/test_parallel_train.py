@@ -6,12 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from dsa_ref.parallel.ranks import MESSAGE
 from dsa_ref.training import train
+from dsa_ref.training.run import Run
+from dsa_ref.training.team import Alone
 
 SMALL = "--steps 3 3 3 --batch 2 --micro 1 --length 64 --k 8 --pairs 1 --asks 1".split()
 SMALL += "--windows 1 --save-every 2 --log-every 1 --timeout 30 --device cpu --dtype fp32".split()
@@ -106,3 +111,35 @@ def test_other_weights_on_a_rank_are_noticed(tmp_path):
         and "stage must be the same on all ranks, got dense on rank 0, finished on 1" in done.stderr
     )
     assert (tmp_path / "state").read_bytes() == state
+
+
+def test_a_device_has_its_number(monkeypatch):
+    """Windows are drawn in a thread, for which "cuda" would be the first GPU and not the rank's."""
+    options = train._make_parser().parse_args("--weights w --log l --length 64 --k 8 --device cuda".split())
+    place = mock.Mock(device=torch.device("cuda:1"))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: place)
+    train.resolve_options(None, options)
+    assert options.device == "cuda:1"
+
+
+def test_only_the_first_rank_removes_what_was_left(tmp_path):
+    """Two ranks that remove one folder would meet: the second would fail."""
+    left = tmp_path / ".writing-x"
+    left.mkdir()
+    (left / "state").touch()
+    (tmp_path / "state").write_bytes(b"no state")
+    for rank, there in ((1, True), (0, False)):
+        half = mock.Mock(state=tmp_path / "state", options={})
+        half.team.rank = rank
+        with pytest.raises(ValueError, match="whole state"):
+            Run._resume(half)
+        assert left.exists() == there
+
+
+def test_other_options_are_told_by_name(monkeypatch, tmp_path):
+    """What ranks compare before the first step are the options themselves; they fit into one message."""
+    facts = {}
+    monkeypatch.setattr(Alone, "check_same", lambda self, what, tensors, **same: facts.setdefault(what, same))
+    train.main(command(tmp_path, "--steps", "1", "1", "1"))
+    assert facts["options"]["--steps"] == [1, 1, 1] and facts["options"]["--batch"] == 2
+    assert len(json.dumps({"same": {"call": "options", **facts["options"], "options": 0}, "own": {}})) < MESSAGE
