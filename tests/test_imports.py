@@ -108,7 +108,7 @@ TABLE = [
     Row(
         "dsa_ref.training.*",
         "dsa_ref dsa_ref.config dsa_ref.precision dsa_ref.contracts dsa_ref/step dsa_ref.testing dsa_ref.records "
-        "dsa_ref.nn.* dsa_ref.parallel dsa_ref.training.*",
+        "dsa_ref.nn.* dsa_ref.parallel.* dsa_ref.training.*",
         "torch safetensors ?",  # dsa_kernels, where the command line asks for them
     ),
     Row(

@@ -32,6 +32,7 @@ from ..nn.cache import LayerCache
 from ..nn.decode import append_latents, query_latent
 from ..nn.layer import DSALayer
 from ..nn.prefill import index_rows, prefill_step, serves
+from .layer import take_over
 from .ranks import Ranks, pack, row_bytes
 from .sharded_cache import ShardedCache
 from .zigzag import Zigzag
@@ -60,10 +61,7 @@ class GatheredLayer(DSALayer):
     rows_at_once = 4096  # queries of a call without gradients and without a record
 
     def __init__(self, layer: DSALayer, group: dist.ProcessGroup | None = None) -> None:
-        if not isinstance(layer, DSALayer):
-            raise TypeError(f"layer must be a DSALayer, got {type(layer).__name__}")
-        vars(self).update(vars(layer))  # the same modules, not copies of them
-        self.ranks = Ranks(group)
+        take_over(self, layer, group)
 
     def forward(
         self,

@@ -27,6 +27,7 @@ from ..contracts import check_finite, values_readable
 from ..decode import merge_parts
 from ..nn.cache import all_or_nothing
 from ..nn.layer import DSALayer
+from .layer import take_over
 from .ranks import Ranks, pack, row_bytes, sum_of_bits
 from .sharded_cache import ShardedCache
 
@@ -115,10 +116,7 @@ class ShardedLayer(DSALayer):
     """
 
     def __init__(self, layer: DSALayer, group: dist.ProcessGroup | None = None) -> None:
-        if not isinstance(layer, DSALayer):
-            raise TypeError(f"layer must be a DSALayer, got {type(layer).__name__}")
-        vars(self).update(vars(layer))  # the same modules, not copies of them
-        self.ranks = Ranks(group)
+        take_over(self, layer, group)
 
     def forward(
         self,

@@ -13,7 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import parallel
 from ..nn.model import SmallModel
+from ..parallel.ranks import sum_of_bits
 from .loop import Losses
 from .stages import stage_backward
 
@@ -45,15 +47,11 @@ class Group(Alone):
     """
 
     def __init__(self, timeout: float = 60.0) -> None:
-        from ..parallel import Ranks, join
-
-        self.ranks = Ranks(join(timeout))
+        self.ranks = parallel.Ranks(parallel.join(timeout))
         self.rank, self.size = self.ranks.rank, self.ranks.size
 
     def backward(self, model: SmallModel) -> Callable[[SmallModel, Tensor, str, float], Losses]:
         """Each rank's rows, with the gradients summed over the group."""
-        from .. import parallel
-
         twin = parallel.over_group(model, parallel.GatheredLayer, self.ranks.group)
         return lambda _, tokens, stage, share: parallel.stage_backward(twin, tokens, stage, share)
 
@@ -63,11 +61,8 @@ class Group(Alone):
 
     def check_same(self, what: str, tensors: dict[str, Tensor], **facts: object) -> None:
         """Raise ValueError where another rank has other tensors, to the bit, or other facts; all ranks call it."""
-        crc = 0
-        for name, tensor in sorted(tensors.items()):
-            crc = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), crc)
-            crc = zlib.crc32(name.encode(), crc)
-        self.ranks.agree({"call": what, **facts, what: crc})
+        bits = zlib.crc32(repr([(name, sum_of_bits(tensors[name])) for name in sorted(tensors)]).encode())
+        self.ranks.agree({"call": what, **facts, what: bits})
 
     def leave(self) -> None:
         """What a rank does at its end."""

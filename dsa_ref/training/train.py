@@ -164,7 +164,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def resolve_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> types.ModuleType:
-    """End with what is wrong, before any work; fill in --dtype; the package that `options.ops` names."""
+    """End with what is wrong, before any work; fill in --dtype, --device's number; the package of `options.ops`."""
     files = {"--weights": options.weights, "--log": options.log, "--state": options.state}
     named = [(option, path.resolve()) for option, path in files.items() if path is not None]
     for i, (option, path) in enumerate(named):
@@ -182,9 +182,7 @@ def resolve_options(parser: argparse.ArgumentParser, options: argparse.Namespace
     try:
         place = torch.empty(0, device=options.device)
         place.cpu()  # "meta" has no numbers
-        options.device = str(
-            place.device
-        )  # with its number: windows are drawn in a thread, whose current GPU is the first
+        options.device = str(place.device)  # with its number: windows are drawn in a thread, on whose GPU 0 they'd land
     except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
         parser.error(f"--device must be one that torch can use here, got {options.device}: {error}")
     on_gpu = torch.device(options.device).type == "cuda"
