@@ -107,18 +107,20 @@ def append_latents(layer, rows: Tensor, cache: PagedCache, slots: Tensor, positi
 
 
 def index_step(
-    layer, x: Tensor, q_latent: Tensor, cache, slots: Tensor, positions: Tensor, first: int = 0
+    layer, x: Tensor, q_latent: Tensor, cache, slots: Tensor | None, positions: Tensor, first: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The tokens' index keys into the pages; of the tokens from `first` on, q_idx [T - first, Hi, Di] and w fp32
-    [T - first, Hi], as they are scored."""
+    [T - first, Hi], as they are scored. cache: None where the keys are there already."""
     indexer, c = layer.indexer, layer.config
     if not (is_plain(indexer, Indexer) and has_plain_parts(indexer)):
         q_idx, k_idx, w, q_scale, k_scale = layer._index(x, q_latent, positions)
-        write_index(cache.index_pages, slots, k_idx, k_scale)
+        if cache is not None:
+            write_index(cache.index_pages, slots, k_idx, k_scale)
         return q_idx[first:], (w * q_scale)[first:]
-    k, turning = indexer.wk(x), (positions, layer.freqs, c.index_rope)
     norm, heads = indexer.k_norm, indexer.weights_proj
-    small_step(layer, "append_index")(cache.index_pages, slots, k, norm.weight, norm.bias, norm.eps, *turning)
+    if cache is not None:
+        k, turning = indexer.wk(x), (positions, layer.freqs, c.index_rope)
+        small_step(layer, "append_index")(cache.index_pages, slots, k, norm.weight, norm.bias, norm.eps, *turning)
     q = indexer.wq_b(q_latent[first:]).unflatten(-1, (c.index_n_heads, c.index_head_dim))
     w = small_step(layer, "head_weights")(x[first:], heads.weight)
     return small_step(layer, "index_queries")(q, w, positions[first:], layer.freqs, c.index_rope)

@@ -48,9 +48,9 @@ def prefill_step(
     The first rows may see so few keys that MHA mode is cheaper, see `first_rows`. recording: whether the step is
     complete, or without what no row of the output needs.
     """
-    c, T, ranges = layer.config, len(x), layer._ranges(positions, cache)
+    T, ranges = len(x), layer._ranges(positions, cache)
     whole, few = first_rows(layer, T, cache)
-    scored, absorbing = (0, 0) if recording else (whole, few)  # the first row that is
+    scored = 0 if recording else whole  # the first row that is
     rows, first = rows_beside(layer, x, cache)
     slots = torch.arange(first, first + T, device=x.device)
     with unchecked_values():
@@ -60,11 +60,28 @@ def prefill_step(
         if layer.indexer is not None:
             q_idx, w = index_rows(layer, x, q_latent, rows, slots, positions, scored)
     rows.length += T
-    kv, k_idx, k_scale = rows.rows()
+    keys = rows.rows()
     if layer.indexer is not None:  # here, since rows that see few keys are not scored, and scores would show it
-        check_finite(" in the rows of new tokens", k_idx=k_idx, k_scale=k_scale, q_idx=w, q_latent=q_latent)
+        check_finite(" in the rows of new tokens", k_idx=keys[1], k_scale=keys[2], q_idx=w, q_latent=q_latent)
     if rows is not cache:
-        kv, k_idx, k_scale = layer._all_rows(cache, kv, k_idx, k_scale)
+        keys = layer._all_rows(cache, *keys)
+    first = whole, few, cache is not None  # a cache holds one sequence
+    return attend_step(layer, (q_latent, q_idx, w), keys, positions, ranges, indices, first, recording)
+
+
+def attend_step(
+    layer, queries: tuple, keys: tuple, positions: Tensor, ranges: dict[str, Tensor], indices: Tensor | None,
+    first: tuple[int, int, bool] = (0, 0, False), recording: bool = False,
+) -> tuple[Tensor, dict]:  # fmt: skip
+    """What `prefill_step` does once rows and queries are made, for rows that see `ranges` of keys; returns the same.
+
+    queries: (q_latent [T, q_lora_rank], q_idx, w), the last two of the rows that are scored, None in a layer without an
+    indexer; keys: (kv, k_idx, k_scale), up to the last one that a row sees at least; first: what `first_rows` says of
+    these rows, and whether all that they see begins with the first key.
+    """
+    (q_latent, q_idx, w), (kv, k_idx, k_scale), (whole, few, causal) = queries, keys, first
+    c, T = layer.config, len(q_latent)
+    scored, absorbing = (0, 0) if recording else (whole, few)  # the first row that is
     step = {"kv": kv, "indices": indices} | ranges
     if layer.indexer is not None:
         step |= {"q_idx": q_idx, "k_idx": k_idx, "w": w, "k_scale": k_scale}
@@ -81,7 +98,7 @@ def prefill_step(
     with unchecked_values() if indices is None else contextlib.nullcontext():  # nobody has looked at shared ones yet
         if few:
             turn_queries(layer, q[:few], positions[:few])
-            start = None if cache is not None else ranges["start"][:few]  # a cache holds one sequence: causal is all
+            start = None if causal else ranges["start"][:few]
             lists = None if whole == few else step["indices"][whole - scored : few - scored]
             seen = kv[: len(kv) - T + few]
             for out, lse in in_mha_mode(layer, q[:few].to(kv.dtype), seen, (W_UK, W_UV), whole, lists, start):
@@ -203,12 +220,13 @@ def rows_beside(layer, x: Tensor, cache) -> tuple[LayerCache, int]:
 
 
 def index_rows(
-    layer, x: Tensor, q_latent: Tensor, rows: LayerCache, slots: Tensor, positions: Tensor, first: int
+    layer, x: Tensor, q_latent: Tensor, rows: LayerCache | None, slots: Tensor | None, positions: Tensor, first: int
 ) -> tuple[Tensor, Tensor]:
     """The tokens' index keys into rows; of those from `first` on, q_idx [T - first, Hi, Di] and w fp32 [T - first, Hi]
-    as they are scored."""
+    as they are scored. rows: None where the keys are there already."""
     if layer.config.index_fp8:
         return index_step(layer, x, q_latent, rows, slots, positions, first)
     q_idx, k_idx, w, _, _ = layer._index(x, q_latent, positions)
-    rows.k_idx[rows.length : rows.length + len(x)] = k_idx
+    if rows is not None:
+        rows.k_idx[rows.length : rows.length + len(x)] = k_idx
     return q_idx[first:], w[first:]

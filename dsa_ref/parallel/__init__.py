@@ -6,7 +6,7 @@
 Both are DSALayers of another one's weights. Source: SPEC section 11.
 """
 
-from .gathered import GatheredLayer, gather_rows
+from .gathered import GatheredLayer, gather_held, gather_rows
 from .model import new_sharded_caches, over_group
 from .ranks import Ranks, join
 from .sharded import ShardedLayer, sharded_attention, sharded_select
@@ -20,6 +20,7 @@ __all__ = [
     "ShardedCache",
     "ShardedLayer",
     "Zigzag",
+    "gather_held",
     "gather_rows",
     "indexer_share",
     "join",

@@ -8,7 +8,8 @@
     backward          one reduce-scatter in fp32 of the gradient of the gathered rows, dkv or dk_idx
 
 Without gradients, all keys are made and gathered first, and then the queries come in blocks of `rows_at_once`, so that
-a share of any length needs memory for the keys of a layer and the queries of one block.
+a share of any length needs memory for the keys of a layer and the queries of one block. A prompt may come in parts:
+each keeps its rows in a `ShardedCache`, and the next part's all-gather brings those of all earlier ones, with places.
 
 What a row sees, and in which order, is what one rank alone would give it: there are no partial softmaxes to merge and
 no choice to repeat.
@@ -20,6 +21,7 @@ rounded to the dtype of the rows before it is widened and summed, as the steps r
 Source: SPEC section 11.
 """
 
+import math
 import zlib
 
 import torch
@@ -28,10 +30,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..contracts import check_finite, unchecked_values, values_readable
-from ..nn.cache import LayerCache
+from ..nn.cache import LayerCache, all_or_nothing
 from ..nn.decode import append_latents, query_latent
 from ..nn.layer import DSALayer
-from ..nn.prefill import index_rows, prefill_step, serves
+from ..nn.prefill import attend_step, index_rows, serves
 from .layer import take_over
 from .ranks import Ranks, pack, row_bytes
 from .sharded_cache import ShardedCache
@@ -46,9 +48,10 @@ class GatheredLayer(DSALayer):
 
     `forward(x, positions, cache, attention, record, indices)` is DSALayer's, for x [n, dim] and positions int [n] of
     this rank's rows, `Zigzag(T, size).rows(rank)` of T packed tokens; n may be 0. All ranks must call it. Indices in
-    the record are rows of the sequence, and "end" is there beside "start". cache: an empty ShardedCache, which keeps
-    the rank's own rows for `ShardedLayer`, or None. Without gradients and a record, queries come in blocks of
-    `rows_at_once`, which may be set.
+    the record are rows of the sequence, and "end" is there beside "start". cache: a ShardedCache, which keeps the
+    rank's own rows, for the next part of a prompt or for `ShardedLayer`, or None. With one, x is the rank's share of
+    the next T tokens of one sequence, positions their places in it, and there are no gradients. Without gradients and a
+    record, queries come in blocks of `rows_at_once`, which may be set.
 
     Selections are one rank's, where the projections of fewer rows at a time round alike. Outputs and gradients are one
     rank's up to rounding, and the same bits each time for one size of the group.
@@ -77,90 +80,106 @@ class GatheredLayer(DSALayer):
             self._check(x, positions, None, attention, record)
             if cache is not None:
                 self._check_cache(cache, x)
-                if not isinstance(cache, ShardedCache) or cache.length:
-                    raise ValueError("cache must be an empty ShardedCache, or None")
+                if not isinstance(cache, ShardedCache):
+                    raise ValueError(f"cache must be a ShardedCache, got {type(cache).__name__}")
+                if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.parameters())):
+                    raise ValueError("x and weights must not require gradients, which a cache does not keep")
                 cache.check_own_room(len(x))
+        self.before = 0 if cache is None else cache.length
         same = {
             "call": "gathered keys", "attention": attention, "cache": cache is not None, "record": record is not None,
             "dtype": str(x.dtype), "index_topk": self.config.index_topk, "gradients": torch.is_grad_enabled(),
             "config": zlib.crc32(repr(self.config).encode()), "checked": values_readable(positions),
+            "length": self.before,
         }  # fmt: skip
         counts = [own["rows"] for own in self.ranks.agree(same, {"rows": len(x)})]
         self.shares = Zigzag(sum(counts), self.ranks.size)
         wanted = [self.shares.count(rank) for rank in range(self.ranks.size)]
         if counts != wanted or not sum(counts):  # on all ranks alike
             raise ValueError(f"x must hold {wanted} rows on the ranks, those of a Zigzag of at least 1, got {counts}")
-        self.block, self.everyone = slice(None), None
-        try:
-            with self.ranks.failing_together():
-                if record is None and serves(self, x, attention):
-                    self._check_shared(indices, positions, None, attention)
-                    return self._prefill(x, positions, cache, indices)
-                return super().forward(x, positions, cache, attention, record, indices)
-        finally:
-            self.everyone = None  # the memory of all keys
+        with self.ranks.failing_together(), all_or_nothing([] if cache is None else [cache], None):
+            if record is None and serves(self, x, attention):
+                self._check_shared(indices, positions, None, attention)
+                return self._prefill(x, positions, cache, indices)
+            return super().forward(x, positions, cache, attention, record, indices)
 
     def _prefill(self, x, positions, cache, indices) -> Tensor:
-        """All keys, and then the queries block by block, each of which finds them in `_all_rows`."""
-        n, rows = len(x), LayerCache(self.config, max(1, len(x)), x.dtype, x.device, self.indexer is not None)
-        blocks = [slice(first, min(first + self.rows_at_once, n)) for first in range(0, max(1, n), self.rows_at_once)]
-        self._ranges(positions, None)  # which looks at all positions
+        """The keys of all tokens, and then the queries block by block, each with the keys up to its last row's own."""
+        n, indexing, ranges = len(x), self.indexer is not None, self._ranges(positions, cache)
+        rows = LayerCache(self.config, max(1, n), x.dtype, x.device, indexing)
+        q_latent = x.new_empty(n, self.config.q_lora_rank)
+        blocks = [slice(first, min(first + self.rows_at_once, n)) for first in range(0, n, self.rows_at_once)]
         for block in blocks:
             slots = torch.arange(block.start, block.stop, device=x.device)
             with unchecked_values():
                 append_latents(self, self.kv_a_proj_with_mqa(x[block]), rows, slots, positions[block])
-                if self.indexer is not None:  # its keys alone: queries from the block's end on
-                    q_latent = query_latent(self, x[block])
-                    index_rows(self, x[block], q_latent, rows, slots, positions[block], len(slots))
+                q_latent[block] = query_latent(self, x[block])
+                if indexing:  # its keys alone: queries from the block's end on
+                    index_rows(self, x[block], q_latent[block], rows, slots, positions[block], len(slots))
             rows.length = block.stop
-        self.everyone = self._gathered(cache, *rows.rows())
-        outs = []
-        for self.block in blocks:
-            shared = None if indices is None else indices[self.block]
-            outs.append(prefill_step(self, x[self.block], positions[self.block], None, shared, False)[0])
-        return torch.cat(outs)
+        own = rows.rows()
+        check_finite(" in the rows of new tokens", k_idx=own[1], k_scale=own[2], q_latent=q_latent)
+        everyone, places, y = self._all_rows(cache, *own), self._places(), torch.empty_like(x)
+        for block in blocks:
+            here, turns = (x[block], q_latent[block]), positions[block]
+            with unchecked_values():
+                scored = index_rows(self, *here, None, None, turns, 0) if indexing else (None, None)
+            seen = {name: bound[block] for name, bound in ranges.items()}
+            keys = [None if part is None else part[: int(places[block.stop - 1]) + 1] for part in everyone]
+            shared = None if indices is None else indices[block]
+            y[block] = attend_step(self, (here[1], *scored), keys, turns, seen, shared)[0]
+        return y
 
     def _check_positions(self, positions, cache) -> None:
         """They are checked together with the other ranks', in `_all_rows`."""
 
+    def _places(self, device: torch.device | str | None = None) -> Tensor:
+        """Which of all rows this rank's are, those of its cache apart: int64 [n]."""
+        return self.before + self.shares.rows(self.ranks.rank, device)
+
     def _row_starts(self, positions, cache) -> Tensor:
-        return self.shares.rows(self.ranks.rank, positions.device)[self.block] - positions
+        return self._places(positions.device) - positions
 
     def _ranges(self, positions, cache) -> dict[str, Tensor]:
         start = self._row_starts(positions, cache)
-        if self.everyone is None:  # the whole share
-            self.runs = self._runs(start, positions) if values_readable(positions) else []
+        self.runs = self._runs(start, positions, cache) if values_readable(positions) else []
         return {"start": start.to(torch.int32), "end": (start + positions + 1).to(torch.int32)}
 
-    def _all_rows(self, cache, kv, k_idx, k_scale):
-        return self._gathered(cache, kv, k_idx, k_scale) if self.everyone is None else self.everyone
-
-    def _gathered(self, cache, kv, k_idx, k_scale) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """All ranks' rows, in the sequence's order; this rank's go into its cache too, if there is one."""
+    def _all_rows(self, cache, kv, k_idx, k_scale) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """All ranks' rows, in the sequence's order, those of earlier tokens too, where there is a cache."""
         check_finite(" in the rows of new tokens", k_idx=k_idx, k_scale=k_scale)
-        rows = [tensor for tensor in (kv, k_idx, k_scale) if tensor is not None]
-        kinds = [[str(tensor.dtype), list(tensor.shape[1:]), tensor.requires_grad] for tensor in rows]
-        runs = [own["runs"] for own in self.ranks.agree({"rows": kinds}, {"runs": self.runs})]
-        check_runs(runs, self.ranks.size)
+        new = kv, k_idx, k_scale
         if cache is not None:
-            places = self.shares.rows(self.ranks.rank)
-            cache.append_own(places, self.shares.T, *(None if x is None else x.detach() for x in (kv, k_idx, k_scale)))
-        everyone = iter(gather_rows(rows, self.shares, self.ranks))
-        return tuple(None if tensor is None else next(everyone) for tensor in (kv, k_idx, k_scale))
+            cache.append_own(self._places(), self.before + self.shares.T, *new)
+        rows = [tensor for tensor in (new if cache is None else cache.rows()) if tensor is not None]
+        kinds = [[str(tensor.dtype), list(tensor.shape[1:]), tensor.requires_grad] for tensor in rows]
+        told = self.ranks.agree({"rows": kinds}, {"runs": self.runs, "held": len(rows[0])})
+        check_runs([own["runs"] for own in told], self.ranks.size)
+        if cache is None:
+            everyone = gather_rows(rows, self.shares, self.ranks)
+        else:
+            held = [own["held"] for own in told]
+            if sum(held) != cache.length:
+                raise ValueError(f"caches must hold {cache.length} rows in all, one of each token, got {held}")
+            everyone = gather_held(rows, cache.places[: len(rows[0])], held, self.ranks)
+        everyone = iter(everyone)
+        return tuple(None if tensor is None else next(everyone) for tensor in new)
 
-    def _runs(self, start: Tensor, positions: Tensor) -> list[list[int]]:
+    def _runs(self, start: Tensor, positions: Tensor, cache) -> list[list[int]]:
         """[start of the first row, whether that is a sequence's first, start of the last row] of each chunk that has
-        rows. Raises: ValueError for positions that do not count up, or a start before the first row."""
+        rows. Raises: ValueError for positions that do not count up, or a start before the first row; behind a cache's
+        tokens, for those that do not count on."""
         found, first = [], 0
         for chunk in self.shares.chunks(self.ranks.rank):
             starts, places = start[first : first + len(chunk)], positions[first : first + len(chunk)]
             bad = (starts < 0) | (places < 0)
             bad[1:] |= (starts[1:] != starts[:-1]) & (places[1:] != 0)
+            if cache is not None:
+                bad |= starts != 0
             if bad.any():
                 t = int(bad.nonzero()[0])
-                raise ValueError(
-                    f"positions must count up from 0 in each packed sequence, got {int(places[t])} in row {first + t}"
-                )
+                wanted = "count up from 0 in each packed sequence" if cache is None else "continue the cache"
+                raise ValueError(f"positions must {wanted}, got {int(places[t])} in row {first + t}")
             if len(chunk):
                 found.append([int(starts[0]), int(places[0] == 0), int(starts[-1])])
             first += len(chunk)
@@ -194,6 +213,29 @@ def gather_rows(rows: list[Tensor], shares: Zigzag, ranks: Ranks) -> list[Tensor
         found.append(_Gathered.apply(own, whole, shares, ranks) if own.requires_grad else whole)
         first += width
     return found
+
+
+def gather_held(rows: list[Tensor], places: Tensor, counts: list[int], ranks: Ranks) -> list[Tensor]:
+    """Every rank's rows in the order of their places, which are all of 0 to S - 1: [S, ...] for each of rows [n, ...].
+
+    places: int32 [n], of this rank's rows; counts: the n of every rank. One all-gather, of bytes, the places' too.
+
+    Raises: ValueError for places that ranks have twice, on all ranks alike (not inside `unchecked_values`).
+    """
+    parts = [*rows, places]
+    longest, widths = max(counts), [row_bytes(part) for part in parts]
+    everyone = ranks.all_gather(pack(parts, longest)).flatten(0, 1)
+    there = torch.cat([torch.arange(count) + rank * longest for rank, count in enumerate(counts)]).to(places.device)
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[math.gcd(4, *widths)]  # moved faster than bytes
+    columns = everyone.view(words).split([width // words.itemsize for width in widths], dim=1)
+    order = torch.full_like(there, -1)
+    order[columns[-1][there].view(torch.int32)[:, 0].long()] = there
+    if values_readable(order) and (order < 0).any():
+        raise ValueError(f"caches must hold each token once, got none of token {int((order < 0).nonzero()[0])}")
+    return [
+        column[order].view(own.dtype).reshape(len(order), *own.shape[1:])
+        for column, own in zip(columns, rows, strict=False)
+    ]
 
 
 class _Gathered(torch.autograd.Function):

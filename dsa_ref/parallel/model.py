@@ -52,7 +52,10 @@ def new_sharded_caches(model: SmallModel, capacity: int, group: dist.ProcessGrou
     """One empty ShardedCache a layer, for a sequence of up to `capacity` tokens, of which each rank keeps its share.
 
     A rank has room for ceil(capacity / size) + 2 rows: a Zigzag of a prompt, and the turns in which later tokens are
-    kept, may each give it one more than the mean. Raises: TypeError for another model, else as `ShardedCache`.
+    kept, may each give it one more than the mean. Where a prompt comes in parts, let 2 · size divide the length of all
+    but the last, or ask for more: each other part may give a rank two rows more than the mean.
+
+    Raises: TypeError for another model, else as `ShardedCache`.
     """
     if not isinstance(model, SmallModel):
         raise TypeError(f"model must be a SmallModel, got {type(model).__name__}")

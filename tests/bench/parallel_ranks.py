@@ -17,7 +17,8 @@ from dsa_bench.parallel import step
 
 FAULTS = {
     "local positions for global": "prefill",
-    "keys in the order of ranks": "long",
+    "keys in the order of ranks": "prefill",
+    "places ignored": "long",
     "merge by mean": "decode",
     "own candidates alone": "decode",
     "mean of gradients": "training",

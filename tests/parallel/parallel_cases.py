@@ -22,6 +22,7 @@ from dsa_ref.parallel import (
     ShardedCache,
     ShardedLayer,
     Zigzag,
+    gathered,
     new_sharded_caches,
     over_group,
     sharded,
@@ -164,15 +165,23 @@ def attention_inputs(T, S, seed):
     return torch.randn(T, 4, 12, generator=generator), torch.randn(S, 12, generator=generator)
 
 
-def generate(prompt, more, chunk, seed, prefill=True, ops="reference", fault=None, rows_at_once=5, **fields):
-    """Logits of a prompt's rows on this rank, then those of the tokens that follow, chunk by chunk, on all ranks."""
+def generate(
+    prompt, more, chunk, seed, prefill=True, ops="reference", fault=None, rows_at_once=5, parts=None, recording=False,
+    **fields,
+):  # fmt: skip
+    """Logits of a prompt's rows on this rank, then those of the tokens that follow, chunk by chunk, on all ranks.
+
+    parts: the lengths of what the prompt comes in; recording: by the step that keeps a record.
+    """
     model, group = model_of(seed, ops, **fields).requires_grad_(False), Ranks()
     text = windows_of(1, prompt + more, seed)[0, : prompt + more]
-    caches, found = new_sharded_caches(model, prompt + more), []
+    caches, found, before = new_sharded_caches(model, prompt + more + 2 * len(parts or [])), [], 0
     with planted(fault), mock.patch.object(GatheredLayer, "rows_at_once", rows_at_once):
-        if prefill:
-            rows = Zigzag(prompt, group.size).rows(group.rank)
-            found.append((rows, over_group(model, GatheredLayer)(text[rows], rows, caches)))
+        for length in (parts or [prompt]) if prefill else []:
+            rows = before + Zigzag(length, group.size).rows(group.rank)
+            record = [] if recording else None
+            found.append((rows, over_group(model, GatheredLayer)(text[rows], rows, caches, record=record)))
+            before += length
         decoding = over_group(model, ShardedLayer)
         for first in range(prompt if prefill else 0, prompt + more, chunk):
             last = min(first + chunk, prompt + more)
@@ -203,6 +212,19 @@ def gathered_call(
     GatheredLayer(layer)(x, positions, LayerCache(TINY, 20) if cache else None, attention)
 
 
+def behind_call(group, shift=0, start=None, before=9, of=None, lost=0, none=False, grad=False, room=20):
+    """The next 11 tokens behind 9, of which rank r holds every third. start: where another sequence begins."""
+    layer, cache = layer_of(0).requires_grad_(grad), ShardedCache(TINY, 3 + room)
+    rows, own = Zigzag(11, group.size).rows(group.rank), torch.arange(group.rank if of is None else of, 9, group.size)
+    own = own[: len(own) - lost]
+    indexed = torch.ones(9, TINY.index_head_dim).to(torch.float8_e4m3fn), torch.ones(9)
+    cache.append_own(own, before, torch.ones(len(own), TINY.latent_dim), *(part[: len(own)] for part in indexed))
+    positions = 9 + rows + shift
+    if start is not None:
+        positions[start:] -= positions[start].item()
+    GatheredLayer(layer)(tokens_of([11], 0)[rows], positions, None if none else cache)
+
+
 def sharded_call(group, T=3, seed=0, dtype=torch.float32, fields=None, before=0, capacity=9, attention="sparse"):
     config = config_of(**(fields or {}))
     cache = ShardedCache(config, capacity, dtype)
@@ -226,8 +248,8 @@ def mixed_call(group, other=False):
     (sharded_call if other else gathered_call)(group)
 
 
-CALLS = {"gathered": gathered_call, "sharded": sharded_call, "training": training_call, "mixed": mixed_call,
-         "weights": weights_call}  # fmt: skip
+CALLS = {"gathered": gathered_call, "behind": behind_call, "sharded": sharded_call, "training": training_call,
+         "mixed": mixed_call, "weights": weights_call}  # fmt: skip
 
 
 def dies(rank, where):
@@ -308,6 +330,12 @@ def gathered_order(self, everyone):
     return torch.cat([everyone[rank, : self.count(rank)] for rank in range(self.size)])
 
 
+def places_ignored(rows, places, counts, ranks):
+    """Rows behind each other as the ranks hold them."""
+    first = sum(counts[: ranks.rank])
+    return original_held(rows, torch.arange(first, first + len(places), dtype=torch.int32), counts, ranks)
+
+
 def own_gradient(self, parts):
     """No sum over ranks: what other ranks' rows asked of this rank's keys is lost."""
     return parts[self.rank]
@@ -354,11 +382,12 @@ def every_own_place(self, before, T):
 
 
 original_reduce_scatter, original_sum = Ranks.reduce_scatter, training.sum_gradients
-original_share = training.indexer_share
+original_share, original_held = training.indexer_share, gathered.gather_held
 FAULTS = {
     "local positions for global": lambda: mock.patch.object(GatheredLayer, "_ranges", local_ranges),
     "padding seen": lambda: mock.patch.object(Zigzag, "in_order", padding_seen),
     "keys in the order of ranks": lambda: mock.patch.object(Zigzag, "in_order", gathered_order),
+    "places ignored": lambda: mock.patch.object(gathered, "gather_held", places_ignored),
     "gradient of own rows alone": lambda: mock.patch.object(Ranks, "reduce_scatter", own_gradient),
     "mean of gradients": lambda: mock.patch.object(Ranks, "reduce_scatter", mean_gradient),
     "gradient counted twice": lambda: mock.patch.object(training, "sum_gradients", twice),

@@ -122,6 +122,25 @@ def test_blocks_of_queries_change_nothing(worlds):
             assert held == [len(rows)] * 2
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("recording", [False, True])
+def test_a_prompt_in_parts_is_the_whole_prompt(worlds, size, recording):
+    """Each part sees the rows of all earlier ones, which lie on all ranks; decoding goes on behind the last."""
+    for parts, fields in (([12, 1, 8], {"index_fp8": True}), ([1, 2, 18], {}), ([16, 5], {"index_topk": 30})):
+        arguments = {"prompt": 21, "more": 4, "seed": 5, **fields}
+        found = worlds(size).run("generate", chunk=2, parts=parts, recording=recording, **arguments)
+        compare_generation(found, alone_generating(**arguments), 25)
+
+
+def test_rows_that_are_not_in_the_order_of_their_places_are_found(worlds):
+    arguments = {"prompt": 21, "more": 4, "seed": 5}
+    world, wanted = worlds(3), alone_generating(**arguments)
+    with pytest.raises(AssertionError):
+        compare_generation(
+            world.run("generate", chunk=2, parts=[12, 9], fault="places ignored", **arguments), wanted, 25
+        )
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_context_that_only_all_ranks_together_hold(worlds, size):
     arguments = {"prompt": 0, "more": 30, "seed": 6, "prefill": False}

@@ -1,8 +1,8 @@
 """Gathered keys: a prompt's tokens on all ranks, against one GPU that reads as many tokens at a time.
 
-A whole prompt goes through `GatheredLayer` at once. Where that would take too long, the last tokens of a context are
-read, one block of each rank: the ranks hold the rows of all earlier tokens in shares, and gather them in that call, as
-each chunk of a prompt would that comes piece by piece. One GPU has those rows in its cache, and gathers nothing.
+A whole prompt goes through `GatheredLayer` at once. Where that would take too long, the last part of a prompt is read,
+one block of each rank: the ranks hold the rows of all earlier tokens in their shares of the cache, and gather them in
+that call. One GPU has those rows in its cache, and gathers nothing.
 """
 
 import types
@@ -11,7 +11,7 @@ import torch
 
 import dsa_ref
 from dsa_ref import cost
-from dsa_ref.parallel import GatheredLayer, Zigzag, gather_rows
+from dsa_ref.parallel import GatheredLayer, ShardedCache, Zigzag, gather_held, gather_rows
 from dsa_ref.testing import poisoned
 
 from .. import checks
@@ -21,57 +21,43 @@ from . import group, judge
 BLOCK = 1 << 14  # rows of x that are drawn at once
 
 
-class BehindLayer(GatheredLayer):
-    """A GatheredLayer whose tokens stand behind `T` others: rows [n, ...] of those are this rank's share, a Zigzag's.
-
-    positions: T and on, of one sequence.
-    """
-
-    def __init__(self, layer, T, rows):
-        super().__init__(layer)
-        self.context, self.rows = Zigzag(T, self.ranks.size), [row for row in rows if row is not None]
-
-    def _row_starts(self, positions, cache):
-        return super()._row_starts(positions, cache) + self.context.T
-
-    def _gathered(self, cache, kv, k_idx, k_scale):
-        new = super()._gathered(cache, kv, k_idx, k_scale)
-        before = iter(gather_rows(self.rows, self.context, self.ranks))
-        return tuple(None if own is None else joined(next(before), own) for own in new)
-
-
-def joined(before, after):
-    """Rows behind each other, by their bytes: not every torch concatenates e4m3."""
-    return torch.cat((before.view(torch.uint8), after.view(torch.uint8))).view(after.dtype)
-
-
 class Kept:
     """The layer's steps, which keep what they select for some of the rows of one call, as a record would for all.
 
-    ops: the package; rows: which, of the call's, ascending. step(): {"q_idx", "w", "indices"} of those rows, and
-    {"kv", "k_idx", "k_scale"}, all keys.
+    plan: the layer, whose `ops` and `_all_rows` are wrapped; rows: which, of the call's, ascending. step(): {"q_idx",
+    "w", "indices"} of those rows, and {"kv", "k_idx", "k_scale"}, all keys.
     """
 
-    def __init__(self, ops, rows):
-        self.real, self.rows, self.first, self.parts, self.keys = ops, rows, 0, [], {}
-        wrapped = {"lightning_select": self.lightning_select, "sparse_attention": self.sparse_attention}
-        self.ops = types.SimpleNamespace(**vars(ops) | wrapped)
+    def __init__(self, plan, rows):
+        self.plan, self.real, self.gather = plan, plan.ops, plan._all_rows
+        self.rows, self.first, self.parts, self.keys = rows, 0, [], {}
+
+    def __enter__(self):
+        self.plan.ops = types.SimpleNamespace(**vars(self.real) | {"lightning_select": self.lightning_select})
+        self.plan._all_rows = self._all_rows
+        return self
+
+    def __exit__(self, *_):
+        self.plan.ops = self.real
+        del self.plan._all_rows  # the class has its own
+
+    def _all_rows(self, *given):
+        everyone = self.gather(*given)
+        self.keys = dict(zip(("kv", "k_idx", "k_scale"), everyone, strict=True))
+        return everyone
 
     def lightning_select(self, q_idx, k_idx, w, k, k_scale=None, **seen):
         lists = self.real.lightning_select(q_idx, k_idx, w, k, k_scale=k_scale, **seen)
         here = self.rows[(self.rows >= self.first) & (self.rows < self.first + len(q_idx))] - self.first
         self.parts.append((judge.at(q_idx, here.to(w.device)), w[here.to(w.device)], lists[here.to(w.device)]))
         self.first += len(q_idx)
-        self.keys |= {"k_idx": k_idx, "k_scale": k_scale}
         self.last = q_idx, w
         return lists
 
-    def sparse_attention(self, q, kv, *given, **named):
-        self.keys["kv"] = kv
-        return self.real.sparse_attention(q, kv, *given, **named)
-
     def step(self):
         q_idx, w, lists = zip(*self.parts, strict=True)
+        widest = max(part.shape[1] for part in lists)  # a call has no more places than it has keys
+        lists = [torch.nn.functional.pad(part, (0, widest - part.shape[1]), value=-1) for part in lists]
         joined_q = torch.cat([part.view(torch.uint8) for part in q_idx]).view(q_idx[0].dtype)
         return self.keys | {"q_idx": joined_q, "w": torch.cat(w), "indices": torch.cat(lists)}
 
@@ -86,15 +72,16 @@ class Prefill:
         self.x = drawn(T, layer.config.dim, self.device, seed, rows)
         self.positions = S - T + rows
         self.all_x = drawn(T, layer.config.dim, self.device, seed) if ranks.rank == 0 else None
-        self.cache, self.plan = None, GatheredLayer(layer)
+        self.cache, self.own, self.plan = None, None, GatheredLayer(layer)
         if T < S or ranks.rank == 0:
             generator = torch.Generator(self.device).manual_seed(seed + 1)
             self.cache = filled_cache(layer.config, S, generator) if T < S else self._empty_cache()
         if T < S:
-            own = Zigzag(S - T, ranks.size).rows(ranks.rank, self.device)
+            places = Zigzag(S - T, ranks.size).rows(ranks.rank)
             self.cache.length = S - T
-            held = [None if part is None else judge.at(part, own) for part in self.cache.rows()]
-            self.plan = BehindLayer(layer, S - T, held)
+            self.own = ShardedCache(layer.config, len(places) + len(rows), torch.bfloat16, self.device)
+            held = (None if part is None else judge.at(part, places.to(self.device)) for part in self.cache.rows())
+            self.own.append_own(places, S - T, *held)
         self.plan.rows_at_once = block
         if ranks.rank:
             self.cache = None
@@ -105,8 +92,10 @@ class Prefill:
 
     def together(self):
         """This rank's rows of the output."""
+        if self.own is not None:
+            self.own.truncate(self.S - self.T)
         with dsa_ref.unchecked_values():
-            return self.plan(self.x, self.positions)
+            return self.plan(self.x, self.positions, self.own)
 
     def alone(self, keep=None, begin=0):
         """The tokens from `begin` on, `block` in a call. keep(first, step, y): what is done with each."""
@@ -125,24 +114,25 @@ class Prefill:
 
     def exchanges(self):
         """{name: call}: the exchange of a call alone, and with what brings the rows into the sequence's order."""
-        tokens, like = self.S // self.ranks.size, self.layer.config
-        own = torch.zeros(tokens, row_bytes(like), dtype=torch.uint8, device=self.device)
-        order = Zigzag(self.S, self.ranks.size)
-        return {
-            "all-gather": lambda: self.ranks.all_gather(own),
-            "all-gather, in order": lambda: gather_rows([own], order, self.ranks),
-        }
+        tokens, places = self.S // self.ranks.size, 0 if self.own is None else self.own.places.element_size()
+        own = torch.zeros(tokens, row_bytes(self.layer.config) + places, dtype=torch.uint8, device=self.device)
+
+        def in_order():
+            if self.own is None:
+                return gather_rows([own], Zigzag(self.S, self.ranks.size), self.ranks)
+            rows = [part for part in self.own.rows() if part is not None]  # those of the last call, all of S
+            return gather_held(rows, self.own.places, [tokens] * self.ranks.size, self.ranks)
+
+        return {"all-gather": lambda: self.ranks.all_gather(own), "all-gather, in order": in_order}
 
     def judge(self):
         """The verdict of all ranks on what `together` gives; the last block's queries are kept for `selection`."""
         local = [checks.sampled_rows(self.shares.count(rank), "cpu") for rank in range(self.ranks.size)]
         places = [self.shares.rows(rank)[rows] for rank, rows in enumerate(local)]
         one = group.firsts(self.ranks, self._one_gpus(places) if self.ranks.rank == 0 else None)
-        rank, kept = self.ranks.rank, Kept(self.layer.ops, local[self.ranks.rank])
-        self.plan.ops = kept.ops
-        with poisoned():
+        rank = self.ranks.rank
+        with poisoned(), Kept(self.plan, local[rank]) as kept:
             y = self.together()
-        self.plan.ops = self.layer.ops
         step = kept.step()
         self.scored = *kept.last, step["k_idx"], step["k_scale"]
         keys = step["kv"], step["k_idx"], step["k_scale"]
