@@ -37,10 +37,10 @@ def training_log(gpu):
     return found and found.with_name(f"training_kernels_{found.name}")
 
 
-def parallel_log(gpu):
-    """Where figures of a layer over several GPUs go, None for a card that has no file."""
+def parallel_log(gpu, ranks):
+    """Where figures of a layer over so many GPUs go, None for a card that has no file."""
     found = default_log(gpu)
-    return found and found.with_name(f"parallel_{found.name}")
+    return found and found.with_name(f"parallel_{ranks}_{found.name}")
 
 
 def ladder_log():

@@ -22,7 +22,7 @@ SHAPES = {  # a step of h200.json and h100.json -> (what it is called here, its 
 
 MODELS = ("models_h200.json", "models_h100.json", "models_cpu.json")  # those that are there have a table
 TRAINING = ("training_kernels_h200.json", "training_kernels_h100.json")  # likewise
-PARALLEL = ("parallel_h200.json", "parallel_h100.json")  # likewise
+PARALLEL = "parallel_*.json"  # one for each number of GPUs and card
 DENSE = ("dense MHA, cuDNN", "dense MHA, flash")
 WHO = {"eager": "eager", "sdpa": "sdpa", "ours": "ours", "ours_fp8": "FP8"}
 
@@ -251,7 +251,7 @@ def parallel() -> str:
 
 def parallel_records() -> list[str]:
     """The records of a layer over several GPUs that are there."""
-    return [file for file in PARALLEL if (records.figures_folder() / file).is_file()]
+    return sorted(path.name for path in records.figures_folder().glob(PARALLEL))
 
 
 def over_ranks(file, steps) -> str:

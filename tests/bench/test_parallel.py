@@ -61,8 +61,8 @@ def test_two_ranks_are_judged_right_and_leave_a_record(ranks, bench):
 
 @pytest.mark.parametrize(
     "fault",
-    ["local positions for global", "keys in the order of ranks", "places ignored", "merge by mean", "own candidates alone",
-     "mean of gradients", "gradients not summed"],
+    ["local positions for global", "keys in the order of ranks", "places ignored", "merge by mean",
+     "own candidates alone", "mean of gradients", "gradients not summed"],
 )  # fmt: skip
 def test_a_wrong_result_is_refused(ranks, fault):
     found = ranks[0][fault]
@@ -103,7 +103,7 @@ def test_the_readme_s_table_of_a_record(ranks):
     """A line a case, prompts with what is predicted of them; a wrong one says so."""
     steps = json.loads(json.dumps(ranks[1]["steps"]))
     steps["decode"]["rows"][0] |= {"verdict": "WRONG", "memory_bytes": [3 << 30, 1 << 30]}
-    text = tables.over_ranks("parallel_h200.json", steps)
+    text = tables.over_ranks("parallel_2_h200.json", steps)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     assert "2 x CPU" in text and [row[0] for row in rows[2:]] == [
         "a prompt of 48", "16 at the end of 64", "a step of 24", "a token behind 40, wrong"
@@ -158,4 +158,4 @@ def test_arguments(bench, capsys, monkeypatch):
     assert stopped.value.code == 2
     assert "section must be one of prefill, training, decode, long" in capsys.readouterr().err
     log = importlib.import_module("dsa_bench.records").parallel_log
-    assert log("NVIDIA H200") == records.figures_folder() / "parallel_h200.json" and log("RTX") is None
+    assert log("NVIDIA H200", 4) == records.figures_folder() / "parallel_4_h200.json" and log("RTX", 4) is None

@@ -63,7 +63,7 @@ def parse(arguments):
     parser.add_argument("--tiny", action="store_true", help="toy sizes on a CPU: a rehearsal, no measurement")
     parser.add_argument("--rounds", type=positive, default=ROUNDS, help="how often each is measured (%(default)s)")
     parser.add_argument(
-        "--record", "--log", dest="log", type=output_file, help="JSON to write; default figures/parallel_h200.json"
+        "--record", "--log", dest="log", type=output_file, help="JSON to write; default figures/parallel_N_h200.json"
     )  # torchrun of Python 3.11 takes --log for a short form of options of its own
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.sections if name not in SECTIONS]:
@@ -87,7 +87,9 @@ def main(arguments=None) -> int:
     if ranks.size & (ranks.size - 1) or ranks.size == 1:
         parser.error(f"{NO_RANKS}, got {ranks.size}")
     device = torch.device("cpu" if options.tiny else f"cuda:{torch.cuda.current_device()}")
-    log = options.log or (None if options.tiny else records.parallel_log(torch.cuda.get_device_name(device)))
+    log = options.log or (
+        None if options.tiny else records.parallel_log(torch.cuda.get_device_name(device), ranks.size)
+    )
     if log is None and not options.tiny:
         parser.error(f"no file for figures of a {torch.cuda.get_device_name(device)}: pass --record")
     log = log if ranks.rank == 0 else None
