@@ -21,7 +21,6 @@ rounded to the dtype of the rows before it is widened and summed, as the steps r
 Source: SPEC section 11.
 """
 
-import math
 import zlib
 
 import torch
@@ -35,7 +34,7 @@ from ..nn.decode import append_latents, query_latent
 from ..nn.layer import DSALayer
 from ..nn.prefill import attend_step, index_rows, serves
 from .layer import take_over
-from .ranks import Ranks, pack, row_bytes
+from .ranks import Ranks, columns, pack, row_bytes
 from .sharded_cache import ShardedCache
 from .zigzag import Zigzag
 
@@ -62,6 +61,7 @@ class GatheredLayer(DSALayer):
 
     rows_are_last = False
     rows_at_once = 4096  # queries of a call without gradients and without a record
+    keys_at_once = 16384  # rows of keys there, which take little work each: a GPU would wait for the host's launches
 
     def __init__(self, layer: DSALayer, group: dist.ProcessGroup | None = None) -> None:
         take_over(self, layer, group)
@@ -108,8 +108,7 @@ class GatheredLayer(DSALayer):
         n, indexing, ranges = len(x), self.indexer is not None, self._ranges(positions, cache)
         rows = LayerCache(self.config, max(1, n), x.dtype, x.device, indexing)
         q_latent = x.new_empty(n, self.config.q_lora_rank)
-        blocks = [slice(first, min(first + self.rows_at_once, n)) for first in range(0, n, self.rows_at_once)]
-        for block in blocks:
+        for block in blocks(n, self.keys_at_once):
             slots = torch.arange(block.start, block.stop, device=x.device)
             with unchecked_values():
                 append_latents(self, self.kv_a_proj_with_mqa(x[block]), rows, slots, positions[block])
@@ -120,7 +119,7 @@ class GatheredLayer(DSALayer):
         own = rows.rows()
         check_finite(" in the rows of new tokens", k_idx=own[1], k_scale=own[2], q_latent=q_latent)
         everyone, places, y = self._all_rows(cache, *own), self._places(), torch.empty_like(x)
-        for block in blocks:
+        for block in blocks(n, self.rows_at_once):
             here, turns = (x[block], q_latent[block]), positions[block]
             with unchecked_values():
                 scored = index_rows(self, *here, None, None, turns, 0) if indexing else (None, None)
@@ -186,6 +185,11 @@ class GatheredLayer(DSALayer):
         return found
 
 
+def blocks(n: int, at_once: int) -> list[slice]:
+    """n rows, so many at a time."""
+    return [slice(first, min(first + at_once, n)) for first in range(0, n, at_once)]
+
+
 def check_runs(runs: list[list[list[int]]], size: int) -> None:
     """Each chunk must go on where the one before it ended, or begin a sequence. runs: each rank's, or nothing."""
     if not any(runs):
@@ -204,14 +208,10 @@ def gather_rows(rows: list[Tensor], shares: Zigzag, ranks: Ranks) -> list[Tensor
 
     One all-gather, of bytes. Backward, each of them is one reduce-scatter in fp32 (fp64 for fp64).
     """
-    everyone = ranks.all_gather(pack(rows, shares.longest))
-    found, first = [], 0
-    for own in rows:
-        width = row_bytes(own)
-        values = shares.in_order(everyone[:, :, first : first + width]).view(own.dtype)
-        whole = values.reshape(shares.T, *own.shape[1:])
+    everyone, found = ranks.all_gather(pack(rows, shares.longest)), []
+    for own, part in zip(rows, columns(everyone.flatten(0, 1), [row_bytes(own) for own in rows]), strict=True):
+        whole = shares.in_order(part.unflatten(0, everyone.shape[:2])).view(own.dtype).reshape(shares.T, *own.shape[1:])
         found.append(_Gathered.apply(own, whole, shares, ranks) if own.requires_grad else whole)
-        first += width
     return found
 
 
@@ -224,17 +224,16 @@ def gather_held(rows: list[Tensor], places: Tensor, counts: list[int], ranks: Ra
     """
     parts = [*rows, places]
     longest, widths = max(counts), [row_bytes(part) for part in parts]
-    everyone = ranks.all_gather(pack(parts, longest)).flatten(0, 1)
-    there = torch.cat([torch.arange(count) + rank * longest for rank, count in enumerate(counts)]).to(places.device)
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[math.gcd(4, *widths)]  # moved faster than bytes
-    columns = everyone.view(words).split([width // words.itemsize for width in widths], dim=1)
+    *held, placed = columns(ranks.all_gather(pack(parts, longest)).flatten(0, 1), widths)
+    firsts = [rank * longest for rank in range(ranks.size)]
+    there = [torch.arange(first, first + n, device=places.device) for first, n in zip(firsts, counts, strict=True)]
+    there = torch.cat(there)  # rows that are no padding
     order = torch.full_like(there, -1)
-    order[columns[-1][there].view(torch.int32)[:, 0].long()] = there
+    order[placed[there].view(torch.int32)[:, 0].long()] = there
     if values_readable(order) and (order < 0).any():
         raise ValueError(f"caches must hold each token once, got none of token {int((order < 0).nonzero()[0])}")
     return [
-        column[order].view(own.dtype).reshape(len(order), *own.shape[1:])
-        for column, own in zip(columns, rows, strict=False)
+        part[order].view(own.dtype).reshape(len(order), *own.shape[1:]) for part, own in zip(held, rows, strict=True)
     ]
 
 

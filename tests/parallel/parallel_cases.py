@@ -176,7 +176,7 @@ def generate(
     model, group = model_of(seed, ops, **fields).requires_grad_(False), Ranks()
     text = windows_of(1, prompt + more, seed)[0, : prompt + more]
     caches, found, before = new_sharded_caches(model, prompt + more + 2 * len(parts or [])), [], 0
-    with planted(fault), mock.patch.object(GatheredLayer, "rows_at_once", rows_at_once):
+    with planted(fault), mock.patch.multiple(GatheredLayer, rows_at_once=rows_at_once, keys_at_once=3):
         for length in (parts or [prompt]) if prefill else []:
             rows = before + Zigzag(length, group.size).rows(group.rank)
             record = [] if recording else None

@@ -50,7 +50,7 @@ class Sizes:
     long: tuple = (512 * K, 1024 * K)
     behind: tuple = (512 * K, 1024 * K)
     chunk: int = 4 * K
-    training: tuple = (16 * K, 32 * K)
+    training: tuple = (16 * K, 32 * K, 64 * K)
     decode: tuple = (128 * K, 1024 * K)
 
 
