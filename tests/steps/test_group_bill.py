@@ -206,8 +206,9 @@ def test_bad_input_names_the_argument(call):
     call(**good)
     for name in good:
         for value, error in PLANTED[name]:
-            with pytest.raises(error, match=rf"^{name}(\[\d\])? must (be|hold) .*, got "):
-                call(**good | {name: value})
+            for more in ({}, {"size": 1} if "size" in good else {}):  # one rank exchanges nothing
+                with pytest.raises(error, match=rf"^{name}(\[\d\])? must (be|hold) .*, got "):
+                    call(**good | more | {name: value})
     if "T" in good:
         with pytest.raises(ValueError, match="^T must be at most S = 8.*, got 9"):
             call(**good | {"T": 9})
