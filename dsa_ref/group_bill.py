@@ -14,9 +14,9 @@ What this leaves out: what else the host does, such as starting an exchange (som
 messages slow down with more ranks and hosts, other traffic on the links, NVLink's multicast, and hosts of one card,
 between which NCCL goes other ways.
 
-Source: SPEC section 11; figures/parallel_h200.json; NCCL, github.com/NVIDIA/nccl: src/graph/tuning.cc at 72d2432094
-(the ring's numbers are the same in src/tuning/cost_model.cc and ring.cc at 1fc949c50b, a later state of it),
-src/graph/search.cc and topo.h at 80f6bda437.
+Source: SPEC section 11; figures/parallel_h200.json; NCCL, github.com/NVIDIA/nccl: src/graph/tuning.cc at 72d2432094,
+search.cc and topo.h at 80f6bda437, src/transport/net_ib.cc at 02aedae040. The record's NCCL 2.28.9 could not be read; a
+later state has the same numbers for rings (src/tuning/cost_model.cc at 1fc949c50b, ring.cc at 12df1a11af).
 """
 
 import dataclasses
