@@ -116,13 +116,23 @@ def head_bytes_per_token(config: DSAConfig) -> int:
     return BF16_BYTES * config.n_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
 
 
+def check_config(config) -> None:
+    """``config`` must be a DSAConfig."""
+    if not isinstance(config, DSAConfig):
+        raise TypeError(f"config must be a DSAConfig, got {type(config).__name__}")
+
+
 def gathered_bytes_per_token(config: DSAConfig) -> int:
     """One token's rows as ranks gather them: a latent row in bf16 and an index row (1284 in V3.2, 1408 all in bf16)."""
+    check_config(config)
     return bf16_kv_bytes_per_token(config) + index_bytes_per_token(config)
 
 
 def gathered_bytes(config: DSAConfig, S: int, size: int) -> int:
-    """Bytes that each of `size` ranks receives where the rows of S tokens are gathered, ceil(S / size) of each rank."""
+    """Bytes that each of `size` ranks receives where the rows of S tokens are gathered, ceil(S / size) of each rank.
+
+    Raises: TypeError for another config or counts that are no ints, ValueError for a count below 1.
+    """
     for name, count in (("S", S), ("size", size)):
         check_count(name, count)
     return (size - 1) * gathered_bytes_per_token(config) * -(-S // size)
@@ -132,9 +142,14 @@ def sharded_bytes(config: DSAConfig, T: int, S: int, size: int) -> dict[str, int
     """Bytes that each rank receives where T tokens attend to sharded keys, S with themselves: {"candidates", "parts"}.
 
     candidates: min(k, S) places and scores of 4 bytes each a token and rank; parts: out and its log-sum-exp, in fp32.
+
+    Raises: as `gathered_bytes`, and ValueError for T > S.
     """
+    check_config(config)
     for name, count in (("T", T), ("S", S), ("size", size)):
         check_count(name, count)
+    if T > S:
+        raise ValueError(f"T must be at most S = {S}: the queries are the last T positions, got {T}")
     part = config.n_heads * (config.kv_lora_rank + 1) * 4
     return {"candidates": (size - 1) * T * 8 * min(config.index_topk, S), "parts": (size - 1) * T * part}
 

@@ -5,21 +5,39 @@
                      exchanged, and merged
 
 The work is `dsa_ref.bill`'s, with its speeds; nothing overlaps an exchange, as in `dsa_ref.parallel`. An exchange is
-NCCL's ring as NCCL itself predicts it when it chooses a protocol (src/graph/tuning.cc): a start, a step for each other
-rank, and the bytes that a rank receives, at the speed of the slowest link that all of them must cross. Of two protocols
-the quicker is taken: one with quick steps that sends flags beside the data, and one for much data.
+NCCL's ring as NCCL itself predicts it when it chooses a protocol: a start, a step for each other rank, and the bytes
+that a rank receives, at the speed of the slowest link that all of them must cross. Of three protocols the quickest is
+taken: two with quick steps that send flags beside the data, and one for much data. Two constants are measured, on two
+H200 of one host: `ATTAINED` and `MESSAGE`.
 
-What this leaves out: the messages in which ranks agree, what the host does, and other traffic on the links.
+What this leaves out: what else the host does, such as starting an exchange (some 0.2 ms, where nothing hides it), how
+messages slow down with more ranks and hosts, other traffic on the links, NVLink's multicast, and hosts of one card,
+between which NCCL goes other ways.
 
-Source: SPEC section 11; NCCL, github.com/NVIDIA/nccl.
+Source: SPEC section 11; figures/parallel_h200.json; NCCL, github.com/NVIDIA/nccl: src/graph/tuning.cc at 72d2432094,
+search.cc and topo.h at 80f6bda437, src/transport/net_ib.cc at 02aedae040. The record's NCCL 2.28.9 could not be read; a
+later state has the same numbers for rings (src/tuning/cost_model.cc at 1fc949c50b, ring.cc at 12df1a11af).
 """
 
 import dataclasses
+import math
 
 from .bill import H200, Card, decode_seconds, pays_from, prefill_seconds, step
 from .config import V32, DSAConfig
 from .contracts import check_count
-from .cost import BF16_BYTES, gathered_bytes, gathered_bytes_per_token, matrices, sharded_bytes
+from .cost import BF16_BYTES, check_config, gathered_bytes, gathered_bytes_per_token, matrices, sharded_bytes
+
+
+def _check_number(name, value, positive):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= value < math.inf or positive and value == 0:
+        raise ValueError(f"{name} must be {'positive' if positive else 'at least 0'} and finite, got {value}")
+
+
+def _check_kind(name, value, kind):
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +47,8 @@ class Fabric:
     inside: bytes/s that a card receives from others of its host; between: bytes/s that a host receives from others,
     over all its ports; host: cards of a host.
 
-    Raises: ValueError for what is not positive, as `check_count` for host.
+    Raises: TypeError for a name that is no str or a speed that is no number, ValueError for one that is not positive
+    and finite; as `check_count` for host.
     """
 
     name: str
@@ -38,47 +57,93 @@ class Fabric:
     host: int = 8
 
     def __post_init__(self) -> None:
-        check_count("host", self.host)
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be a str, got {type(self.name).__name__}")
         for name in ("inside", "between"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            _check_number(name, getattr(self, name), positive=True)
+        check_count("host", self.host)
 
 
-# What a card receives over NVLink 4: of 450 GB/s, 18 links at NCCL's figure for one (src/graph/topo.h, SM90_NVLINK_BW).
+# What NCCL takes a card's NVLink 4 for: 18 links (NVIDIA's own system file of MLPerf Inference v4.1,
+# H200-SXM-141GBx8_TRT_MaxQ.json: "18x 4th Gen NVLink, 900GB/s", both directions) of SM90_NVLINK_BW (topo.h) each.
 NVLINK = 18 * 20.6e9
-INFINIBAND = Fabric("InfiniBand, 8 x 400 Gbit/s a host", NVLINK, 8 * 50e9)  # DGX H200, by its data sheet
-ETHERNET = Fabric("Ethernet, 100 Gbit/s a host", NVLINK, 12.5e9)  # one port of 100GBASE, IEEE 802.3
+# What its search makes a ring of: channels of one of the speeds in sm90SpeedArrayIntra (search.cc), as many as fit into
+# the links. Six of 60 GB/s do; no other speed fills more.
+RING = 6 * 60e9
+# Measured: of RING, what an all-gather of 84 to 673 MB attained between two cards of a host without multicast:
+# 0.55 to 0.74 (figures/parallel_h200.json, exchanges_ms). NCCL's source knows no reason for it, and the same record's
+# all-reduce attained 0.89. For more cards, and between hosts, nothing here is measured; the links inside are slower so.
+ATTAINED = 2 / 3
+# Between hosts a ring's channels have speeds of sm90SpeedArrayInter: 45 GB/s on each of 8 ports of 400 Gbit/s, a DGX
+# H200's (NVIDIA's "DGX BasePOD", core components), since 8 of 48 are more than a card's NVLINK; or one of 12 GB/s on
+# one port of 100 Gbit/s.
+INFINIBAND = Fabric("InfiniBand, 8 x 400 Gbit/s a host", ATTAINED * RING, 8 * 45e9)
+ETHERNET = Fabric("Ethernet, 100 Gbit/s a host", ATTAINED * RING, 12e9)
 FABRICS = (INFINIBAND, ETHERNET)
+
+# Measured: seconds of one message in which ranks agree, between two processes of one host, by torch's gloo: the median
+# of messages_ms over the number of messages in a call (figures/parallel_h200.json). More ranks and other hosts take
+# longer; how much is not measured.
+MESSAGE = 0.93e-3
+MESSAGES = {"gathered": 2, "sharded": 1}  # a call of GatheredLayer or ShardedLayer: `agree` in dsa_ref/parallel
 
 
 @dataclasses.dataclass(frozen=True)
-class Protocol:
-    """Seconds of NCCL's ring, and the share of a link's bytes/s that is data, in one host and in several."""
+class _Protocol:
+    """Seconds of NCCL's ring for an all-gather or reduce-scatter, and which of a ring's bytes/s are data."""
 
-    start: float
-    inside: float  # a step to a card of the same host
-    between: float  # a step to another host
-    share: tuple[float, float]
+    start: float  # baseLat
+    inside: float  # hwLat, NVLink: a step to a card of the same host
+    between: float  # hwLat, network: a step to another host; a port adds none: latency "not set" in net_ib.cc
+    post: float  # getNetOverhead, Intel's: the least that any step takes where there are several hosts
+    share: tuple[float, float]  # of a ring's speed: in one host, in several
+    most: tuple[float, float, float] = (math.inf,) * 3  # bytes/s: in one host, in two, in more
 
 
-PROTOCOLS = (  # NCCL's "LL" and "Simple" for rings: src/graph/tuning.cc at 01afd20a77, baseLat, hwLat, busBw
-    Protocol(3.6e-6, 0.47e-6, 2.7e-6, (1 / 3, 1 / 4)),
-    Protocol(8.4e-6, 3.4e-6, 9.6e-6, (1.0, 1.0)),
+# NCCL's LL, LL128 and Simple on Hopper (minCompCap 90) and hosts with Intel's processors, a DGX H200's.
+_PROTOCOLS = (
+    # llMaxBws: in one host by the card (row "Hopper"), in several by the processor (row "Volta", as for all of Intel)
+    _Protocol(6.6e-6, 0.6e-6, 2.7e-6, 1e-6, (0.5, 0.5), (141e9, 39e9, 20.4e9)),
+    # perChMaxRingLL128Bws: 36.7 GB/s a channel is less than 0.92 of a channel's 45 between hosts
+    _Protocol(14e-6, 1.9e-6, 4.0e-6, 1e-6, (0.92, 36.7 / 45)),
+    _Protocol(8.4e-6, 3.4e-6, 14e-6, 3e-6, (1.0, 1.0)),
 )
 
 
 def exchange_seconds(received: float, size: int, fabric: Fabric) -> float:
-    """Seconds of an all-gather or reduce-scatter over `size` ranks in which each receives so many bytes; 0 for one."""
+    """Seconds of an all-gather or reduce-scatter over `size` ranks in which each receives so many bytes; 0 for one.
+
+    Raises: TypeError for a fabric that is no Fabric or bytes that are no number, ValueError for bytes that are negative
+    or not finite; as `check_count` for size.
+    """
+    _check_number("received", received, positive=False)
     check_count("size", size)
-    if not received >= 0:
-        raise ValueError(f"received must be at least 0, got {received}")
+    _check_kind("fabric", fabric, Fabric)
     if size == 1:
         return 0.0
     hosts = -(-size // fabric.host)
-    speed = fabric.inside if hosts == 1 else min(fabric.inside, fabric.between)
-    steps = [kind.start + (size - hosts) * kind.inside + (hosts - 1) * kind.between for kind in PROTOCOLS]
-    moves = [received / (speed * kind.share[hosts > 1]) for kind in PROTOCOLS]
-    return min(map(sum, zip(steps, moves, strict=True)))
+    several = hosts > 1
+    speed = min(fabric.inside, fabric.between) if several else fabric.inside
+
+    def seconds(kind):
+        inside = max(kind.inside, kind.post) if several else kind.inside
+        steps = kind.start + (size - hosts) * inside + (hosts - 1) * kind.between
+        return steps + received / min(speed * kind.share[several], kind.most[min(hosts, 3) - 1])
+
+    return min(map(seconds, _PROTOCOLS))
+
+
+def messages_seconds(plan: str, size: int) -> float:
+    """Seconds of the messages of one call by plan "gathered" or "sharded"; 0 for one rank.
+
+    Counted as if the card waited meanwhile, as it does where the host first reads what the card computed.
+
+    Raises: ValueError for another plan; as `check_count` for size.
+    """
+    if plan not in tuple(MESSAGES):  # a list, which no dict can look for, is refused alike
+        raise ValueError(f"plan must be one of {', '.join(MESSAGES)}, got {plan!r}")
+    check_count("size", size)
+    return MESSAGES[plan] * MESSAGE if size > 1 else 0.0
 
 
 def gathered_seconds(
@@ -87,7 +152,11 @@ def gathered_seconds(
     """{part: seconds} of T tokens at the end of S by gathered keys, T = S for a prompt, on each of `size` ranks.
 
     On one rank it is the bill's chunk, of enough tokens to hide the reading of weights, some 200.
+
+    Raises: as all here that take these arguments: TypeError for a config, fabric or card of another type, or a count
+    that is no int; ValueError for a count below 1 or T > S.
     """
+    _check_case(config, fabric, card, T=T, S=S, size=size)
     parts = {name: seconds / size for name, seconds in prefill_seconds(config, T, S, card=card).items()}
     parts["products"] = max(parts["products"], weights_seconds(config, card))
     return parts | gathering_seconds(config, S, size, fabric, card)
@@ -98,6 +167,7 @@ def sharded_seconds(
 ) -> dict[str, float]:
     """{part: seconds} of T tokens at the end of S by sharded keys. Attention costs a rank the whole list, of which the
     most is other ranks'. Merging is counted as bytes that are moved, which says too little for many ranks."""
+    _check_case(config, fabric, card, T=T, S=S, size=size)
     parts = prefill_seconds(config, T, S, card=card)
     parts["products"] = max(parts["products"], weights_seconds(config, card))
     chosen = min(parts["scores and selection"], card.choose * T)
@@ -106,6 +176,7 @@ def sharded_seconds(
     moved = 4 * received["candidates"] + received["parts"]  # candidates are ordered by place, then chosen from
     parts["merge"] = moved / card.small
     parts["exchange"] = sum(exchange_seconds(each, size, fabric) for each in received.values())
+    parts["messages"] = messages_seconds("sharded", size)
     return parts
 
 
@@ -113,6 +184,7 @@ def gathered_decode_seconds(
     config: DSAConfig, S: int, size: int, fabric: Fabric = INFINIBAND, card: Card = H200
 ) -> dict[str, float]:
     """{part: seconds} of one token by keys that are sharded and gathered for it, which no one would do."""
+    _check_case(config, fabric, card, S=S, size=size)
     return decode_seconds(config, 1, S, card=card) | gathering_seconds(config, S, size, fabric, card)
 
 
@@ -120,30 +192,39 @@ def sharded_decode_seconds(
     config: DSAConfig, S: int, size: int, fabric: Fabric = INFINIBAND, card: Card = H200
 ) -> dict[str, float]:
     """{part: seconds} of one token by sharded keys, in one sequence of S; on one rank the bill's step."""
-    check_count("size", size)
+    _check_case(config, fabric, card, S=S, size=size)
     parts, received = decode_seconds(config, 1, -(-S // size), card=card), sharded_bytes(config, 1, S, size)
     if size == 1:
-        return parts | {"merge": 0.0, "exchange": 0.0}
+        return parts | {"merge": 0.0, "exchange": 0.0, "messages": 0.0}
     chosen = card.passes + size * min(config.index_topk, S) / card.scan
     parts["merge"] = step(card, 2, 0, chosen) + step(card, 2, received["parts"])
     parts["exchange"] = sum(exchange_seconds(each, size, fabric) for each in received.values())
+    parts["messages"] = messages_seconds("sharded", size)
     return parts
 
 
 def gathering_seconds(config: DSAConfig, S: int, size: int, fabric: Fabric, card: Card) -> dict[str, float]:
-    """{"exchange", "order"}: the rows of S tokens come, and are read and written once, in the sequence's order."""
+    """{"exchange", "order", "messages"}: the rows of S tokens come, and are brought into the sequence's order.
+
+    For that a rank's own are packed, which writes them twice and reads them once, and all are read and written once.
+    """
+    _check_case(config, fabric, card, S=S, size=size)
     received = gathered_bytes(config, S, size)
-    order = 2 * gathered_bytes_per_token(config) * S / card.memory if size > 1 else 0.0
-    return {"exchange": exchange_seconds(received, size, fabric), "order": order}
+    order = (2 + 3 / size) * gathered_bytes_per_token(config) * S / card.memory if size > 1 else 0.0
+    messages = messages_seconds("gathered", size)
+    return {"exchange": exchange_seconds(received, size, fabric), "order": order, "messages": messages}
 
 
 def weights_seconds(config: DSAConfig, card: Card) -> float:
     """Seconds to read the layer's weights once, which products of few tokens take."""
+    check_config(config)
+    _check_kind("card", card, Card)
     return BF16_BYTES * sum(matrices(config).values()) / card.memory
 
 
 def gathered_memory(config: DSAConfig, S: int) -> int:
     """Bytes of all rows on each rank while a layer runs by gathered keys: as they come, and in order."""
+    check_count("S", S)
     return 2 * gathered_bytes_per_token(config) * S
 
 
@@ -151,12 +232,32 @@ def gathering_pays_from(
     config: DSAConfig, S: int, size: int, fabric: Fabric = INFINIBAND, card: Card = H200
 ) -> int | None:
     """The fewest tokens at the end of S that gathered keys take no longer for than sharded ones, None if not even S."""
+    _check_case(config, fabric, card, S=S, size=size)
     plans = [lambda T, plan=plan: sum(plan(config, T, S, size, fabric, card).values()) for plan in PREFILL]
     return pays_from(*plans, most=S)
 
 
 PREFILL = (gathered_seconds, sharded_seconds)
 DECODE = (sharded_decode_seconds, gathered_decode_seconds)
+EFFICIENT = 0.9  # of the ranks' time, in the words under the table
+
+LEGEND = """\
+One layer of DeepSeek-V3.2's sizes on a group of H200, 8 to a host: predicted, not measured. The README has two GPUs
+measured.
+
+  ranks, context   GPUs that work on one sequence, and its tokens
+  a whole prompt   all tokens at once by gathered keys: each rank does its share of the rows, and gets all ranks' keys.
+                   efficiency: one GPU's seconds over those of all, times their number; waiting: the share of the ranks'
+                   seconds in which they wait for each other's bytes and messages
+  gather from      where only the last tokens of the context are new: from so many new ones on, gathered keys are the
+                   quicker plan; for fewer, sharded keys, where each rank scores only the keys that it holds
+  one token        decode of one sequence. sharded: with a message between the ranks' hosts; links: without it, what
+                   GPUs and links alone need; gathered: all keys come for every token
+""".splitlines()
+HEADS = [
+    "                  |           a whole prompt, s              |   gather from |         one token, ms",
+    "ranks     context | one GPU       all  efficiency    waiting | (new tokens)  | one GPU  sharded   links  gathered",
+]
 
 
 def lines(
@@ -164,23 +265,86 @@ def lines(
     sizes: tuple[int, ...] = (8, 64, 256, 1024),
     contexts: tuple[int, ...] = (128_000, 1_000_000, 10_000_000),
 ) -> list[str]:
-    """The table: a prompt and a token on so many ranks, a layer each, and from how many tokens on gathering pays."""
-    texts = [
-        "one layer          | a prompt by gathered keys               | gathering    | a token, µs",
-        "ranks      tokens  |    one, s   all, s  efficiency  exchange | pays, tokens |   one  sharded  gathered",
-    ]
+    """The table: a prompt and a token on so many ranks, a layer each, with what its columns mean, and what follows.
+
+    Raises: TypeError for sizes or contexts that are no tuples or lists of ints, ValueError for an empty one.
+    """
+    check_config(config)
+    for name, values in (("sizes", sizes), ("contexts", contexts)):
+        if not isinstance(values, (tuple, list)):
+            raise TypeError(f"{name} must be a tuple of ints, got {type(values).__name__}")
+        if not values:
+            raise ValueError(f"{name} must hold at least one int, got none")
+        for i, value in enumerate(values):
+            check_count(f"{name}[{i}]", value)
+    texts, found = [*LEGEND, *HEADS], []
     for fabric in FABRICS:
         texts.append(fabric.name)
         for size, S in ((size, S) for size in sizes for S in contexts):
-            one = sum(prefill_seconds(config, S, S).values())
-            parts = gathered_seconds(config, S, S, size, fabric)
-            every, pays = sum(parts.values()), gathering_pays_from(config, S, size, fabric)
-            token = 1e6 * sum(decode_seconds(config, 1, S).values())
-            sharded, gathered = (1e6 * sum(plan(config, S, size, fabric).values()) for plan in DECODE)
-            prompt = f"{one:9.3f}{every:9.4f}{one / size / every:12.3f}{parts['exchange'] / every:10.1%}"
-            steps = f"{token:5.0f}{sharded:9.0f}{gathered:10.0f}"
-            texts.append(f"{size:5}{S:12,}  | {prompt} | {'never' if pays is None else pays:>12} | {steps}")
-    return texts
+            row = _row(config, S, size, fabric)
+            found.append({"fabric": fabric.name, "size": size, "S": S} | row)
+            texts.append(_line(size, S, row))
+    return [*texts, "", *_in_short(found)]
+
+
+def _row(config, S, size, fabric):
+    """What the table says of one context on so many ranks: seconds, and a count of tokens or None."""
+    parts = gathered_seconds(config, S, S, size, fabric)
+    sharded, gathered = (plan(config, S, size, fabric) for plan in DECODE)
+    row = {"one": sum(prefill_seconds(config, S, S).values()), "all": sum(parts.values())}
+    return row | {
+        "efficiency": row["one"] / size / row["all"],
+        "waiting": (parts["exchange"] + parts["messages"]) / row["all"],
+        "from": gathering_pays_from(config, S, size, fabric),
+        "token": sum(decode_seconds(config, 1, S).values()),
+        "sharded": sum(sharded.values()),
+        "links": sum(sharded.values()) - sharded["messages"],
+        "gathered": sum(gathered.values()),
+    }
+
+
+def _line(size, S, row):
+    prompt = f"{row['one']:8.3f}{row['all']:10.4f}{row['efficiency']:12.3f}{row['waiting']:11.1%}"
+    token = (
+        f"{1e3 * row['token']:8.2f}{1e3 * row['sharded']:9.2f}{1e3 * row['links']:8.2f}{1e3 * row['gathered']:10.2f}"
+    )
+    first = "never" if row["from"] is None else f"{row['from']:,}"
+    return f"{size:5}{S:12,} |{prompt} | {first:>12}  |{token}"
+
+
+def _in_short(found):
+    """What follows from the table's rows: when which plan wins."""
+    longest, few = max(row["S"] for row in found), [row["from"] for row in found]
+    most = "as the table says" if None in few else f"fewer than {max(few):,} here"
+    lost = _places(row for row in found if row["gathered"] <= row["sharded"])
+    texts = [
+        "In short",
+        f"  Gathered keys win for a prompt, sharded keys for few new tokens behind a long context ({most}),",
+        f"  and for a token{f' (not on {lost})' if lost else ''}.",
+    ]
+    for fabric in dict.fromkeys(row["fabric"] for row in found):
+        rows = [row for row in found if row["fabric"] == fabric and row["S"] == longest]
+        well = [row["size"] for row in rows if row["efficiency"] >= EFFICIENT]
+        most = f"up to {max(well)} ranks" if well else "on no number of ranks here"
+        texts.append(f"  {fabric}: a prompt of {longest:,} keeps {EFFICIENT:.0%} of all GPUs busy {most}.")
+    for key, what in (("sharded", "quicker on several GPUs than on one"), ("links", "so, but for its message")):
+        won = _places(row for row in found if row[key] < row["token"])
+        texts.append(f"  A token is {what}: {f'on {won}' if won else 'nowhere here'}.")
+    return [*texts, "  What sharding keys always buys a token is memory: a context that no single GPU holds."]
+
+
+def _places(rows):
+    """On how many ranks, and for which contexts."""
+    return ", ".join(f"{size} ranks for {S:,}" for size, S in sorted({(row["size"], row["S"]) for row in rows}))
+
+
+def _check_case(config, fabric, card, **counts):
+    # T > S the bill refuses itself
+    check_config(config)
+    _check_kind("fabric", fabric, Fabric)
+    _check_kind("card", card, Card)
+    for name, count in counts.items():
+        check_count(name, count)
 
 
 if __name__ == "__main__":

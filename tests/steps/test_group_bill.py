@@ -1,9 +1,12 @@
 """The bill of a group of ranks: on one it is the bill, the rest is bytes over links; figures by hand."""
 
+import math
+import statistics
+
 import pytest
 
-from dsa_ref import TINY, V32, bill, cost, group_bill
-from dsa_ref.group_bill import ETHERNET, INFINIBAND, NVLINK, Fabric, exchange_seconds
+from dsa_ref import TINY, V32, bill, cost, group_bill, records
+from dsa_ref.group_bill import ETHERNET, FABRICS, INFINIBAND, NVLINK, Fabric, exchange_seconds
 
 K = 1 << 10
 
@@ -34,16 +37,53 @@ def test_bytes_of_rows_candidates_and_parts():
 
 
 def test_an_exchange_by_hand():
-    """NCCL's ring: a start, a step for each other rank, the bytes; two protocols, two kinds of links."""
-    assert exchange_seconds(1e9, 8, INFINIBAND) == pytest.approx(8.4e-6 + 7 * 3.4e-6 + 1e9 / 370.8e9)
-    assert exchange_seconds(1e3, 8, INFINIBAND) == pytest.approx(3.6e-6 + 7 * 0.47e-6 + 3e3 / 370.8e9)
-    assert exchange_seconds(1e9, 64, INFINIBAND) == pytest.approx(8.4e-6 + 56 * 3.4e-6 + 7 * 9.6e-6 + 1e9 / 370.8e9)
-    assert exchange_seconds(1e9, 16, ETHERNET) == pytest.approx(8.4e-6 + 14 * 3.4e-6 + 9.6e-6 + 1e9 / 12.5e9)
-    assert exchange_seconds(1e3, 16, ETHERNET) == pytest.approx(3.6e-6 + 14 * 0.47e-6 + 2.7e-6 + 4e3 / 12.5e9)
+    """NCCL's ring: a start, a step for each other rank, the bytes; three protocols, two kinds of links."""
+    links = Fabric("NCCL's", 360e9, 360e9)
+    for received, size, fabric, wanted in (
+        (1e9, 8, links, 8.4e-6 + 7 * 3.4e-6 + 1e9 / 360e9),  # Simple
+        (1e6, 8, links, 6.6e-6 + 7 * 0.6e-6 + 1e6 / 141e9),  # LL, as fast as it gets on a Hopper
+        (1e3, 8, Fabric("slow", 1e9, 1e9), 6.6e-6 + 7 * 0.6e-6 + 1e3 / 0.5e9),  # half of LL's bytes are flags
+        (8e6, 8, links, 14e-6 + 7 * 1.9e-6 + 8e6 / (0.92 * 360e9)),  # LL128
+        (1e9, 64, links, 8.4e-6 + 56 * 3.4e-6 + 7 * 14e-6 + 1e9 / 360e9),
+        (2e5, 16, links, 6.6e-6 + 14 * 1e-6 + 2.7e-6 + 2e5 / 39e9),  # each step at least a post to the network
+        (2e5, 24, links, 6.6e-6 + 21 * 1e-6 + 2 * 2.7e-6 + 2e5 / 20.4e9),
+        (4e6, 16, links, 14e-6 + 14 * 1.9e-6 + 4e-6 + 4e6 / (8 * 36.7e9)),
+        (1e9, 16, ETHERNET, 8.4e-6 + 14 * 3.4e-6 + 14e-6 + 1e9 / 12e9),
+    ):
+        assert exchange_seconds(received, size, fabric) == pytest.approx(wanted), (received, size)
     assert exchange_seconds(1e9, 8, ETHERNET) == exchange_seconds(1e9, 8, INFINIBAND)  # nothing leaves the host
     assert exchange_seconds(1e9, 1, ETHERNET) == 0
-    assert Fabric("slow inside", 1e9, 2e9).inside == 1e9
     assert exchange_seconds(1e9, 16, Fabric("slow inside", 1e9, 2e9)) > 1
+
+
+def test_rings_fill_the_links():
+    """RING and INFINIBAND.between are what is left of the links where channels have NCCL's speeds for Hopper."""
+    links = NVLINK / 1e9
+    assert links == pytest.approx(370.8)
+    assert group_bill.RING / 1e9 == max(speed * (links // speed) for speed in (60, 50, 40, 30))
+    assert INFINIBAND.between / 1e9 == max(speed * min(8, links // speed) for speed in (48, 45, 42, 40, 30))
+    assert ETHERNET.between / 1e9 == max(speed for speed in (20, 17.5, 15, 12, 6) if speed <= 100 / 8)
+
+
+def test_what_is_measured_is_in_the_record():
+    """An all-gather, its rows' order and messages, on two cards: within a fifth; the constants are the record's."""
+    steps = records.read("parallel_h200.json")["steps"]
+    rows = steps["prefill"]["rows"]
+    shares, links = [], Fabric("NCCL's", group_bill.RING, group_bill.RING)
+    for row in rows:
+        received, taken = row["exchange"]["bytes"], row["exchanges_ms"]
+        parts = group_bill.gathering_seconds(V32, row["keys"], 2, INFINIBAND, bill.H200)
+        assert received == cost.gathered_bytes(V32, row["keys"], 2)
+        assert 1e3 * parts["exchange"] == pytest.approx(taken["all-gather"], rel=0.2), row["case"]
+        order = taken["all-gather, in order"] - taken["all-gather"]
+        assert 1e3 * parts["order"] == pytest.approx(order, rel=0.15), row["case"]
+        shares.append(exchange_seconds(received, 2, links) / (1e-3 * taken["all-gather"]))
+    assert group_bill.ATTAINED == pytest.approx(statistics.median(shares), rel=0.05)
+    rows = [*rows, *steps["training"]["rows"]]
+    counts = [sum(call["what"] == "agree" for call in row["exchange"]["calls"]) for row in rows]
+    assert counts == [group_bill.MESSAGES["gathered"]] * 5 + [3]  # a training step's sum of weights has one more
+    each = [row["exchange"]["messages_ms"] / count for row, count in zip(rows, counts, strict=True)]
+    assert 1e3 * group_bill.MESSAGE == pytest.approx(statistics.median(each), rel=0.02)
 
 
 def test_gathered_keys_by_hand():
@@ -52,7 +92,8 @@ def test_gathered_keys_by_hand():
     parts, one = group_bill.gathered_seconds(V32, S, S, 8), bill.prefill_seconds(V32, S, S)
     for name, seconds in one.items():
         assert parts[name] == seconds / 8
-    assert parts["order"] == 2 * 1284 * S / bill.H200.memory
+    assert parts["order"] == pytest.approx((2 + 3 / 8) * 1284 * S / bill.H200.memory)
+    assert parts["messages"] == 2 * group_bill.MESSAGE and group_bill.messages_seconds("gathered", 1) == 0
     assert parts["exchange"] == exchange_seconds(7 / 8 * 1284 * S, 8, INFINIBAND)
     assert total(one) / 8 / total(parts) > 0.99
     few = group_bill.gathered_seconds(V32, 8, S, 8)
@@ -68,9 +109,11 @@ def test_sharded_keys_by_hand():
     assert all(parts[name] == one[name] for name in ("products", "attention", "small"))
     received = cost.sharded_bytes(V32, T, S, 8)
     assert parts["exchange"] == sum(exchange_seconds(each, 8, INFINIBAND) for each in received.values())
+    assert parts["messages"] == group_bill.MESSAGE
     token = group_bill.sharded_decode_seconds(V32, S, 8)
     share = bill.decode_seconds(V32, 1, S // 8)
     assert all(token[name] == seconds for name, seconds in share.items()) and token["merge"] > 4 * card.launch
+    assert token["messages"] == group_bill.MESSAGE
 
 
 def test_where_gathering_pays():
@@ -81,28 +124,96 @@ def test_where_gathering_pays():
     assert sums[0][0] > sums[0][1] and sums[1][0] <= sums[1][1] and 100 < least < 1000
     slow = Fabric("slow", NVLINK / 100, 1e9)
     token = [total(plan(V32, S, 8)) for plan in group_bill.DECODE]
-    assert token[0] < token[1] / 10
+    assert token[0] < token[1] / 5  # one message and few bytes, against two and all rows
     assert total(group_bill.gathered_seconds(V32, S, S, 8, slow)) > total(group_bill.gathered_seconds(V32, S, S, 8))
 
 
-def test_the_table(capsys):
-    texts = group_bill.lines(sizes=(8, 64), contexts=(128_000, 10_000_000))
-    assert len(texts) == 2 + 2 * (1 + 4) and all(len(text) <= 120 for text in texts)
-    found = [text.split("|")[1].split() for text in texts if text[:5].strip().isdigit()]
-    assert all(float(one) >= float(every) and 0 < float(efficiency) <= 1 for one, every, efficiency, _ in found)
-    assert float(found[0][2]) > float(found[6][2])  # 8 ranks against 64 over Ethernet
+def test_the_table():
+    sizes, contexts = (8, 64), (128_000, 10_000_000)
+    texts = group_bill.lines(sizes=sizes, contexts=contexts)
+    assert all(len(text) <= 120 for text in texts)
+    found = [text.replace(",", "").split("|") for text in texts if text[:5].strip().isdigit()]
+    assert [tuple(map(int, row[0].split())) for row in found] == 2 * [(size, S) for size in sizes for S in contexts]
+    prompts = [[float(cell.rstrip("%")) for cell in row[1].split()] for row in found]
+    assert all(one >= every and 0 < efficiency <= 1 for one, every, efficiency, _ in prompts)
+    assert prompts[0][2] > prompts[6][2]  # 8 ranks against 64 over Ethernet
+    parts = group_bill.gathered_seconds(V32, *2 * contexts[:1], 64, ETHERNET)
+    waiting = (parts["exchange"] + parts["messages"]) / total(parts)
+    assert prompts[6][3] == pytest.approx(100 * waiting, abs=0.05)
+    for _, sharded, links, _ in (map(float, row[3].split()) for row in found):
+        assert sharded - links == pytest.approx(1e3 * group_bill.MESSAGE, abs=0.011)
+    short = "\n".join(texts[texts.index("In short") :])
+    assert f"fewer than {max(int(row[2]) for row in found):,} here" in short
+    assert (
+        "InfiniBand, 8 x 400 Gbit/s a host: a prompt of 10,000,000 keeps 90% of all GPUs busy up to 64 ranks." in short
+    )
 
 
-def test_bad_input():
-    for call, match in (
-        (lambda: Fabric("none", 0, 1.0), "inside"),
-        (lambda: Fabric("none", 1.0, -1.0), "between"),
-        (lambda: Fabric("none", 1.0, 1.0, 0), "host"),
-        (lambda: exchange_seconds(-1, 2, ETHERNET), "received"),
-        (lambda: exchange_seconds(1, 0, ETHERNET), "size"),
-        (lambda: cost.gathered_bytes(V32, 0, 2), "S"),
-        (lambda: cost.sharded_bytes(V32, 1, 1, 0), "size"),
-        (lambda: group_bill.gathered_seconds(V32, 5, 4, 2), "T must be"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            call()
+def test_what_the_table_says_in_short():
+    """Of other rows it says something else: nothing well used, no place to gather, no win, wins."""
+    row = {"fabric": "a", "size": 8, "S": 10, "efficiency": 0.89, "from": None}
+    row |= {"token": 2.0, "sharded": 3.0, "links": 1.0, "gathered": 3.0}
+    short = "\n".join(group_bill._in_short([row]))
+    for words in ("as the table says", "not on 8 ranks for 10", "busy on no number of ranks here"):
+        assert words in short
+    assert "than on one: nowhere here" in short and "its message: on 8 ranks for 10" in short
+    short = "\n".join(group_bill._in_short([row | {"gathered": 4.0, "sharded": 1.5, "efficiency": 0.9}]))
+    assert "(not on" not in short and "than on one: on 8 ranks for 10." in short and "busy up to 8 ranks" in short
+
+
+CALLS = {  # every public function by arguments' names; each is refused what is planted
+    cost.gathered_bytes_per_token: {"config": TINY},
+    cost.gathered_bytes: {"config": TINY, "S": 8, "size": 2},
+    cost.sharded_bytes: {"config": TINY, "T": 4, "S": 8, "size": 2},
+    exchange_seconds: {"received": 8, "size": 2, "fabric": ETHERNET},
+    group_bill.messages_seconds: {"plan": "gathered", "size": 2},
+    group_bill.gathered_seconds: {"config": TINY, "T": 4, "S": 8, "size": 2, "fabric": ETHERNET, "card": bill.H200},
+    group_bill.sharded_seconds: {"config": TINY, "T": 4, "S": 8, "size": 2, "fabric": ETHERNET, "card": bill.H200},
+    group_bill.gathered_decode_seconds: {"config": TINY, "S": 8, "size": 2, "fabric": ETHERNET, "card": bill.H200},
+    group_bill.sharded_decode_seconds: {"config": TINY, "S": 8, "size": 2, "fabric": ETHERNET, "card": bill.H200},
+    group_bill.gathering_seconds: {"config": TINY, "S": 8, "size": 2, "fabric": ETHERNET, "card": bill.H200},
+    group_bill.weights_seconds: {"config": TINY, "card": bill.H200},
+    group_bill.gathered_memory: {"config": TINY, "S": 8},
+    group_bill.gathering_pays_from: {"config": TINY, "S": 8, "size": 2, "fabric": ETHERNET, "card": bill.H200},
+    group_bill.lines: {"config": TINY, "sizes": (2,), "contexts": (8,)},
+    Fabric: {"name": "a", "inside": 1.0, "between": 1.0, "host": 8},
+}
+COUNT = [
+    (0, ValueError),
+    (-1, ValueError),
+    (1 << 63, ValueError),
+    (True, TypeError),
+    (2.0, TypeError),
+    ("2", TypeError),
+]
+SPEED = [(math.nan, ValueError), (math.inf, ValueError), (-1, ValueError), (True, TypeError), ("1", TypeError)]
+PLANTED = {
+    **dict.fromkeys(("T", "S", "size", "host"), COUNT),
+    **dict.fromkeys(("inside", "between"), [*SPEED, (0, ValueError), (None, TypeError)]),
+    **dict.fromkeys(("sizes", "contexts"), [((), ValueError), (8, TypeError), ("8", TypeError), ((8, 0), ValueError)]),
+    "received": SPEED,
+    "config": [("V3.2", TypeError), (None, TypeError), ({"dim": 8}, TypeError)],
+    "fabric": [("InfiniBand", TypeError), (FABRICS, TypeError), (None, TypeError)],
+    "card": [("H200", TypeError), (ETHERNET, TypeError), (None, TypeError)],
+    "plan": [("dense", ValueError), (None, ValueError), (["gathered"], ValueError)],
+    "name": [(None, TypeError), (3, TypeError)],
+}
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_bad_input_names_the_argument(call):
+    good = CALLS[call]
+    call(**good)
+    for name in good:
+        for value, error in PLANTED[name]:
+            for more in ({}, {"size": 1} if "size" in good else {}):  # one rank exchanges nothing
+                with pytest.raises(error, match=rf"^{name}(\[\d\])? must (be|hold) .*, got "):
+                    call(**good | more | {name: value})
+    if "T" in good:
+        with pytest.raises(ValueError, match="^T must be at most S = 8.*, got 9"):
+            call(**good | {"T": 9})
+
+
+def test_every_public_function_is_called_with_bad_input():
+    here = {value for name, value in vars(group_bill).items() if callable(value) and not name.startswith("_")}
+    assert {value for value in here if value.__module__ == group_bill.__name__} <= set(CALLS)
