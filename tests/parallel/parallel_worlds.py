@@ -36,7 +36,8 @@ class Raised(Exception):
 def forkserver():
     """The context of processes that are forked from the server."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["parallel_cases", "dsa_ref.training.train"])
+    # the last one is imported by torch.use_deterministic_algorithms, and takes seconds
+    context.set_forkserver_preload(["parallel_cases", "dsa_ref.training.train", "torch._inductor.config"])
     path = os.pathsep.join(folder for folder in sys.path if folder)  # before Python 3.12 the server has no other
     with mock.patch.dict(os.environ, PYTHONPATH=path, CUDA_VISIBLE_DEVICES=""):  # and no GPU
         multiprocessing.forkserver.ensure_running()
