@@ -80,7 +80,7 @@ def end(parser: argparse.ArgumentParser, error: Exception, code: int = 1, where:
     if not shared or _place("LOCAL_RANK") == 0:
         if code == 2 and rank == 0:
             parser.print_usage(sys.stderr)
-        who = [f"rank {rank}"] if several() and not shared else []
+        who = [f"rank {rank}"] if several() and not shared and not str(error).startswith("rank ") else []
         print(*[f"{parser.prog}: error", *who, *filter(None, [where]), error], sep=": ", file=sys.stderr, flush=True)
     if shared:
         with contextlib.suppress(RuntimeError, ValueError):

@@ -200,6 +200,8 @@ def resolve_options(parser: argparse.ArgumentParser, options: argparse.Namespace
         parser.error(f"--k must be below --length {options.length}, else nothing is left out, got {options.k}")
     if options.pairs < 0:
         parser.error(f"--pairs must be at least 0, got {options.pairs}")
+    if not -(2**63) <= options.seed < 2**64:
+        parser.error(f"--seed must be a number of 64 bits, got {options.seed}")
     if importlib.util.find_spec("safetensors") is None:
         parser.error("safetensors must be installed to save the weights: pip install safetensors")
     try:

@@ -33,6 +33,7 @@ def check_said_once(ranks, code, message):
 
 REFUSED = {  # options of rank 0, those that rank 1 has beside them, what is said
     "wrong on all": ("--k 64", "", "error: --k must be below --length 64"),
+    "a seed of more than 64 bits": ("--seed 18446744073709551616", "", "error: --seed must be a number of 64 bits"),
     "unknown on one": ("", "--foo", "error: rank 1: unrecognized arguments: --foo"),
     "a word for a number": ("", "--batch x", "error: rank 1: argument --batch: must be a whole number"),
     "other windows": ("", "--windows 2", "--windows must be the same on all ranks, got 1 on rank 0, 2 on 1"),
