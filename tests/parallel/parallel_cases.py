@@ -5,7 +5,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import os
 import time
 from unittest import mock
@@ -417,48 +416,3 @@ def unsendable():
             ranks.agree({"share": 1.0})
     except ValueError as error:
         return str(error) if ranks.rank == 0 else f"rank 1: {ascii(str(error))}"
-
-
-# What befalls one rank of a program -----------------------------------------------------------------------------------
-
-
-def no_corpus():
-    from dsa_ref.training import train
-
-    train.load_corpus = lambda: [][0]
-
-
-def disk_fills_up():
-    """There is room for the first state, not for the second."""
-    from dsa_ref.training import run
-
-    save, saved = run.save_state, []
-
-    def saving(*given):
-        if saved:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        saved.append(save(*given))
-
-    run.save_state = saving
-
-
-def no_room_for_weights():
-    from safetensors import SafetensorError
-
-    from dsa_ref.training import train
-
-    def full(*_):
-        raise SafetensorError("No space left on device")
-
-    train.save_small_model = full
-
-
-def disk_is_slow():
-    from dsa_ref.training import run
-
-    save = run.save_state
-    run.save_state = lambda *given: (time.sleep(2.0), save(*given))
-
-
-def output_is_full():
-    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)

@@ -4,13 +4,10 @@ Processes are forked from one server that has torch loaded, so that a world star
 that does not end is a failure of its test, and the end of its world's processes.
 """
 
-import contextlib
 import datetime
-import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -135,49 +132,3 @@ def serve(pipe, folder, rank, size, timeout):
             pipe.send(("returned", getattr(parallel_cases, case)(**arguments)))
         except Exception as error:
             pipe.send((type(error).__name__, (str(error), traceback.format_exc())))
-
-
-@contextlib.contextmanager
-def launched(module, arguments, folder, faults=()):
-    """The processes of the program `module`, one a rank with its own arguments, as torchrun would start them.
-
-    faults: {rank: a function of `parallel_cases` that is called there before}. What they print goes to files in folder.
-    """
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port, context = found.getsockname()[1], forkserver()
-    size, processes = len(arguments), []
-    for rank, given in enumerate(arguments):
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-        names |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        sent = module, given, {name: str(value) for name, value in names.items()}, folder, dict(faults).get(rank)
-        processes.append(context.Process(target=run_command, args=sent, daemon=True))
-        processes[-1].start()
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def ended(module, arguments, folder, faults=()):
-    """[(exit code, stdout, stderr) of each rank], and how many seconds it took until all had ended."""
-    begun = time.monotonic()
-    with launched(module, arguments, folder, faults) as processes:
-        for process in processes:
-            process.join(max(0.0, begun + PATIENCE - time.monotonic()))
-        codes = [process.exitcode for process in processes]
-    said = [[(folder / f"{name}{rank}").read_text() for name in ("out", "err")] for rank in range(len(codes))]
-    return [(code, *texts) for code, texts in zip(codes, said, strict=True)], time.monotonic() - begun
-
-
-def run_command(module, arguments, variables, folder, fault):
-    """One rank of a program, in a process of its own."""
-    os.environ.update(variables)
-    for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / f"{name}{variables['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    torch.set_num_threads(1)
-    if fault:
-        getattr(importlib.import_module("parallel_cases"), fault)()
-    importlib.import_module(module).main(arguments)

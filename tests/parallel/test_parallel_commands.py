@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from parallel_worlds import ended, launched
+from parallel_programs import ended, launched
 from safetensors import safe_open
 
 from dsa_ref.parallel import command as command_module
