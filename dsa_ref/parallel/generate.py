@@ -21,11 +21,14 @@ import torch.distributed as dist
 from ..contracts import check_count, check_int
 from ..nn.generate import choose
 from ..nn.model import SMALL_MODEL, SmallModel, load_small_model
+from .command import TIMEOUT, Parser, end, seconds, start
 from .gathered import GatheredLayer
 from .model import new_sharded_caches, over_group
-from .ranks import Ranks, join
+from .ranks import Ranks
 from .sharded import ShardedLayer
 from .zigzag import Zigzag
+
+PROGRAM = "dsa_ref.parallel.generate"
 
 
 def generate_over_group(
@@ -83,7 +86,29 @@ def generate_over_group(
 
 def main(arguments: list[str] | None = None) -> None:
     """Write a prompt's continuation to stdout as it comes, from the first rank; arguments as on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = _make_parser()
+    try:
+        options, ranks = start(parser, arguments)
+        with ranks.failing_together():
+            model = _load(options)
+        sampling = {"temperature": options.temperature, "top_k": options.top_k_tokens, "top_p": options.top_p}
+        text = generate_over_group(model, os.fsencode(options.prompt), options.tokens, seed=options.seed, **sampling)
+        for byte in text:
+            _write(bytes([byte]), ranks)
+        _write(b"\n", ranks)
+        ranks.agree({"call": "written"})  # an error of the last one
+    except (ValueError, TypeError) as error:
+        end(parser, error, 2)
+    except (OSError, RuntimeError) as error:
+        end(parser, error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    dist.destroy_process_group()
+
+
+def _make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__.splitlines()[0])
     parser.add_argument("prompt", metavar="PROMPT", help="what to continue")
     parser.add_argument("--tokens", type=int, default=200, help="bytes to write, at most (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest byte (default)")
@@ -95,25 +120,39 @@ def main(arguments: list[str] | None = None) -> None:
                         help="run the steps of dsa_kernels, not of dsa_ref")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="where the model runs, as torch names it (default %(default)s)")  # fmt: skip
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds that ranks wait for each other")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--timeout", type=seconds, default=TIMEOUT, metavar="SECONDS",
+                        help="how long ranks wait for each other (default %(default)s)")  # fmt: skip
+    return parser
+
+
+def _load(options: argparse.Namespace) -> SmallModel:
+    """The model that the options ask for. Raises: ValueError for what cannot be used."""
     try:
-        ranks = Ranks(join(options.timeout))
+        torch.empty(0, device=options.device).cpu()  # "meta" has no numbers
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
+        raise ValueError(f"--device must be one that torch can use here, got {options.device}: {error}") from error
+    try:
         ops = importlib.import_module(options.ops)
-        model = load_small_model(options.weights, ops).to(options.device)
-        sampling = {"temperature": options.temperature, "top_k": options.top_k_tokens, "top_p": options.top_p}
-        text = generate_over_group(model, os.fsencode(options.prompt), options.tokens, seed=options.seed, **sampling)
-        for byte in text:
-            if ranks.rank == 0:
-                sys.stdout.buffer.write(bytes([byte]))
-                sys.stdout.flush()
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        parser.error(str(error))
-    except RuntimeError as error:  # another rank has ended
-        sys.exit(f"{parser.prog}: error: {error}")
-    if ranks.rank == 0:
-        print()
-    dist.destroy_process_group()
+    except ImportError as error:
+        raise ValueError(f"--kernels needs a package that can be imported: {error}") from error
+    try:
+        return load_small_model(options.weights, ops).to(options.device)
+    except Exception as error:  # whatever a file of another kind leads to
+        said = f"--weights must be a file that save_small_model wrote, got {options.weights}: {error}"
+        raise ValueError(said) from error
+
+
+def _write(text: bytes, ranks: Ranks) -> None:
+    """To stdout, on the first rank; where that is full or closed, it is an error on all ranks when they next meet."""
+    if ranks.rank:
+        return
+    with ranks.failing_together():
+        try:
+            sys.stdout.buffer.write(text)
+            sys.stdout.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at the exit
+            raise OSError(f"standard output must be writable, got {error}") from error
 
 
 if __name__ == "__main__":

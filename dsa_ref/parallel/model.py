@@ -1,6 +1,7 @@
 """A model whose attention layers work over a group of ranks, with the weights and names of the model it came from."""
 
 import copy
+import functools
 import zlib
 
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from .ranks import Ranks, sum_of_bits
 from .sharded import ShardedLayer
 from .sharded_cache import ShardedCache
 
+PLANS = GatheredLayer, ShardedLayer
+
 
 def over_group(
     model: nn.Module, plan: type[GatheredLayer] | type[ShardedLayer], group: dist.ProcessGroup | None = None
@@ -22,12 +25,13 @@ def over_group(
 
     The model itself stays as it is, and both can be used: so one model prefills by one plan and decodes by the other,
     and its checkpoints are those of one rank. All else in it sees this rank's tokens alone: pass positions. All ranks
-    call it, and their weights are compared.
+    call it, and their weights are compared. What it refuses on one rank before the first layer, as a token that is
+    none, is an error on all; what fails between two layers on one rank alone, the others meet as one that is late.
 
     Raises: TypeError for another plan or model, ValueError for a model without a DSALayer; ValueError on all ranks for
     weights that are not the same on all.
     """
-    if plan not in (GatheredLayer, ShardedLayer):
+    if plan not in PLANS:
         raise TypeError(f"plan must be GatheredLayer or ShardedLayer, got {plan!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -37,7 +41,27 @@ def over_group(
     names = zlib.crc32(repr([(name, list(weight.shape)) for name, weight in weights.items()]).encode())
     sums = zlib.crc32(repr([sum_of_bits(weight) for weight in weights.values()]).encode())
     ranks.agree({"call": "over_group", "plan": plan.__name__, "names": names, "weights": sums})
-    return _replaced(model, plan, group)
+    twin = _replaced(model, plan, group)
+    for module in twin.modules():
+        if isinstance(module, plan):
+            module.ranks = ranks  # one for all, which counts all their meetings
+    if not isinstance(twin, plan):
+        twin.__class__ = _failing_together(type(twin))
+    return twin
+
+
+@functools.cache
+def _failing_together(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a model whose errors, before its first layer meets the other ranks, come to them there."""
+
+    class OverGroup(kind):
+        def forward(self, *arguments, **more):
+            ranks = next(module.ranks for module in self.modules() if isinstance(module, PLANS))
+            with ranks.failing_together():
+                return super().forward(*arguments, **more)
+
+    OverGroup.__name__ = OverGroup.__qualname__ = kind.__name__
+    return OverGroup
 
 
 def _replaced(module, plan, group):

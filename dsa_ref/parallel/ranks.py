@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 MESSAGE = 2048  # bytes of one
-ERRORS = {"ValueError": ValueError, "TypeError": TypeError}  # those that a rank shares with the others
+LONGEST = 1e6  # seconds of a timeout, 11 days; sockets count nanoseconds in 64 bits
+ERRORS = {kind.__name__: kind for kind in (ValueError, TypeError, OSError, RuntimeError)}  # as others hear of one
 # Their names since torch 2.13, and before.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -33,23 +34,30 @@ def join(timeout: float = 60.0) -> dist.ProcessGroup:
     timeout: seconds that a rank waits for the others, in any exchange, before it raises; on GPUs NCCL's watchdog ends
     the process. A group of a part of them: `torch.distributed.new_group(ranks, timeout=...)` afterwards.
 
-    Raises: TypeError for a timeout that is no number, ValueError for one that is not positive, outside of torchrun, or
-    on a host with some GPUs, but fewer than processes.
+    Raises: TypeError for a timeout that is no number, ValueError for one below a millisecond or above a million
+    seconds, outside of torchrun, or on a host with some GPUs, but fewer than processes; RuntimeError where others do
+    not come.
     """
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        raise TypeError(f"timeout must be a number of seconds, got {timeout!r}")
-    if not 0 < timeout < float("inf"):
-        raise ValueError(f"timeout must be positive and finite, got {timeout}")
+    check_timeout(timeout)
     if missing := [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]:
         raise ValueError(f"join must be called in a process that torchrun started, which sets {', '.join(missing)}")
     backend = "gloo"
     if torch.cuda.is_available():
         backend, own, gpus = "cpu:gloo,cuda:nccl", int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if own >= gpus:
-            raise ValueError(f"--nproc-per-node must be at most the number of GPUs here, {gpus}, got a rank {own}")
+        here = max(own + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # then all of a host are refused alike
+        if here > gpus:
+            raise ValueError(f"--nproc-per-node must be at most the number of GPUs here, {gpus}, got {here}")
         torch.cuda.set_device(own)
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     return dist.group.WORLD
+
+
+def check_timeout(timeout: float) -> None:
+    """Raise TypeError for what is no number of seconds, ValueError for one that no group can have."""
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"timeout must be a number of seconds, got {timeout!r}")
+    if not 1e-3 <= timeout <= LONGEST:
+        raise ValueError(f"timeout must be from 0.001 to {LONGEST:.0f} seconds, got {timeout}")
 
 
 class Ranks:
@@ -74,7 +82,8 @@ class Ranks:
         """Every rank's `own`, by rank, once it is known that all brought the same `same`. Both: what JSON can hold.
 
         Raises: on all ranks alike, ValueError for what is not the same, naming it and a rank that differs, and the
-        error that a rank has announced; RuntimeError for a rank that did not come.
+        error that a rank has announced, both with the attribute `on_all_ranks`; RuntimeError for a rank that did not
+        come.
         """
         text = json.dumps({"same": same, "own": own or {}}).encode()
         if len(text) > MESSAGE:
@@ -83,28 +92,26 @@ class Ranks:
         self.meetings += 1  # an error up to here can still be announced
         received = self.all_gather(message[None].to(self._message_device())).cpu().numpy()
         everyone = [json.loads(row.tobytes()) for row in received]
-        for rank, other in enumerate(everyone):
-            if "error" in other["same"]:
-                kind, words = other["same"]["error"]
-                raise ERRORS[kind](f"rank {rank}: {words}")
-        for rank, other in enumerate(everyone):
-            for name, value in everyone[0]["same"].items():
-                got = other["same"].get(name)
-                if got != value:
-                    raise ValueError(f"{name} must be the same on all ranks, got {value} on rank 0, {got} on {rank}")
+        if error := _what_is_wrong([other["same"] for other in everyone]):
+            error.on_all_ranks = True
+            raise error
         return [other["own"] for other in everyone]
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
-        """A ValueError or TypeError inside, before this rank came to `agree`, is raised by the others' `agree` too."""
+        """An error inside, before this rank came to `agree`, is raised by the others' `agree` too.
+
+        Of its kind, or as RuntimeError where it is not a ValueError, TypeError or OSError.
+        """
         before = self.meetings
         try:
             yield
-        except tuple(ERRORS.values()) as error:
+        except Exception as error:
             if self.meetings == before:
-                kind = "TypeError" if isinstance(error, TypeError) else "ValueError"
-                words = str(error).encode("ascii", "backslashreplace")[: MESSAGE // 3]  # in JSON up to twice as long
-                self.agree({"error": [kind, words.decode()]})
+                kind = next((name for name, kind in ERRORS.items() if isinstance(error, kind)), None)
+                said = str(error) if kind else f"{type(error).__name__}: {error}"
+                words = said.encode("ascii", "backslashreplace")[: MESSAGE // 3]  # in JSON up to twice as long
+                self.agree({"error": [kind or "RuntimeError", words.decode()]})
             raise
 
     def all_gather(self, own: Tensor) -> Tensor:
@@ -145,6 +152,21 @@ class Ranks:
     def _message_device(self) -> torch.device:
         on_cpu = "cpu:" in str(dist.get_backend_config(self.group))
         return torch.device("cpu" if on_cpu else f"cuda:{torch.cuda.current_device()}")
+
+
+def _what_is_wrong(everyone: list[dict]) -> Exception | None:
+    """The error of what all ranks brought to `agree`, if any."""
+    errors = [same.get("error") for same in everyone]
+    for rank, error in enumerate(errors):
+        if error is not None:
+            kind, words = error
+            return ERRORS[kind](words if errors.count(error) == len(errors) else f"rank {rank}: {words}")
+    for rank, same in enumerate(everyone):
+        for name, value in everyone[0].items():
+            if same.get(name) != value:
+                got = same.get(name)
+                return ValueError(f"{name} must be the same on all ranks, got {value} on rank 0, {got} on {rank}")
+    return None
 
 
 def pack(parts: Sequence[Tensor], rows: int) -> Tensor:

@@ -8,6 +8,7 @@
 Source: SPEC sections 5 and 11; `dsa_ref.training.stages` is the same step on one rank.
 """
 
+import math
 import zlib
 from collections.abc import Iterable
 
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 import dsa_ref
 
-from ..contracts import check_dtype, check_shapes
+from ..contracts import check_count, check_dtype, check_shapes
 from ..nn.model import SmallModel
 from .gathered import GatheredLayer
 from .ranks import Ranks
@@ -38,8 +39,8 @@ def stage_backward(
     ranks alike, detached fp32; None where the stage has none. Gradients that parameters had before must be the same on
     all ranks: they are kept, and counted once.
 
-    Raises: TypeError for another model, ValueError for another stage, TypeError or ValueError for other tokens, on all
-    ranks, and as GatheredLayer does.
+    Raises: TypeError for another model; on all ranks, ValueError for another stage or share, TypeError or ValueError
+    for other tokens, and as GatheredLayer does.
     """
     layers = [block.self_attn for block in model.layers] if isinstance(model, SmallModel) else []
     if not layers or not all(isinstance(layer, GatheredLayer) for layer in layers):
@@ -48,6 +49,8 @@ def stage_backward(
     with ranks.failing_together():
         if stage not in STAGES:
             raise ValueError(f"stage must be one of {STAGES}, got {stage!r}")
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not math.isfinite(share):
+            raise ValueError(f"share must be a finite number, got {share!r}")
         check_shapes(tokens=(tokens, "n L+1"))
         check_dtype("tokens", tokens, (torch.int64,))
         if tokens.shape[1] < 2:
@@ -100,7 +103,16 @@ def indexer_share(layer: GatheredLayer, step: dict, rows: int, target: Tensor | 
 
     step: what the layer recorded; rows: those of the whole group, each of which sees a key; target: the recorded
     probe's gradient after the language loss's backward pass, or None. The shares of all ranks add up to the loss.
+
+    Raises, on this rank alone, as nothing is sent: TypeError for another layer or rows that are no int, ValueError for
+    rows below 1 or a step of a layer that has no indexer or did not gather, and as the step `indexer_loss` does.
     """
+    if not isinstance(layer, GatheredLayer):
+        raise TypeError(f"layer must be a GatheredLayer, got {type(layer).__name__}")
+    wanted = ["q_idx", "k_idx", "w", "start", "end", *(("q", "kv", "lse") if target is None else ())]
+    if missing := [name for name in wanted if name not in step]:
+        raise ValueError(f"step must be what a GatheredLayer with an indexer recorded, got none of {missing}")
+    check_count("rows", rows)
     loss = getattr(layer.ops, "indexer_loss", dsa_ref.indexer_loss)
     seen = {"indices": step.get("indices"), "start": step["start"], "end": step["end"], "reduction": "sum"}
     side = step["q_idx"], step["k_idx"], step["w"]
@@ -114,12 +126,21 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup |
 
     parameters: of replicated weights, in the same order on all ranks. Those without a gradient stay so.
 
-    Raises: ValueError where other parameters have a gradient on another rank, on all ranks alike.
+    Raises, on all ranks alike: TypeError for what is no list of parameters, ValueError for gradients that are not dense
+    and real, or where other parameters have a gradient on another rank.
     """
-    ranks, parameters = Ranks(group), list(parameters)
-    there = [[list(weight.shape), str(weight.dtype), weight.grad is not None] for weight in parameters]
-    given = sum(weight.grad is not None for weight in parameters)
-    ranks.agree({"call": "gradients", "given": given, "parameters": zlib.crc32(repr(there).encode())})
+    ranks = Ranks(group)
+    with ranks.failing_together():
+        parameters = [None] if isinstance(parameters, Tensor) else list(parameters)
+        if not all(isinstance(weight, Tensor) for weight in parameters):
+            raise TypeError("parameters must be those of a module, several torch.nn.Parameter, got something else")
+        for grad in (weight.grad for weight in parameters if weight.grad is not None):
+            if grad.layout != torch.strided or not grad.is_floating_point():
+                kind = f"{grad.layout} of {grad.dtype}"
+                raise ValueError(f"parameters must have dense gradients of real numbers, got {kind}")
+        there = [[list(weight.shape), str(weight.dtype), weight.grad is not None] for weight in parameters]
+        given = sum(weight.grad is not None for weight in parameters)
+        ranks.agree({"call": "gradients", "given": given, "parameters": zlib.crc32(repr(there).encode())})
     for dtype in (torch.float32, torch.float64):
         grads = [weight.grad for weight in parameters if weight.grad is not None]
         grads = [grad for grad in grads if torch.promote_types(grad.dtype, torch.float32) == dtype]

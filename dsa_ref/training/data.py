@@ -1,6 +1,7 @@
 """What a step of the training sees: a pure function of the seed, the stage and the step, so that a run can go on."""
 
 import dataclasses
+import math
 import random
 from typing import NamedTuple
 
@@ -49,7 +50,8 @@ class Data:
 
     def __post_init__(self) -> None:
         check_length(self.corpus, self.length)
-        for length, pairs in {self.shape("dense", step) for step in range(self.dense_steps + 1)}:
+        changes = (min(math.ceil(start.until * self.dense_steps), self.dense_steps) for start in self.starts)
+        for length, pairs in {self.shape("dense", step) for step in (0, *changes)}:
             self._window(length, pairs, random.Random(0))
 
     def shape(self, stage: str, step: int) -> tuple[int, int]:

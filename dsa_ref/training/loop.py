@@ -44,7 +44,7 @@ def train_stage(
             if optimizer.done + 1 < steps:
                 drawn = ahead.submit(windows, optimizer.done + 1)
             sums = [None, None]
-            for part in tokens.split(max(1, (at_once or tokens.numel()) // (tokens.shape[1] - 1))):
+            for part in tokens.split(max(1, min(at_once or tokens.numel(), tokens.numel()) // (tokens.shape[1] - 1))):
                 for i, loss in enumerate(backward(model, part, stage, len(part) / len(tokens))):
                     if loss is not None:
                         sums[i] = loss if sums[i] is None else sums[i] + loss

@@ -161,11 +161,9 @@ class Run:
         if self.state is None:
             return
         self.team.check_same("weights", self.masters)
-        if self.team.rank:
-            return
         tensors = {f"master/{name}": master for name, master in self.masters.items()} | moments
         about = {"options": self.options, "stage": self.stage, "step": self.done, "log": self.log}
-        save_state(self.state, tensors, about)
+        self.team.first_does(lambda: save_state(self.state, tensors, about))
         self.saving = time.monotonic() - began
 
     def _device(self) -> torch.device:

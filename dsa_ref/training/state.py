@@ -4,10 +4,12 @@ One safetensors file: master weights, AdamW's means, and beside them as JSON the
 log. What the model computes with are the master weights, rounded, and the windows follow from seed, stage and step.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 
 from torch import Tensor
 
@@ -22,17 +24,25 @@ def save_state(path: pathlib.Path, tensors: dict[str, Tensor], about: dict) -> N
 
     Raises: OSError where it cannot be written; what was at `path` is whole then.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing_safetensors(path) as new:
+        save_file(tensors, new, metadata={"format": FORMAT, "about": json.dumps(about)})
+        with new.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing_safetensors(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """`records.replacing`, for a file that safetensors writes: where it cannot, as on a full disk, that is OSError."""
+    from safetensors import SafetensorError
+
     try:
         with replacing(path) as new:
-            save_file(tensors, new, metadata={"format": FORMAT, "about": json.dumps(about)})
-            with new.open("rb+") as file:
-                os.fsync(file.fileno())
+            yield new
     except SafetensorError as error:
-        raise OSError(str(error)) from error
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def load_state(path: pathlib.Path, options: dict) -> tuple[dict[str, Tensor], dict]:

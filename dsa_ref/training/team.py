@@ -6,7 +6,7 @@ the number of ranks was, and a run goes on with another number; sums over ranks 
 of a number of ranks. Only the first rank writes and speaks.
 """
 
-import os
+import contextlib
 import zlib
 from collections.abc import Callable
 
@@ -36,19 +36,23 @@ class Alone:
     def check_same(self, what: str, tensors: dict[str, Tensor], **facts: object) -> None:
         """Raise ValueError where another rank has other tensors, to the bit, or other facts; all ranks call it."""
 
+    def failing_together(self) -> contextlib.AbstractContextManager:
+        """Inside, an error of one rank before it meets the others is one of theirs, when they come to meet it."""
+        return contextlib.nullcontext()
+
+    def first_does(self, work: Callable[[], None]) -> None:
+        """The first rank does it, and the others wait. Raises: on all ranks, what that raised. All ranks call it."""
+        work()
+
     def leave(self) -> None:
         """What a rank does at its end."""
 
 
 class Group(Alone):
-    """The processes that torchrun started. timeout: seconds that a rank waits for the others before it fails.
+    """The processes that torchrun started. ranks: their group."""
 
-    Raises: as `dsa_ref.parallel.join`.
-    """
-
-    def __init__(self, timeout: float = 60.0) -> None:
-        self.ranks = parallel.Ranks(parallel.join(timeout))
-        self.rank, self.size = self.ranks.rank, self.ranks.size
+    def __init__(self, ranks: parallel.Ranks) -> None:
+        self.ranks, self.rank, self.size = ranks, ranks.rank, ranks.size
 
     def backward(self, model: SmallModel) -> Callable[[SmallModel, Tensor, str, float], Losses]:
         """Each rank's rows, with the gradients summed over the group."""
@@ -64,11 +68,17 @@ class Group(Alone):
         bits = zlib.crc32(repr([(name, sum_of_bits(tensors[name])) for name in sorted(tensors)]).encode())
         self.ranks.agree({"call": what, **facts, what: bits})
 
+    def failing_together(self) -> contextlib.AbstractContextManager:
+        """Inside, an error of one rank before it meets the others is one of theirs, when they come to meet it."""
+        return self.ranks.failing_together()
+
+    def first_does(self, work: Callable[[], None]) -> None:
+        """The first rank does it, and the others wait. Raises: on all ranks, what that raised. All ranks call it."""
+        with self.ranks.failing_together():
+            if self.rank == 0:
+                work()
+            self.ranks.agree({"call": "first_does"})
+
     def leave(self) -> None:
         """What a rank does at its end."""
         torch.distributed.destroy_process_group()
-
-
-def make_team(timeout: float = 60.0) -> Alone:
-    """The Group that torchrun started where it started several processes, else one Alone."""
-    return Group(timeout) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else Alone()

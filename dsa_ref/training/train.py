@@ -28,12 +28,13 @@ import os
 import sys
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from ..nn.model import ModelConfig, SmallModel, load_small_model, save_small_model
-from ..records import output_file, positive, provenance, regular_file, replacing, write_log
+from ..parallel.command import TIMEOUT, Parser, end, seconds, several, start
+from ..records import output_file, positive, provenance, regular_file, write_log
 from .corpus import fingerprint, held_out_windows, load_corpus
 from .data import STARTS, Data
 from .evaluate import held_out_loss
@@ -43,8 +44,8 @@ from .optimizer import BETAS, LARGEST_NORM, PEAK_RATES, WEIGHT_DECAY
 from .run import OutOfTime, Run
 from .show import Show
 from .stages import STAGES
-from .state import check_space
-from .team import make_team
+from .state import check_space, replacing_safetensors
+from .team import Alone, Group
 
 PROGRAM = "dsa_ref.training.train"
 NOT_FINISHED = 75  # EX_TEMPFAIL: the same command again goes on
@@ -81,60 +82,82 @@ def deterministic() -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> None:
     """Train all stages, write the weights and the figures; arguments as on the command line."""
     began = time.monotonic()
-    parser = _make_parser()
-    options = parser.parse_args(arguments)
+    parser, team = _make_parser(), Alone()
     with deterministic():
         try:
-            team = make_team(options.timeout)  # first: a rank's GPU is the current one from here on
-            ops = resolve_options(parser, options)
-            session = provenance(PROGRAM, arguments, options.device) | ({"ranks": team.size} if team.size > 1 else {})
-            show = Show(sys.stderr.isatty(), team.rank == 0)
-            corpus, held_out = load_corpus()
-            data = Data(
-                corpus, options.length, options.batch, options.seed, options.pairs, options.device, options.asks,
-                options.steps[0], STARTS if options.starts else (),
-            )  # fmt: skip
-            measure = _make_measure(held_out.to(options.device), options)
-            torch.manual_seed(options.seed)
-            with torch.device("cpu"):  # the same weights for every device
-                model = SmallModel(course_config(options.k, options.length), ops).float()
-            size = sum(p.numel() for p in model.parameters())
-            needs = {options.weights: 2 * size} | ({options.state: 12 * size} if options.state else {})
-            check_space(needs)
-            run = Run(
-                model.to(options.device), data, dict(zip(STAGES, options.steps, strict=True)),
-                _fixed_options(options, model.config, data), measure, show, options.state, options.save_every,
-                options.log_every, options.micro, DTYPES[options.dtype], session,
-                began + 60 * options.minutes if options.minutes else float("inf"), team,
-            )  # fmt: skip
+            if several():  # first: a rank's GPU is the current one from here on
+                options, ranks = start(parser, arguments)
+                team = Group(ranks)
+            else:
+                options = parser.parse_args(arguments)
+            with team.failing_together():
+                run, finish = _set_up(parser, options, arguments, team, began)
         except ValueError as error:
-            parser.error(str(error))
+            end(parser, error, 2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except (OSError, RuntimeError) as error:
+            if not several():
+                raise
+            end(parser, error)
+        show = run.show
         try:
             result = run.run()
             if team.rank == 0:
-                _finish(run, options, ops, result, measure, session)
+                finish(result)
             team.leave()
         except OutOfTime:
             show.say(f"--minutes {options.minutes:g} are over at step {run.done} of {run.stage}: run it again to go on")
+            with contextlib.suppress(RuntimeError):
+                team.any(True)  # it is said: torchrun ends all ranks when one has ended
             sys.exit(NOT_FINISHED)
         except KeyboardInterrupt:
             show.say(f"interrupted at step {run.done} of {run.stage}")
             sys.exit(130)
-        except (OSError, FloatingPointError) as error:  # a full disk, for one: the last state that was saved is whole
-            show.say("")
-            sys.exit(f"{parser.prog}: error: at step {run.done} of {run.stage}: {error}")
         except (torch.OutOfMemoryError, MemoryError) as error:
             show.say("")
-            sys.exit(f"{parser.prog}: error: memory ran out in the stage {run.stage}; --micro 1 needs less: {error}")
-        except RuntimeError as error:
-            if team.size == 1:
+            end(parser, error, where=f"memory ran out in the stage {run.stage}; --micro 1 needs less")
+        except (OSError, FloatingPointError, RuntimeError, ValueError) as error:
+            if team.size == 1 and isinstance(error, (RuntimeError, ValueError)):
                 raise
-            sys.exit(f"{parser.prog}: error: at step {run.done} of {run.stage}: {error}")  # another rank has ended
+            show.say("")
+            end(parser, error, where=f"at step {run.done} of {run.stage}")  # the last state that was saved is whole
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def _set_up(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, arguments: list[str] | None, team: Alone, began: float
+) -> tuple[Run, Callable[[dict], None]]:
+    """The run that the options ask for, from its state, and what is to be done with its result.
+
+    Raises: ValueError for what it cannot do.
+    """
+    ops = resolve_options(parser, options)
+    session = provenance(PROGRAM, arguments, options.device) | ({"ranks": team.size} if team.size > 1 else {})
+    show = Show(sys.stderr.isatty(), team.rank == 0)
+    corpus, held_out = load_corpus()
+    data = Data(
+        corpus, options.length, options.batch, options.seed, options.pairs, options.device, options.asks,
+        options.steps[0], STARTS if options.starts else (),
+    )  # fmt: skip
+    measure = _make_measure(held_out.to(options.device), options)
+    torch.manual_seed(options.seed)
+    with torch.device("cpu"):  # the same weights for every device
+        model = SmallModel(course_config(options.k, options.length), ops).float()
+    size = sum(p.numel() for p in model.parameters())
+    if team.rank == 0:
+        check_space({options.weights: 2 * size} | ({options.state: 12 * size} if options.state else {}))
+    run = Run(
+        model.to(options.device), data, dict(zip(STAGES, options.steps, strict=True)),
+        _fixed_options(options, model.config, data), measure, show, options.state, options.save_every,
+        options.log_every, options.micro, DTYPES[options.dtype], session,
+        began + 60 * options.minutes if options.minutes else float("inf"), team,
+    )  # fmt: skip
+    return run, lambda result: _finish(run, options, ops, result, measure, session)
+
+
+def _make_parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description=__doc__.splitlines()[0])
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--weights", type=regular_file, required=True, help="where the safetensors file goes")
     add("--log", type=output_file, required=True, help="where the figures go, as JSON")
@@ -157,7 +180,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--kernels", action="store_const", dest="ops", const="dsa_kernels", default="dsa_ref",
         help="run the steps of dsa_kernels, not of dsa_ref: for a GPU")  # fmt: skip
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
-    add("--timeout", type=float, default=60.0, metavar="SECONDS",
+    add("--timeout", type=seconds, default=TIMEOUT, metavar="SECONDS",
         help="how long ranks of torchrun wait for each other (default %(default)s)")  # fmt: skip
     add("--dtype", choices=DTYPES, help="of what the model computes with (default bf16 on a GPU, fp32 on a CPU)")
     return parser
@@ -177,6 +200,8 @@ def resolve_options(parser: argparse.ArgumentParser, options: argparse.Namespace
         parser.error(f"--k must be below --length {options.length}, else nothing is left out, got {options.k}")
     if options.pairs < 0:
         parser.error(f"--pairs must be at least 0, got {options.pairs}")
+    if not -(2**63) <= options.seed < 2**64:
+        parser.error(f"--seed must be a number of 64 bits, got {options.seed}")
     if importlib.util.find_spec("safetensors") is None:
         parser.error("safetensors must be installed to save the weights: pip install safetensors")
     try:
@@ -233,7 +258,7 @@ def _finish(run: Run, options: argparse.Namespace, ops: types.ModuleType, result
     """Write the weights, measure what a reader gets, and write the log."""
     config = run.model.config
     run.model.config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, index_fp8=True))
-    with replacing(options.weights) as new:
+    with replacing_safetensors(options.weights) as new:
         save_small_model(run.model, new)
     final = load_small_model(options.weights, ops).to(options.device, DTYPES[options.dtype])  # bf16, FP8 indexer
     result["after"]["saved"] = measure(final, "saved")

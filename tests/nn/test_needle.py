@@ -145,6 +145,8 @@ def test_needles_that_do_not_fit_into_some_window_are_refused_at_once():
         Data(load_corpus()[0], 400, 2, pairs=4, dense_steps=10, starts=(Start(0.2, 100, 4),))
     with pytest.raises(ValueError, match="pairs must fit into a window of 401 bytes"):
         Data(load_corpus()[0], 400, 2, pairs=20)
+    with pytest.raises(ValueError, match="pairs must fit into a window of 401 bytes"):  # at once, of any stage's length
+        Data(load_corpus()[0], 400, 2, pairs=20, dense_steps=10**15, starts=(Start(0.2, 100, 1),))
 
 
 def test_windows_are_runs_of_the_corpus_from_its_start_to_its_end():

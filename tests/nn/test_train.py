@@ -170,7 +170,7 @@ def test_micro_batches_change_nothing(stage):
 
 
 def test_micro_batches_are_whole_windows_of_at_most_so_many_tokens():
-    for at_once, sizes in ((None, [3]), (3 * LENGTH, [3]), (3 * LENGTH - 1, [2, 1]), (1, [1, 1, 1])):
+    for at_once, sizes in ((None, [3]), (10**20, [3]), (3 * LENGTH, [3]), (3 * LENGTH - 1, [2, 1]), (1, [1, 1, 1])):
         model, parts = tiny_model(), []
 
         def watched(model, part, stage, share, parts=parts):

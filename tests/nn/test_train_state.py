@@ -264,14 +264,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path):
         (torch.OutOfMemoryError("no more"), "memory ran out in the stage dense; --micro 1 needs less: no more"),
     ],
 )
-def test_what_fails_later_ends_the_command_in_one_line(error, said, tmp_path, monkeypatch):
+def test_what_fails_later_ends_the_command_in_one_line(error, said, tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise error
 
     monkeypatch.setattr(run_module, "save_state", fail)
     with pytest.raises(SystemExit) as stopped:
         train.main(command(tmp_path))
-    assert stopped.value.code == f"python -m dsa_ref.training.train: error: {said}"
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"python -m dsa_ref.training.train: error: {said}"
 
 
 def test_progress_is_one_line_on_a_terminal_and_few_lines_elsewhere(capsys, monkeypatch):

@@ -233,11 +233,30 @@ def sharded_call(group, T=3, seed=0, dtype=torch.float32, fields=None, before=0,
     ShardedLayer(layer)(tokens_of([T], seed, dtype), torch.arange(before, before + T), cache, attention)
 
 
-def training_call(group, stage="sparse", n=2, seed=0, token=None):
+def training_call(group, stage="sparse", n=2, seed=0, token=None, share=1.0):
     windows = windows_of(n, 7, seed)
     if token is not None:
         windows[0, 0] = token
-    stage_backward(over_group(model_of(0), GatheredLayer), windows, stage)
+    stage_backward(over_group(model_of(0), GatheredLayer), windows, stage, share)
+
+
+def model_call(group, plan=GatheredLayer, token=None, count=None):
+    """A whole model: what it refuses before its first layer."""
+    rows = Zigzag(7, group.size).rows(group.rank) if plan is GatheredLayer else torch.arange(3)
+    text, model = windows_of(1, 7, 0)[0, rows], model_of(0).requires_grad_(False)
+    if token is not None:
+        text[0] = token
+    caches = new_sharded_caches(model, 7)
+    over_group(model, plan)(text, rows, caches[:count])
+
+
+def gradients_call(group, wrong=None):
+    weights = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    for weight in weights:
+        weight.grad = torch.ones(2, 2)
+    if wrong == "sparse":
+        weights[1].grad = torch.ones(2, 2).to_sparse()
+    training.sum_gradients(weights[0] if wrong == "one" else ["w"] if wrong == "names" else iter(weights))
 
 
 def weights_call(group, seed=0):
@@ -249,7 +268,7 @@ def mixed_call(group, other=False):
 
 
 CALLS = {"gathered": gathered_call, "behind": behind_call, "sharded": sharded_call, "training": training_call,
-         "mixed": mixed_call, "weights": weights_call}  # fmt: skip
+         "mixed": mixed_call, "weights": weights_call, "model": model_call, "gradients": gradients_call}  # fmt: skip
 
 
 def dies(rank, where):

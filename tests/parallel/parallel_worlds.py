@@ -30,17 +30,22 @@ class Raised(Exception):
         self.kind, self.message = kind, message
 
 
+def forkserver():
+    """The context of processes that are forked from the server."""
+    context = multiprocessing.get_context("forkserver")
+    # the last one is imported by torch.use_deterministic_algorithms, and takes seconds
+    context.set_forkserver_preload(["parallel_cases", "dsa_ref.training.train", "torch._inductor.config"])
+    path = os.pathsep.join(folder for folder in sys.path if folder)  # before Python 3.12 the server has no other
+    with mock.patch.dict(os.environ, PYTHONPATH=path, CUDA_VISIBLE_DEVICES=""):  # and no GPU
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
 class World:
     """`size` processes in one group. timeout: the group's, in seconds."""
 
     def __init__(self, size, timeout=60.0):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["parallel_cases"])
-        path = os.pathsep.join(
-            folder for folder in sys.path if folder
-        )  # before Python 3.12 the server has no other; and no GPU
-        with mock.patch.dict(os.environ, PYTHONPATH=path, CUDA_VISIBLE_DEVICES=""):
-            multiprocessing.forkserver.ensure_running()
+        context = forkserver()
         self.size, self.folder = size, tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
         self.broken = False  # a case has failed, and left ranks at different places

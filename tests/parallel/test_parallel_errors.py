@@ -7,7 +7,16 @@ from parallel_worlds import World
 
 from dsa_ref import TINY
 from dsa_ref.nn import DSALayer
-from dsa_ref.parallel import GatheredLayer, Ranks, ShardedCache, Zigzag, join, new_sharded_caches, over_group
+from dsa_ref.parallel import (
+    GatheredLayer,
+    Ranks,
+    ShardedCache,
+    Zigzag,
+    indexer_share,
+    join,
+    new_sharded_caches,
+    over_group,
+)
 
 REFUSED = {  # call, what rank 1 brings, the error on all ranks
     "fewer rows": ("gathered", {"fewer": 1}, "ValueError", "x must hold"),
@@ -38,6 +47,13 @@ REFUSED = {  # call, what rank 1 brings, the error on all ranks
     "other windows": ("training", {"seed": 1}, "ValueError", "values must be the same on all ranks"),
     "a token that is none": ("training", {"token": 256}, "ValueError", "rank 1: tokens must lie in"),
     "other weights": ("weights", {"seed": 1}, "ValueError", "weights must be the same on all ranks"),
+    "a text that is none": ("model", {"token": 256}, "ValueError", "rank 1: tokens must lie in"),
+    "another kind of tokens": ("model", {"token": -1}, "ValueError", "rank 1: tokens must lie in"),
+    "too few caches": ("model", {"count": 1}, "ValueError", "rank 1: caches must be 2 distinct ones"),
+    "one parameter": ("gradients", {"wrong": "one"}, "TypeError", "rank 1: parameters must be those of a module"),
+    "names of parameters": ("gradients", {"wrong": "names"}, "TypeError", "rank 1: parameters must be"),
+    "sparse gradients": ("gradients", {"wrong": "sparse"}, "ValueError", "rank 1: parameters must have dense"),
+    "another share": ("training", {"share": float("nan")}, "ValueError", "rank 1: share must be a finite number"),
     "the other plan": ("mixed", {"other": True}, "ValueError", "call must be the same on all ranks"),
 }  # fmt: skip
 
@@ -99,7 +115,8 @@ def test_there_must_be_a_group():
 
 
 @pytest.mark.parametrize(
-    "timeout, kind", [(0, ValueError), (-1.0, ValueError), (float("inf"), ValueError), ("60", TypeError)]
+    "timeout, kind",
+    [*((bad, ValueError) for bad in (0, -1.0, 1e-9, 1e300, float("inf"), float("nan"))), ("60", TypeError)],
 )
 def test_join_needs_a_timeout(timeout, kind):
     with pytest.raises(kind, match="timeout"):
@@ -110,6 +127,16 @@ def test_join_needs_torchrun(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="torchrun"):
         join()
+
+
+def test_a_share_of_the_loss_needs_a_step_of_its_layer():
+    with pytest.raises(TypeError, match="layer must be a GatheredLayer, got DSALayer"):
+        indexer_share(DSALayer(TINY), {}, 4)
+    layer = GatheredLayer.__new__(GatheredLayer)
+    with pytest.raises(ValueError, match="step must be what a GatheredLayer with an indexer recorded, got none of"):
+        indexer_share(layer, {"q": 1, "kv": 1, "lse": 1, "start": 1, "end": 1}, 4)
+    with pytest.raises(TypeError, match="rows must be an int"):
+        indexer_share(layer, dict.fromkeys(("q_idx", "k_idx", "w", "start", "end", "q", "kv", "lse")), 4.0)
 
 
 def test_a_sharded_cache_is_no_cache_of_a_layer_alone():
@@ -156,10 +183,12 @@ def test_what_json_cannot_hold_is_announced(worlds):
         assert message.startswith("rank 1: ") and "\\u2192" in message
 
 
-def test_there_must_be_a_gpu_for_each_process(monkeypatch):
-    for name, value in {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "2"}.items():
+@pytest.mark.parametrize("more", [{"LOCAL_RANK": "2"}, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}])
+def test_there_must_be_a_gpu_for_each_process(more, monkeypatch):
+    """All ranks of a host are refused, where they can know it."""
+    for name, value in ({"RANK": "2", "WORLD_SIZE": "3"} | more).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="at most the number of GPUs here, 2, got a rank 2"):
+    with pytest.raises(ValueError, match="at most the number of GPUs here, 2, got 3"):
         join()

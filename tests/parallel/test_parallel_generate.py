@@ -53,7 +53,7 @@ def test_it_ends_where_the_model_can_read_no_more(worlds):
     ({"prompt": "text"}, "prompt must be bytes, got str"),
     ({"tokens": 0}, "tokens must be "),
     ({"temperature": -1.0}, "temperature must be at least 0"),
-    ({"vocab_size": 64}, "rank 0: model must have a vocab_size of 256"),
+    ({"vocab_size": 64}, "model must have a vocab_size of 256"),
     ({"other": b"another"}, "prompt must be the same on all ranks"),
     ({"other": b""}, "rank 1: prompt must have from 1 to max_seq_len = "),
 ])  # fmt: skip
