@@ -12,11 +12,9 @@ from dsa_course.ranks.live import K, live_walk
 from dsa_course.ranks.live_plans import (
     LENGTHS,
     LINKS,
-    gathered_row_bytes,
     live_plans,
     plans_at,
     received,
-    sharded_query_bytes,
 )
 from dsa_course.ranks.live_shares import TOKENS, chunks_of, live_shares, shares_at
 from dsa_course.ranks.processes import run_ranks
@@ -119,8 +117,7 @@ def test_an_equal_share_of_k_misses_keys():
 
 
 def test_bytes_are_those_of_the_plans():
-    assert (gathered_row_bytes(V32), sharded_query_bytes(V32)) == (1408, 8 * 2048 + 4 * 128 * 513)
-    assert received(V32, 1000, 10, 4) == {"gathered": 1408 * 750, "sharded": 279_040 * 30}
+    assert received(V32, 4000, 10, 4) == {"gathered": 1284 * 3000, "sharded": (8 * 2048 + 4 * 128 * 513) * 30}
 
 
 def test_what_the_text_says_of_plans():

@@ -1,11 +1,12 @@
 """Notebook 17."""
 
+import heapq
 import math
 
 import numpy as np
 import torch
 
-from dsa_ref import merge_parts, sparse_attention
+from dsa_ref import merge_parts, select_topk, sparse_attention
 
 from . import right
 
@@ -37,6 +38,36 @@ def sorted_pairs(scores, places, k):
     return -torch.tensor([score for score, _ in pairs]), torch.tensor([p for _, p in pairs], dtype=torch.int64)
 
 
+@right("zigzag")
+def divided_in_floats_but_multiplied_first(T, size, rank):
+    cuts = [int(c * T / (2 * size)) for c in range(2 * size + 1)]  # exact: one rounding, of a quotient far below 2^53
+    other = 2 * size - 1 - rank
+    return tuple(range(cuts[rank], cuts[rank + 1])) + tuple(range(cuts[other], cuts[other + 1]))
+
+
+@right("candidates")
+def two_lists(scores, places, k):
+    pairs = heapq.nsmallest(k, zip((-scores).tolist(), places.tolist(), strict=True))
+    return [-score for score, _ in pairs], [place for _, place in pairs]
+
+
+@right("candidates")
+def lists_of_numbers_of_torch(scores, places, k):
+    rows = sorted(range(len(scores)), key=lambda row: (-scores[row], places[row]))[:k]
+    return [[scores[row] for row in rows], [places[row] for row in rows]]
+
+
+@right("candidates")
+def above_the_threshold_and_then_ties(scores, places, k):
+    m = min(k, len(scores))
+    if m == 0:
+        return scores, places
+    threshold = scores.topk(m).values[-1]
+    over, equal = (scores > threshold).nonzero()[:, 0], (scores == threshold).nonzero()[:, 0]
+    rows = torch.cat((over, equal[: m - len(over)]))
+    return scores[rows].double(), places[rows]
+
+
 @right("candidates")
 def with_lexsort(scores, places, k):
     order = np.lexsort((places.numpy(), -scores.numpy()))[:k]
@@ -54,6 +85,25 @@ def pairs_in_a_loop(scores, places, k):
     pairs = [(-s, p) for s, p in zip(scores.flatten().tolist(), places.flatten().tolist(), strict=True) if p >= 0]
     kept = sorted(p for _, p in sorted(pairs)[:k])
     return np.array(kept + [-1] * (k - len(kept)))
+
+
+@right("winners")
+def a_list(scores, places, k):
+    return pairs_in_a_loop(scores, places, k).tolist()
+
+
+@right("winners")
+def a_list_of_numbers_of_torch(scores, places, k):
+    return list(two_stable_sorts(scores, places, k))
+
+
+@right("winners")
+def a_short_row_for_the_contract(scores, places, k):
+    there = places >= 0
+    order = places[there].sort()
+    row, end = scores[there][order.indices][None], torch.tensor([len(order.values)], dtype=torch.int32)
+    found = select_topk(row, k, torch.zeros(1, dtype=torch.int32), end)[0].long()
+    return torch.where(found < 0, -1, order.values[found.clamp(min=0)])
 
 
 @right("winners")
@@ -95,6 +145,53 @@ def merged_two_by_two(q, kv, places, indices, scale, v_dim):
         part = sparse_attention(q, rows, local, scale, v_dim)
         whole = part if whole is None else merge_parts(*map(torch.stack, zip(whole, part, strict=True)))
     return whole[0].numpy(), whole[1].numpy()
+
+
+@right("rank_attention")
+def every_row_brought_together(q, kv, places, indices, scale, v_dim):
+    order = torch.cat(places).argsort()
+    ordered, rows = torch.cat(places)[order], torch.cat(kv)[order]
+    local = torch.searchsorted(ordered, indices.long()).masked_fill(indices < 0, -1)
+    return sparse_attention(q, rows, local.to(torch.int32), scale, v_dim)
+
+
+@right("rank_attention")
+def ranks_without_a_winner_left_out(q, kv, places, indices, scale, v_dim):
+    outs, lses = [torch.zeros(*q.shape[:2], v_dim)], [torch.full(q.shape[:2], -torch.inf)]
+    for rows, own in zip(kv, places, strict=True):
+        if torch.isin(indices, own).any():
+            at = torch.full((int(max(own[-1], indices.max())) + 2,), -1, dtype=torch.int32)
+            at[own] = torch.arange(len(own), dtype=torch.int32)  # its last entry, -1, is that of place -1
+            out, lse = sparse_attention(q, rows, at[indices.long()], scale, v_dim)
+            outs.append(out.double())
+            lses.append(lse.double())
+    whole = torch.logsumexp(torch.stack([lse.double() for lse in lses]), dim=0)
+    weights = [torch.where(lse > -torch.inf, (lse - whole).exp(), 0.0) for lse in lses]
+    return sum(weight[..., None] * out for weight, out in zip(weights, outs, strict=True)), whole
+
+
+@right("group_gradient")
+def in_fp32(gathered, x, rows):
+    total = sum(gathered).float()
+    return sum(total[own].T @ mine.float() for mine, own in zip(x, rows, strict=True)) / len(total)
+
+
+@right("group_gradient")
+def of_inputs_in_fp32(gathered, x, rows):
+    total = sum(g.float() for g in gathered)
+    found = torch.zeros(total.shape[1], x[0].shape[1])
+    for mine, own in zip(x, rows, strict=True):
+        for row, inputs in zip(own.tolist(), mine.float(), strict=True):
+            found += torch.outer(total[row], inputs) / len(total)
+    return found.numpy()
+
+
+@right("group_gradient")
+def by_autograd(gathered, x, rows):
+    W = torch.zeros(gathered[0].shape[1], x[0].shape[1], dtype=torch.float64, requires_grad=True)
+    total = sum(gathered) / len(gathered[0])
+    sum(((mine @ W.T) * total[own]).sum() for mine, own in zip(x, rows, strict=True)).backward()
+    return W.grad
 
 
 @right("group_gradient")

@@ -1,5 +1,6 @@
 """Notebook 17: whose rows, whose candidates, which winners. `ranks_sums` has what is merged and summed."""
 
+import numpy as np
 import torch
 
 from . import wrong
@@ -78,6 +79,24 @@ def few_rows_stay_with_rank_0(T, size, rank):
     return chunks(T, size, rank, 2 * size - 1 - rank)
 
 
+@wrong("zigzag", "in whole numbers")
+def a_chunk_of_so_many_rows_as_a_float(T, size, rank):
+    n = T / (2 * size)
+    return [row for c in (rank, 2 * size - 1 - rank) for row in range(int(c * n), int((c + 1) * n))]
+
+
+@wrong("zigzag", "in whole numbers")
+def a_share_of_the_text_as_a_float(T, size, rank):
+    cuts = [int(c / (2 * size) * T) for c in range(2 * size + 1)]
+    return [row for c in (rank, 2 * size - 1 - rank) for row in range(cuts[c], cuts[c + 1])]
+
+
+@wrong("zigzag", "in whole numbers")
+def evenly_spaced_floats(T, size, rank):
+    cuts = np.linspace(0, T, 2 * size + 1).astype(int)
+    return [row for c in (rank, 2 * size - 1 - rank) for row in range(cuts[c], cuts[c + 1])]
+
+
 # -------------------------------------------------------------------------------------------------------- candidates
 
 
@@ -143,6 +162,37 @@ def all_that_reach_the_kth_score(scores, places, k):
         return scores, places
     kept = scores >= scores.sort(descending=True).values[k - 1]
     return scores[kept], places[kept]
+
+
+@wrong("candidates", "ties")
+def minus_zero_below_zero(scores, places, k):
+    bits = scores.view(torch.int32).long()
+    rows = best_rows(torch.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits), k)
+    return scores[rows], places[rows]
+
+
+@wrong("candidates", "ties")
+def a_billionth_of_the_place_subtracted_in_fp64(scores, places, k):
+    rows = (scores.double() - 1e-9 * places).argsort(descending=True)[:k]
+    return scores[rows], places[rows]
+
+
+@wrong("candidates", "close scores")
+def a_millionth_of_the_place_subtracted(scores, places, k):
+    rows = best_rows(scores - 1e-6 * places, k)
+    return scores[rows], places[rows]
+
+
+@wrong("candidates", "close scores")
+def compared_in_tf32(scores, places, k):
+    rows = best_rows(((scores.view(torch.int32) >> 13) << 13).view(torch.float32), k)
+    return scores[rows], places[rows]
+
+
+@wrong("candidates", "a long text")
+def places_and_scores_in_one_tensor(scores, places, k):
+    together = torch.stack((scores, places))[:, best_rows(scores, k)]
+    return together[0], together[1].long()
 
 
 @wrong("candidates", "few keys")
@@ -227,6 +277,45 @@ def ties_by_the_largest_place(scores, places, k):
     order = places.flatten().argsort(descending=True, stable=True)
     order = order[scores.flatten()[order].argsort(descending=True, stable=True)]
     return in_order(places.flatten()[order[:k]], k)
+
+
+def by_key(key, places, k):
+    """The k best by this key, which is to break ties; as they came where it does not."""
+    there = places >= 0
+    return in_order(places[there][key[there].argsort(descending=True, stable=True)[:k]], k)
+
+
+@wrong("winners", "ties")
+def a_billionth_of_the_place_subtracted(scores, places, k):
+    return by_key(scores - 1e-9 * places, places, k)
+
+
+@wrong("winners", "ties")
+def a_millionth_of_a_millionth_in_fp64(scores, places, k):
+    return by_key(scores.double() - 1e-12 * places, places, k)
+
+
+@wrong("winners", "ties")
+def scores_and_places_in_one_number(scores, places, k):
+    return by_key(1e9 * scores.double() - places, places, k)
+
+
+@wrong("winners", "ties")
+def a_relative_trifle_in_fp64(scores, places, k):
+    scores = scores.double()
+    return by_key(scores - 1e-12 * places * scores.abs(), places, k)
+
+
+@wrong("winners", "close scores")
+def rounded_to_a_millionth_of_the_largest(scores, places, k):
+    step = 2.0**-20 * scores[scores > -torch.inf].abs().max().clamp(min=1.0)
+    coarse = torch.where(scores > -torch.inf, (scores / step).round(), scores)
+    return in_order(places.flatten()[by_place_first(coarse, places)[:k]], k)
+
+
+@wrong("winners", "a long text")
+def places_that_went_through_fp32(scores, places, k):
+    return in_order(places.float().long().flatten()[by_place_first(scores, places)[:k]], k)
 
 
 @wrong("winners", "fewer than k")

@@ -1,10 +1,11 @@
 """Notebook 17: a rank's rows, its candidates, and the winners of all. `check_sums` has attention and the gradient."""
 
+import numpy as np
 import torch
 
 from dsa_ref.parallel import Zigzag
 
-from ..checking import Check, expect, expect_int, expect_shape, normal, tensor, whole
+from ..checking import Check, expect, expect_int, expect_number, expect_shape, normal, tensor, whole
 from .lesson import TEXT, read_alone, select_among
 
 zigzag = Check("zigzag")  # (T, size, rank) -> the rank's rows
@@ -22,7 +23,10 @@ def expect_pair(got, names):
 
 
 def places_of(got, count=None, name="places") -> list[int]:
-    """`got`, a vector of whole numbers, as ints; of `count` of them where that is given."""
+    """`got`, a vector or a list of whole numbers, as ints; of `count` of them where that is given."""
+    if isinstance(got, (list, tuple, range)):
+        found = [expect_int(place, f"{name}: entry {i} of the list") for i, place in enumerate(got)]
+        got = torch.tensor(found, dtype=torch.int64)
     got = tensor(got, name)
     expect_shape(got, [got.numel() if count is None else count], name=name)
     whole_numbers = not got.dtype.is_floating_point and got.dtype != torch.bool
@@ -36,18 +40,34 @@ def best_of(scores, places, k) -> list[int]:
     return sorted(place for _, place in sorted(pairs)[:k])
 
 
+FAR = 3 * 2**23 + 1  # a place in a text of 25M tokens that fp32 does not have
+LONG = "fp32 has whole numbers up to 2^24 only: places stay ints, also where they travel with scores"
+CLOSE = (
+    "scores that differ by little are no tie: nothing that is subtracted, or rounded away, is small enough; sort by "
+    "score, and by place among equal ones"
+)
+
+
+def close(n):
+    """Scores that differ by little: tiny ones, with ties; then the last bit of numbers around 1, in another order."""
+    yield 2.0**-60 * whole(n, seed=31, largest=9)
+    yield 2.0**-30 * whole(n, seed=32, largest=9)
+    last_bits = torch.from_numpy(np.random.default_rng(33).permutation(n))
+    yield (torch.ones(n).view(torch.int32) + last_bits).to(torch.int32).view(torch.float32)
+
+
+def signed_zeros(scores):
+    """The scores that are below 0, and zeros for the others, of both signs, as weights of relus make them."""
+    scores = scores.clamp(max=0.0)
+    return scores.index_fill(0, (scores == 0).nonzero()[::2, 0], -0.0)
+
+
 # ------------------------------------------------------------------------------------------------------------ zigzag
-
-
-def _rows(got) -> list[int]:
-    if isinstance(got, (list, tuple, range)):
-        return [expect_int(row, f"row {i} of the list") for i, row in enumerate(got)]
-    return places_of(got, name="rows")
 
 
 def _expect_rows(solution, T, size, cause):
     for rank in range(size):
-        got, expected = _rows(solution(T, size, rank)), Zigzag(T, size).rows(rank).tolist()
+        got, expected = places_of(solution(T, size, rank), name="rows"), Zigzag(T, size).rows(rank).tolist()
         if got == expected:
             continue
         first, last = Zigzag(T, size).chunks(rank)
@@ -84,13 +104,29 @@ def zigzag_fewer_rows_than_chunks(solution):
         _expect_rows(solution, T, size, "a chunk may be empty, and so may a rank")
 
 
+@zigzag.property("in whole numbers")
+def zigzag_in_whole_numbers(solution):
+    for T, size in ((122, 7), (164, 10), (22, 11)):  # where floats fall just below a whole number
+        _expect_rows(
+            solution, T, size, "a float may fall just below a whole number: compute with ints, // in place of /"
+        )
+
+
 # -------------------------------------------------------------------------------------------------------- candidates
+
+
+def scores_of(got) -> torch.Tensor:
+    """`got`, a vector or a list of numbers, as a tensor."""
+    if isinstance(got, (list, tuple)):
+        found = [expect_number(score, f"scores: entry {i} of the list") for i, score in enumerate(got)]
+        return torch.tensor(found, dtype=torch.float64)
+    return tensor(got, "scores")
 
 
 def _expect_candidates(solution, scores, places, k, cause):
     got = expect_pair(solution(scores, places, k), "scores, places")
     expected = best_of(scores.tolist(), places.tolist(), k)
-    got_scores, got_places = tensor(got[0], "scores"), places_of(got[1])
+    got_scores, got_places = scores_of(got[0]), places_of(got[1])
     rows = [places.tolist().index(s) for s in expected]
     what = f"{len(scores)} keys at {places.tolist()[:6]}..., k={k}: places"
     if sorted(got_places) != expected:
@@ -130,7 +166,22 @@ def candidates_ties(solution):
         for rank in range(size):
             own = Zigzag(T, size).rows(rank)
             cause = "of equal scores the smallest place is kept: the others may be needed by nobody"
-            _expect_candidates(solution, whole(len(own), seed=seed + rank, largest=2), own, k, cause)
+            scores = whole(len(own), seed=seed + rank, largest=2)
+            for given in (scores, 2.0**60 * scores, signed_zeros(scores)):
+                _expect_candidates(solution, given, own, k, cause)
+
+
+@candidates.property("close scores")
+def candidates_close_scores(solution):
+    for case, scores in enumerate(close(45)):
+        own = Zigzag(90, 2).rows(case % 2)
+        _expect_candidates(solution, scores, own, 9, CLOSE)
+
+
+@candidates.property("a long text")
+def candidates_a_long_text(solution):
+    for n, k, seed in ((20, 6, 21), (9, 4, 22)):
+        _expect_candidates(solution, normal(n, seed=seed), FAR + torch.arange(n), k, LONG)
 
 
 @candidates.property("few keys")
@@ -160,10 +211,12 @@ def brought(scores, shares, k):
     return all_scores, all_places
 
 
-def _expect_winners(solution, scores, shares, k, cause, ordered=True):
-    given = brought(scores, shares, k)
+def _expect_winners(solution, scores, shares, k, cause, ordered=True, first=0):
+    """scores: of the keys from place `first` on; shares: each rank's, counted from there."""
+    scores_brought, places = brought(scores, shares, k)
+    given = scores_brought, torch.where(places < 0, places, places + first)
     got = places_of(solution(*given, k), k, "winners")
-    expected = best_of(scores.tolist(), range(len(scores)), k)
+    expected = best_of(scores.tolist(), range(first, first + len(scores)), k)
     expected += [-1] * (k - len(expected))
     if got == expected or (not ordered and sorted(got) == sorted(expected)):
         return
@@ -206,7 +259,21 @@ def winners_ascending(solution):
 def winners_ties(solution):
     for T, size, k, seed in ((8, 2, 3, 6), (40, 2, 7, 7), (66, 3, 10, 8), (64, 4, 12, 9)):
         cause = "of equal scores the smallest place is kept, as one rank alone would"
-        _expect_winners(solution, whole(T, seed=seed, largest=2), _shares(T, size), k, cause)
+        scores = whole(T, seed=seed, largest=2)
+        for given in (scores, 2.0**60 * scores, signed_zeros(scores)):
+            _expect_winners(solution, given, _shares(T, size), k, cause)
+
+
+@winners.property("close scores")
+def winners_close_scores(solution):
+    for scores in close(60):
+        _expect_winners(solution, scores, _shares(60, 3), 9, CLOSE)
+
+
+@winners.property("a long text")
+def winners_a_long_text(solution):
+    for T, size, k, seed in ((40, 2, 9, 11), (24, 3, 5, 12)):
+        _expect_winners(solution, normal(T, seed=seed), _shares(T, size), k, LONG, first=FAR)
 
 
 @winners.property("fewer than k")

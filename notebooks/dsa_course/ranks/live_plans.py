@@ -1,6 +1,5 @@
 """Notebook 17: seconds of computing against seconds of travel, of both plans, at DeepSeek-V3.2's sizes."""
 
-import dataclasses
 import functools
 
 import ipywidgets
@@ -14,25 +13,13 @@ from ..viz import COLOURS, LiveFigure
 
 LINKS = {"Ethernet, 100 Gbit/s": 12.5e9, "InfiniBand, 400 Gbit/s": 50e9, "NVLink, 450 GB/s": 450e9}  # bytes/s, one way
 LENGTHS = [2**i for i in range(12, 24)]
-FP32 = 4
-
-
-def gathered_row_bytes(config) -> int:
-    """One token in one layer, as it travels in bf16: latent, rope part and index key (1408 in V3.2)."""
-    unquantised = dataclasses.replace(config, index_fp8=False)
-    return cost.bf16_kv_bytes_per_token(config) + cost.index_bytes_per_token(unquantised)
-
-
-def sharded_query_bytes(config) -> int:
-    """What one rank sends of one query in one layer: k scores and places, and out and lse of each head in fp32."""
-    return 2 * FP32 * config.index_topk + FP32 * config.n_heads * (config.kv_lora_rank + 1)
 
 
 def received(config, L, queries, size) -> dict:
     """{plan: bytes} that reach each rank in one layer: L tokens, of which `queries` have to be computed."""
     return {
-        "gathered": gathered_row_bytes(config) * L * (size - 1) / size,
-        "sharded": sharded_query_bytes(config) * queries * (size - 1),
+        "gathered": cost.gathered_bytes(config, L, size),
+        "sharded": sum(cost.sharded_bytes(config, queries, L, size).values()),
     }
 
 
