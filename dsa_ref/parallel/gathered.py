@@ -207,7 +207,12 @@ def gather_rows(rows: list[Tensor], shares: Zigzag, ranks: Ranks) -> list[Tensor
     """Every rank's rows in the sequence's order: [T, ...] for each of rows [n, ...], differentiable where that is.
 
     One all-gather, of bytes. Backward, each of them is one reduce-scatter in fp32 (fp64 for fp64).
+
+    Raises: ValueError for rows of another number than this rank's share, on this rank alone.
     """
+    wanted = shares.count(ranks.rank)
+    if not rows or any(own.dim() == 0 or len(own) != wanted for own in rows):
+        raise ValueError(f"rows must be tensors of {wanted} rows, got shapes {[list(own.shape) for own in rows]}")
     everyone, found = ranks.all_gather(pack(rows, shares.longest)), []
     for own, part in zip(rows, columns(everyone.flatten(0, 1), [row_bytes(own) for own in rows]), strict=True):
         whole = shares.in_order(part.unflatten(0, everyone.shape[:2])).view(own.dtype).reshape(shares.T, *own.shape[1:])

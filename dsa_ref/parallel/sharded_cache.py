@@ -32,12 +32,13 @@ class ShardedCache(LayerCache):
         self.index_pages = self.own.index_pages
         self.capacity, self.length = capacity, 0
         self.places = torch.zeros(capacity, dtype=torch.int32, device=self.kv.device)
-        self._known = torch.zeros(0, dtype=torch.int32)  # the places of the rows ever stored, where the host can read
+        self._known = torch.zeros(capacity, dtype=torch.int32)  # places too, where the host can read them
+        self._stored = 0  # how many of them are of rows that were stored
 
     @property
     def held(self) -> int:
         """How many of the sequence's tokens have their rows here."""
-        return int(torch.searchsorted(self._known, self.length))
+        return int(torch.searchsorted(self._known[: self._stored], self.length))
 
     def rows(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """This rank's rows, as views: (kv, k_idx, k_scale) as LayerCache's."""
@@ -58,8 +59,9 @@ class ShardedCache(LayerCache):
         self.own.length = held
         if len(places):
             self.own.append(kv, k_idx, k_scale)
-        self._known = torch.cat((self._known[:held], places.to(torch.int32)))
-        self.places[held : held + len(places)] = self._known[held:].to(self.places.device)
+        self._stored = held + len(places)
+        self._known[held : self._stored] = places
+        self.places[held : self._stored] = self._known[held : self._stored].to(self.places.device)
         self.length = length
 
     def check_room(self, count: int) -> None:

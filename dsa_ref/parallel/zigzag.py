@@ -61,11 +61,22 @@ class Zigzag:
         return found
 
     def in_order(self, everyone: Tensor) -> Tensor:
-        """The rows of all ranks, [size, longest, ...] and padded behind, in the sequence's order: [T, ...]."""
+        """The rows of all ranks, [size, longest, ...] and padded behind, in the sequence's order: [T, ...].
+
+        Raises: ValueError for another shape.
+        """
+        if everyone.shape[:2] != (self.size, self.longest):
+            wanted = f"[{self.size}, {self.longest}, ...]"
+            raise ValueError(f"everyone must have shape {wanted}, got {list(everyone.shape)}")
         return torch.cat([everyone[rank, first : first + len(chunk)] for rank, first, chunk in self.places()])
 
     def by_rank(self, rows: Tensor) -> Tensor:
-        """The inverse of `in_order`, with zeros for padding: [T, ...] -> [size, longest, ...]."""
+        """The inverse of `in_order`, with zeros for padding: [T, ...] -> [size, longest, ...].
+
+        Raises: ValueError for another number of rows.
+        """
+        if rows.dim() == 0 or len(rows) != self.T:
+            raise ValueError(f"rows must have shape [{self.T}, ...], got {list(rows.shape)}")
         everyone = rows.new_zeros(self.size, self.longest, *rows.shape[1:])
         for rank, first, chunk in self.places():
             everyone[rank, first : first + len(chunk)] = rows[chunk.start : chunk.stop]

@@ -319,6 +319,18 @@ def twins():
     return same, list(model.state_dict()) == list(over.state_dict()), kinds, dtypes
 
 
+def gathers_others():
+    """What `gather_rows` says of rows that are no share: the text before the numbers."""
+    shares, ranks, found = Zigzag(7, 2), Ranks(), []
+    n = shares.count(ranks.rank)
+    for rows in ([], [torch.zeros(n + 1, 2)], [torch.zeros(n, 2), torch.zeros(n - 1)], [torch.tensor(1.0)]):
+        try:
+            gathered.gather_rows(rows, shares, ranks)
+        except ValueError as error:
+            found.append(str(error).rsplit(" ", str(error).count(" ") - 4)[0])
+    return found
+
+
 def agrees():
     """What `agree` gives back, and how it takes a message that is too long."""
     group = Ranks(dist.group.WORLD)

@@ -172,6 +172,20 @@ def test_shares_are_those_of_ranks(T, size, rank):
         Zigzag(T, size).rows(rank)
 
 
+def test_rows_are_those_of_shares():
+    shares = Zigzag(7, 2)
+    with pytest.raises(ValueError, match=r"everyone must have shape \[2, 4, ...\], got \[2, 3, 5\]"):
+        shares.in_order(torch.zeros(2, 3, 5))
+    for rows in (torch.zeros(9, 2), torch.zeros(5), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"rows must have shape \[7, ...\]"):
+            shares.by_rank(rows)
+
+
+def test_gathered_rows_are_those_of_a_share(worlds):
+    for message in worlds(2).run("gathers_others"):
+        assert message == ["rows must be tensors of"] * 4, message
+
+
 def test_caches_are_a_small_models():
     with pytest.raises(TypeError, match="model must be a SmallModel, got Linear"):
         new_sharded_caches(torch.nn.Linear(1, 1), 4)
