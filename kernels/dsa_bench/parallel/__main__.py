@@ -43,18 +43,18 @@ K = 1 << 10
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """prefill, long: prompts; behind: contexts at whose end each rank reads `chunk` tokens, which are also what one GPU
-    and each rank take at once of a prompt; training: tokens of a step; decode: contexts."""
+    """prefill, long: prompts, of which one GPU and each rank take `chunk` tokens at once; behind: (tokens that each rank
+    reads, contexts at whose end they stand); training: tokens of a step; decode: contexts."""
 
     prefill: tuple = (128 * K, 256 * K)
     long: tuple = (512 * K, 1024 * K)
-    behind: tuple = (512 * K, 1024 * K)
+    behind: tuple = ((4 * K, 512 * K), (4 * K, 1024 * K), (16 * K, 1024 * K))
     chunk: int = 4 * K
     training: tuple = (16 * K, 32 * K, 64 * K)
     decode: tuple = (128 * K, 1024 * K)
 
 
-TOY = Sizes(prefill=(48,), long=(), behind=(64,), chunk=8, training=(24,), decode=(40,))
+TOY = Sizes(prefill=(48,), long=(), behind=((8, 64),), chunk=8, training=(24,), decode=(40,))
 
 
 def parse(arguments):
@@ -108,7 +108,7 @@ def measured(options, ranks, device, log, arguments) -> bool:
         else:
             ceilings = announced(run, options.rounds)
     if not options.tiny and options.sections != ["training"]:
-        dsa_kernels.warm(V32, max(Sizes.behind), Sizes.chunk, batches=(), device=device)
+        dsa_kernels.warm(V32, Sizes.behind[-1][1], Sizes.chunk, batches=(), device=device)
     for section in options.sections:
         rows = []
         for name, make in cases(section, TOY if options.tiny else Sizes(), ranks, device, options.tiny):
@@ -138,7 +138,7 @@ def cases(section, sizes, ranks, device, tiny):
         config = dataclasses.replace(TINY if tiny else V32, index_fp8=False)
         layer = training_layer(config, dsa_ref if tiny else dsa_kernels, device)
         return [(f"a step of {size(T)}", lambda T=T: Training(layer, T, ranks)) for T in sizes.training]
-    config = dataclasses.replace(TINY if tiny else V32, max_seq_len=max(sizes.behind))
+    config = dataclasses.replace(TINY if tiny else V32, max_seq_len=sizes.behind[-1][1])
     layer = random_layer(config, device)
     if tiny:
         layer.ops = dsa_ref
@@ -149,7 +149,7 @@ def cases(section, sizes, ranks, device, tiny):
         name = f"a prompt of {size(S)}" if T == S else f"{size(T)} at the end of {size(S)}"
         return name, lambda: Prefill(layer, T, S, ranks, chunk)
 
-    behind = [prefill(ranks.size * chunk, S) for S in sizes.behind if section == "long"]
+    behind = [prefill(ranks.size * T, S) for T, S in sizes.behind if section == "long"]
     return behind + [prefill(S, S) for S in getattr(sizes, section)]
 
 
