@@ -7,6 +7,7 @@ this process alone: the package's one import-time side effect. It makes no diffe
 import functools
 import importlib.util
 import os
+import threading
 import types
 
 import torch
@@ -121,6 +122,11 @@ def multiprocessors(tensor: torch.Tensor) -> int:
     return 1 if INTERPRETED else cards.card_of(tensor).multiprocessors
 
 
+IMPORTING = (
+    threading.Lock()
+)  # Gluon's modules import each other: two threads that begin at once may wait for each other
+
+
 def hopper_variant(
     step: str, variant: str | None, default: str, *inputs: torch.Tensor | int | None
 ) -> types.ModuleType | None:
@@ -141,8 +147,10 @@ def hopper_variant(
     if (variant or default) != "hopper":
         return None
     module, reason = None, NO_GLUON
-    if gluon_compiles():
-        module = importlib.import_module(f".hopper.{step}", __package__)
+    with IMPORTING:
+        if gluon_compiles():
+            module = importlib.import_module(f".hopper.{step}", __package__)
+    if module:
         reason = module.cannot_serve(*inputs)
     if variant and reason:
         raise ValueError(f'variant "hopper" {reason}')

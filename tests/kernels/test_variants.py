@@ -5,11 +5,15 @@ were asked, and let the portable kernels do the work.
 """
 
 import ast
+import functools
+import importlib
 import os
 import pathlib
 import subprocess
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import rungs
@@ -241,6 +245,25 @@ def test_a_triton_without_gluon(missing, device, monkeypatch):
     with pytest.raises(ValueError, match='variant "hopper" needs a triton with Gluon, and no interpreter'):
         runtime.hopper_variant("select_topk", "hopper", "portable", normal(4, 9), 2)
     assert runtime.hopper_variant("select_topk", None, "hopper", normal(4, 9), 2) is None
+
+
+def test_threads_import_one_after_the_other(device, monkeypatch):
+    """Gluon's modules import each other: threads that begin at the same time deadlock in Python's locks on modules."""
+    inside, most, real = [], [], importlib.import_module
+
+    def importing(*names):
+        inside.append(names)
+        time.sleep(0.01)
+        most.append(len(inside))
+        inside.pop()
+        return real(*names)
+
+    monkeypatch.setattr(runtime, "INTERPRETED", False)
+    monkeypatch.setattr(runtime, "gluon_compiles", functools.cache(runtime.gluon_compiles.__wrapped__))
+    monkeypatch.setattr(runtime.importlib, "import_module", importing)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: runtime.hopper_variant("select_topk", None, "hopper", normal(4, 9), 2), range(4)))
+    assert len(most) >= len(runtime.GLUON) and max(most) == 1
 
 
 @pytest.mark.parametrize("interpreted", (False, True))

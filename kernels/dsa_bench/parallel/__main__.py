@@ -43,8 +43,8 @@ K = 1 << 10
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """prefill, long: prompts, of which one GPU and each rank take `chunk` tokens at once; behind: (tokens that each rank
-    reads, contexts at whose end they stand); training: tokens of a step; decode: contexts."""
+    """prefill, long: prompts, of which one GPU and each rank take `chunk` tokens at once; behind: (tokens that each
+    rank reads, context at whose end they stand); training: tokens of a step; decode: contexts."""
 
     prefill: tuple = (128 * K, 256 * K)
     long: tuple = (512 * K, 1024 * K)
