@@ -24,6 +24,7 @@ PAIRS_AT_ONCE = 1 << 26  # of `indexer_loss`: of p and of scores in fp32, 256 Mi
 SHARES_AT_ONCE = 1 << 29  # of its sparse stage: what keys get from each place of the lists, 1 GiB of bf16
 # The steps that can read e4m3 as bytes.
 WIDENED = ("index_scores", "lightning_select", "paged_index_scores", "paged_sparse_attention")
+IMPORTING = threading.Lock()  # Gluon's modules import each other: threads that begin at once would deadlock
 NO_GLUON = "needs a triton with Gluon, and no interpreter"
 GLUON = {  # what `dsa_kernels.hopper` imports of it; a test keeps the two in agreement
     "triton.experimental": ("gluon",),
@@ -120,11 +121,6 @@ def dot_dtype(tensor: torch.Tensor) -> torch.dtype:
 def multiprocessors(tensor: torch.Tensor) -> int:
     """How many blocks run side by side at least: 1 in the interpreter."""
     return 1 if INTERPRETED else cards.card_of(tensor).multiprocessors
-
-
-IMPORTING = (
-    threading.Lock()
-)  # Gluon's modules import each other: two threads that begin at once may wait for each other
 
 
 def hopper_variant(
