@@ -6,12 +6,15 @@ head are 82 KB a token, which is why a long context is not attended to like this
 
 Runs of rows that begin at their own start and see up to themselves, as packed sequences do, need no mask of T · S
 numbers: runs of one length are a batch for cuDNN, others go to flash attention in one call. That wants one width for
-keys and values, so values are padded; its backward pass can give the same bits each time, cuDNN's does not.
+keys and values, so values are padded; its backward pass can give the same bits each time, cuDNN's does not. Where the
+rows are a part of the tokens, as one rank's are, a run's keys begin before its rows: flash attention gets a copy of
+each run's keys, and the gradients of copies are added up in fp32.
 What neither serves (a CPU, fp32, an older card; a mask where a gradient is wanted) is computed by torch, a block of
 rows at a time, in fp64, which neither autocast nor TF32 shortens.
 """
 
-import itertools
+import functools
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -21,6 +24,16 @@ from dsa_ref.contracts import check_mha_attention, row_ranges, unchecked_values,
 from .runtime import FLOATS, check_runnable, dispatched, wants_gradient
 
 LOGITS_AT_ONCE = 1 << 24
+COPIES = 4  # of a key, at most, for runs that see it; ranges that need more are no shares of a few sequences
+
+
+class Run(NamedTuple):
+    """Rows [first, last) that see from key `start` on, each one key more than the row before, the last up to `end`."""
+
+    first: int
+    last: int
+    start: int
+    end: int
 
 
 def mha_attention(
@@ -37,8 +50,9 @@ def mha_attention(
     q: bf16, fp16 or fp32 [T, H, Dq]; k: [S, H, Dq] and v: [S, H, Dv] of that dtype; indices: int32 [T, k], distinct
     within a row, or None for all visible keys; start, end: int32 [T], default causal with the queries last. As many
     queries as keys, with neither indices nor end, and a start that is None or where the row's own run begins, skip what
-    lies above the diagonal and need no mask; others take one of T · S numbers, as all with a start do where values
-    cannot be read (`unchecked_values`) and no gradient is wanted. A row that sees nothing gives 0 and -inf.
+    lies above the diagonal and need no mask; nor do a start and end of which both grow as in shares of a few sequences.
+    Others take one of T · S numbers, as all with a start do where values cannot be read (`unchecked_values`) and no
+    gradient is wanted. A row that sees nothing gives 0 and -inf.
     NaN or infinity in a key or value reaches every row of the call, also those that may not see it. Gradients of bf16
     and fp16 are the same bits each time under torch.use_deterministic_algorithms(True) alone.
 
@@ -66,7 +80,7 @@ def attend(q, k, v, scale, indices, start, end, readable):
         batch = batch_of(runs)
         if batch and served_by_cudnn(*heads_first(batch, q, k, v), None, True):
             return by_cudnn(batch, q, k, v, scale, None)
-        if served_by_flash(q, v):
+        if served_by_flash(q, v, runs):
             return by_flash(q, k, v, scale, runs)
     mask = visible(T, S, q.device, indices, start, end)
     bias = bias_of(mask, q.dtype)
@@ -88,32 +102,41 @@ def gradients(q, k, v, scale, indices, start, end, readable, out, lse, dout, dls
         batch, repeatable = batch_of(runs), torch.are_deterministic_algorithms_enabled()
         if batch and dlse is None and not repeatable and served_by_cudnn(*heads_first(batch, q, k, v), None, True):
             return gradients_by_cudnn(batch, q, k, v, scale, out, lse, dout)
-        if served_by_flash(q, v):
+        if served_by_flash(q, v, runs):
             return gradients_by_flash(q, k, v, scale, runs, out, lse, dout, dlse)
     mask = visible(T, S, q.device, indices, start, end)
     return gradients_in_fp64(q, k, v, scale, mask, out, lse, dout, dlse)
 
 
 def runs_of(T, S, start, end, readable):
-    """[0, ..., T]: where runs of rows begin that see from there up to themselves, and T. None for any other ranges, and
-    for a start whose values may not be read."""
-    if end is not None or T != S:
+    """The list of Runs that all rows are. None for any other ranges, for those that need many copies of keys, for a
+    start or end that may not be read, and for fewer queries than keys without an end."""
+    if end is None and T != S:
         return None
-    if start is None:
-        return [0, T]
+    if start is None and end is None:
+        return [Run(0, T, 0, S)]
     if not readable:
         return None
-    rows, start = torch.arange(T, dtype=torch.int32), start.cpu()
-    begins = rows == start
-    if not torch.equal(torch.where(begins, rows, 0).cummax(dim=0).values, start):
+    start, end = row_ranges(T, S, "cpu", *(None if bound is None else bound.cpu() for bound in (start, end)))
+    begins = torch.ones(T, dtype=torch.bool)
+    begins[1:] = (start[1:] != start[:-1]) | (end[1:] != end[:-1] + 1)
+    firsts = begins.nonzero()[:, 0]
+    lasts = torch.cat((firsts[1:], torch.tensor([T])))
+    runs = torch.stack((firsts, lasts, start[firsts], end[lasts - 1]), dim=1)
+    if (end[firsts] <= start[firsts]).any() or int((runs[:, 3] - runs[:, 2]).sum()) > COPIES * S:
         return None
-    return [*begins.nonzero()[:, 0].tolist(), T]
+    return [Run(*numbers) for numbers in runs.tolist()]
+
+
+def on_themselves(runs):
+    """Whether the runs' keys are their rows, one run behind the other."""
+    return all((run.first, run.last) == (run.start, run.end) for run in runs)
 
 
 def batch_of(runs):
-    """How many runs these are if all are of one length, else 0."""
-    lengths = {last - first for first, last in itertools.pairwise(runs)}
-    return len(runs) - 1 if len(lengths) == 1 else 0
+    """How many runs these are if all are of one length, and attend to themselves, else 0."""
+    lengths = {run.last - run.first for run in runs}
+    return len(runs) if len(lengths) == 1 and on_themselves(runs) else 0
 
 
 def heads_first(batch, *tensors):
@@ -146,9 +169,9 @@ def flash_width(q, v, more=0):
     return -(-max(q.shape[2], v.shape[2] + more) // 8) * 8
 
 
-def served_by_flash(q, v):
+def served_by_flash(q, v, runs):
     """Whether torch's flash attention takes them, by what torch knows of it; with a column to spare."""
-    if not q.is_cuda:
+    if not q.is_cuda or not (on_themselves(runs) or aligned_to_the_last_key(q.device)):
         return False
     like = torch.empty(1, q.shape[1], 1, flash_width(q, v, 1), dtype=q.dtype, device=q.device)
     return torch.backends.cuda.can_use_flash_attention(
@@ -161,16 +184,40 @@ def widened(x, width):
     return F.pad(x, (0, width - x.shape[2])) if x.shape[2] < width else x
 
 
+@functools.cache
+def aligned_to_the_last_key(device):
+    """Whether flash attention lets the last of a run's rows see its last key, as a Run says, where keys are more."""
+    x = torch.zeros(2, 1, 8, dtype=torch.bfloat16, device=device)
+    out, _ = by_flash(x[:1], x, torch.stack((x[0], x[0] + 1)), 1.0, [Run(0, 1, 0, 2)])
+    return out[0, 0, 0].item() == 0.5
+
+
 def bounds_of(runs, device):
-    """Flash attention's (cum_seq_q, cum_seq_k, max_q, max_k) of runs that attend to themselves."""
-    bounds = torch.tensor(runs, dtype=torch.int32).to(device, non_blocking=True)
-    longest = max(last - first for first, last in itertools.pairwise(runs))
-    return bounds, bounds, longest, longest
+    """Flash attention's (cum_seq_q, cum_seq_k, max_q, max_k) of runs, and of their keys behind each other."""
+    lengths = torch.tensor([(0, 0), *((run.last - run.first, run.end - run.start) for run in runs)], dtype=torch.int32)
+    bounds = lengths.cumsum(dim=0, dtype=torch.int32).T.contiguous().to(device, non_blocking=True)
+    return *bounds, *lengths.amax(dim=0).tolist()
+
+
+def keys_of(x, runs):
+    """Rows [S, ...] of all keys: those of each run behind each other."""
+    return x if on_themselves(runs) else torch.cat([x[run.start : run.end] for run in runs])
+
+
+def added(dx, runs, like):
+    """What `keys_of` did to gradients, undone: the sum of a key's copies, in like's shape and dtype."""
+    if on_themselves(runs):
+        return dx
+    total, first = torch.zeros(like.shape, dtype=torch.float32, device=like.device), 0
+    for run in runs:
+        total[run.start : run.end] += dx[first : first + run.end - run.start]
+        first += run.end - run.start
+    return total.to(like.dtype)
 
 
 def by_flash(q, k, v, scale, runs):
     """Every run by itself, in one call."""
-    wide = [widened(x, flash_width(q, v)) for x in (q, k, v)]
+    wide = [widened(x, flash_width(q, v)) for x in (q, keys_of(k, runs), keys_of(v, runs))]
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         *wide, *bounds_of(runs, q.device), 0.0, True, False, scale=scale
     )
@@ -184,7 +231,8 @@ def gradients_by_flash(q, k, v, scale, runs, out, lse, dout, dlse):
     """
     more = dlse is not None
     width, V = flash_width(q, v, more), v.shape[2]
-    q_wide, k_wide, v_wide, out, dout = (widened(x, width) for x in (q, k, v, out, dout))
+    given = q, keys_of(k, runs), keys_of(v, runs), out, dout
+    q_wide, k_wide, v_wide, out, dout = (widened(x, width) for x in given)
     if more:  # then both are copies: the width has room for it
         v_wide[..., V] = 1.0
         dout[..., V] = dlse.to(dout.dtype)
@@ -193,7 +241,8 @@ def gradients_by_flash(q, k, v, scale, runs, out, lse, dout, dlse):
         dout, q_wide, k_wide, v_wide, out, lse.T.contiguous(), *bounds_of(runs, q.device), 0.0, True, *unused,
         scale=scale,
     )  # fmt: skip
-    return tuple(x[..., :columns].contiguous() for x, columns in ((dq, q.shape[2]), (dk, q.shape[2]), (dv, V)))
+    dq, dk, dv = (x[..., :columns].contiguous() for x, columns in ((dq, q.shape[2]), (dk, q.shape[2]), (dv, V)))
+    return dq, added(dk, runs, k), added(dv, runs, v)
 
 
 def visible(T, S, device, indices, start, end):
