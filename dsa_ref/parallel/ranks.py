@@ -31,8 +31,9 @@ reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.red
 def join(timeout: float = 60.0) -> dist.ProcessGroup:
     """The group of all processes that `torchrun` started, each on a GPU of its own where there are some.
 
-    timeout: seconds that a rank waits for the others, in any exchange, before it raises; on GPUs NCCL's watchdog ends
-    the process. A group of a part of them: `torch.distributed.new_group(ranks, timeout=...)` afterwards.
+    timeout: seconds that a rank waits for the others, in any exchange, before it raises; where tensors on GPUs are
+    exchanged, NCCL's watchdog ends the process then, within some 70 seconds more. torchrun ends the others as soon as
+    one has died. A group of a part of them: `torch.distributed.new_group(ranks, timeout=...)` afterwards.
 
     Raises: TypeError for a timeout that is no number, ValueError for one below a millisecond or above a million
     seconds, outside of torchrun, or on a host with some GPUs, but fewer than processes; RuntimeError where others do
