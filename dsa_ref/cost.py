@@ -116,7 +116,7 @@ def head_bytes_per_token(config: DSAConfig) -> int:
     return BF16_BYTES * config.n_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
 
 
-def check_config(config) -> None:
+def check_config(config: object) -> None:
     """``config`` must be a DSAConfig."""
     if not isinstance(config, DSAConfig):
         raise TypeError(f"config must be a DSAConfig, got {type(config).__name__}")

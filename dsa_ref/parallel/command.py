@@ -10,7 +10,7 @@ import os
 import pathlib
 import sys
 import zlib
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from .ranks import Ranks, check_timeout, join
 
@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         """Raise ValueError."""
         raise ValueError(message)
 
-    def print_help(self, file=None) -> None:
+    def print_help(self, file: IO[str] | None = None) -> None:
         """As argparse does, on the first rank."""
         if _place("RANK") == 0:
             super().print_help(file)

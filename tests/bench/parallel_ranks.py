@@ -10,7 +10,7 @@ import sys
 from unittest import mock
 
 import torch.distributed as dist
-from parallel_cases import planted
+from parallel_faults import planted
 
 from dsa_bench.parallel import __main__ as bench
 from dsa_bench.parallel import step
