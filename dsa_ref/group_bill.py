@@ -8,15 +8,18 @@ The work is `dsa_ref.bill`'s, with its speeds; nothing overlaps an exchange, as 
 NCCL's ring as NCCL itself predicts it when it chooses a protocol: a start, a step for each other rank, and the bytes
 that a rank receives, at the speed of the slowest link that all of them must cross. Of three protocols the quickest is
 taken: two with quick steps that send flags beside the data, and one for much data. Two constants are measured, on two
-H200 of one host: `ATTAINED` and `MESSAGE`.
+and on four H200 of one host: `ATTAINED` and `MESSAGE`. More ranks, and several hosts, get those of four: there nothing
+is measured, and messages certainly take longer.
 
-What this leaves out: what else the host does, such as starting an exchange (some 0.2 ms, where nothing hides it), how
-messages slow down with more ranks and hosts, other traffic on the links, NVLink's multicast, and hosts of one card,
-between which NCCL goes other ways.
+What this leaves out: what else the host does, such as launching a decoded token's kernels one by one (the records' take
+milliseconds so, without a CUDA graph) or starting an exchange (some 0.2 ms, where nothing hides it), waiting for the
+last rank to come, other traffic on the links, NVLink's multicast, and hosts of one card, between which NCCL goes other
+ways.
 
-Source: SPEC section 11; figures/parallel_h200.json; NCCL, github.com/NVIDIA/nccl: src/graph/tuning.cc at 72d2432094,
-search.cc and topo.h at 80f6bda437, src/transport/net_ib.cc at 02aedae040. The record's NCCL 2.28.9 could not be read; a
-later state has the same numbers for rings (src/tuning/cost_model.cc at 1fc949c50b, ring.cc at 12df1a11af).
+Source: SPEC section 11; figures/parallel_2_h200.json and parallel_4_h200.json; NCCL, github.com/NVIDIA/nccl:
+src/graph/tuning.cc at 72d2432094, search.cc and topo.h at 80f6bda437, src/transport/net_ib.cc at 02aedae040. The
+records' NCCL 2.28.9 could not be read; a later state has the same numbers for rings (src/tuning/cost_model.cc at
+1fc949c50b, ring.cc at 12df1a11af).
 """
 
 import dataclasses
@@ -44,8 +47,8 @@ def _check_kind(name, value, kind):
 class Fabric:
     """Links between cards.
 
-    inside: bytes/s that a card receives from others of its host; between: bytes/s that a host receives from others,
-    over all its ports; host: cards of a host.
+    inside: bytes/s that a card could receive from others of its host, of which `ATTAINED` is attained; between: bytes/s
+    that a host receives from others, over all its ports; host: cards of a host.
 
     Raises: TypeError for a name that is no str or a speed that is no number, ValueError for one that is not positive
     and finite; as `check_count` for host.
@@ -70,22 +73,28 @@ NVLINK = 18 * 20.6e9
 # What its search makes a ring of: channels of one of the speeds in sm90SpeedArrayIntra (search.cc), as many as fit into
 # the links. Six of 60 GB/s do; no other speed fills more.
 RING = 6 * 60e9
-# Measured: of RING, what an all-gather of 84 to 673 MB attained between two cards of a host without multicast:
-# 0.55 to 0.74 (figures/parallel_h200.json, exchanges_ms). NCCL's source knows no reason for it, and the same record's
-# all-reduce attained 0.89. For more cards, and between hosts, nothing here is measured; the links inside are slower so.
-ATTAINED = 2 / 3
+# Measured, {cards of a host: share of RING}: what an all-gather of 84 to 1013 MB attained between them, without
+# multicast: 0.52 to 0.74 on two, 0.66 to 0.90 on four; medians here (exchanges_ms of prompts and parts in the records).
+# NCCL's source knows no reason for it. On other numbers nothing is measured; more than four cards are taken for four.
+ATTAINED = {2: 0.68, 4: 0.85}
 # Between hosts a ring's channels have speeds of sm90SpeedArrayInter: 45 GB/s on each of 8 ports of 400 Gbit/s, a DGX
 # H200's (NVIDIA's "DGX BasePOD", core components), since 8 of 48 are more than a card's NVLINK; or one of 12 GB/s on
 # one port of 100 Gbit/s.
-INFINIBAND = Fabric("InfiniBand, 8 x 400 Gbit/s a host", ATTAINED * RING, 8 * 45e9)
-ETHERNET = Fabric("Ethernet, 100 Gbit/s a host", ATTAINED * RING, 12e9)
+INFINIBAND = Fabric("InfiniBand, 8 x 400 Gbit/s a host", RING, 8 * 45e9)
+ETHERNET = Fabric("Ethernet, 100 Gbit/s a host", RING, 12e9)
 FABRICS = (INFINIBAND, ETHERNET)
 
-# Measured: seconds of one message in which ranks agree, between two processes of one host, by torch's gloo: the median
-# of messages_ms over the number of messages in a call (figures/parallel_h200.json). More ranks and other hosts take
-# longer; how much is not measured.
-MESSAGE = 0.93e-3
+# Measured, {ranks: seconds of one message in which they agree}, between processes of one host, by torch's gloo: the
+# median of messages_ms over the number of messages in a call, all rows of the records. It grows with the ranks; more
+# than four, and those on several hosts, are taken for four here, which says too little.
+MESSAGE = {2: 0.73e-3, 4: 1.09e-3}
 MESSAGES = {"gathered": 2, "sharded": 1}  # a call of GatheredLayer or ShardedLayer: `agree` in dsa_ref/parallel
+PLACE = 4  # bytes of a row's place in the sequence, which comes with the rows of a ShardedCache
+
+
+def _measured(found, count):
+    """What was measured on the most ranks or cards that are no more than these; on the fewest for fewer."""
+    return found[max((known for known in found if known <= count), default=min(found))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +132,8 @@ def exchange_seconds(received: float, size: int, fabric: Fabric) -> float:
         return 0.0
     hosts = -(-size // fabric.host)
     several = hosts > 1
-    speed = min(fabric.inside, fabric.between) if several else fabric.inside
+    speed = fabric.inside * _measured(ATTAINED, min(size, fabric.host))
+    speed = min(speed, fabric.between) if several else speed
 
     def seconds(kind):
         inside = max(kind.inside, kind.post) if several else kind.inside
@@ -143,7 +153,7 @@ def messages_seconds(plan: str, size: int) -> float:
     if plan not in tuple(MESSAGES):  # a list, which no dict can look for, is refused alike
         raise ValueError(f"plan must be one of {', '.join(MESSAGES)}, got {plan!r}")
     check_count("size", size)
-    return MESSAGES[plan] * MESSAGE if size > 1 else 0.0
+    return MESSAGES[plan] * _measured(MESSAGE, size) if size > 1 else 0.0
 
 
 def gathered_seconds(
@@ -159,7 +169,7 @@ def gathered_seconds(
     _check_case(config, fabric, card, T=T, S=S, size=size)
     parts = {name: seconds / size for name, seconds in prefill_seconds(config, T, S, card=card).items()}
     parts["products"] = max(parts["products"], weights_seconds(config, card))
-    return parts | gathering_seconds(config, S, size, fabric, card)
+    return parts | gathering_seconds(config, T, S, size, fabric, card)
 
 
 def sharded_seconds(
@@ -185,7 +195,7 @@ def gathered_decode_seconds(
 ) -> dict[str, float]:
     """{part: seconds} of one token by keys that are sharded and gathered for it, which no one would do."""
     _check_case(config, fabric, card, S=S, size=size)
-    return decode_seconds(config, 1, S, card=card) | gathering_seconds(config, S, size, fabric, card)
+    return decode_seconds(config, 1, S, card=card) | gathering_seconds(config, 1, S, size, fabric, card)
 
 
 def sharded_decode_seconds(
@@ -203,16 +213,29 @@ def sharded_decode_seconds(
     return parts
 
 
-def gathering_seconds(config: DSAConfig, S: int, size: int, fabric: Fabric, card: Card) -> dict[str, float]:
-    """{"exchange", "order", "messages"}: the rows of S tokens come, and are brought into the sequence's order.
+def gathering_seconds(config: DSAConfig, T: int, S: int, size: int, fabric: Fabric, card: Card) -> dict[str, float]:
+    """{"exchange", "order", "messages"}: the rows of S tokens come for the last T, and are brought into order.
 
-    For that a rank's own are packed, which writes them twice and reads them once, and all are read and written once.
+    For that a rank's own are packed, which writes them twice and reads them once, and all are read and written once: a
+    whole prompt's in long runs, at the speed of memory; those behind a cache, T < S, one by one by their places, which
+    come too, at the speed of small steps.
+
+    Raises: as all here; ValueError for T > S.
     """
-    _check_case(config, fabric, card, S=S, size=size)
-    received = gathered_bytes(config, S, size)
-    order = (2 + 3 / size) * gathered_bytes_per_token(config) * S / card.memory if size > 1 else 0.0
-    messages = messages_seconds("gathered", size)
-    return {"exchange": exchange_seconds(received, size, fabric), "order": order, "messages": messages}
+    _check_case(config, fabric, card, T=T, S=S, size=size)
+    if T > S:
+        raise ValueError(f"T must be at most S = {S}, the tokens of the context, got {T}")
+    if size == 1:
+        return {"exchange": 0.0, "order": 0.0, "messages": 0.0}
+    row, received, speed = gathered_bytes_per_token(config), gathered_bytes(config, S, size), card.memory
+    if T < S:
+        received, row, speed = received // row * (row + PLACE), row + PLACE, card.small
+    order = row * S * (3 / size / card.memory + 2 / speed)
+    return {
+        "exchange": exchange_seconds(received, size, fabric),
+        "order": order,
+        "messages": messages_seconds("gathered", size),
+    }
 
 
 def weights_seconds(config: DSAConfig, card: Card) -> float:
@@ -242,8 +265,8 @@ DECODE = (sharded_decode_seconds, gathered_decode_seconds)
 EFFICIENT = 0.9  # of the ranks' time, in the words under the table
 
 LEGEND = """\
-One layer of DeepSeek-V3.2's sizes on a group of H200, 8 to a host: predicted, not measured. The README has two GPUs
-measured.
+One layer of DeepSeek-V3.2's sizes on a group of H200, 8 to a host: predicted, not measured. The README has two and
+four GPUs measured.
 
   ranks, context   GPUs that work on one sequence, and its tokens
   a whole prompt   all tokens at once by gathered keys: each rank does its share of the rows, and gets all ranks' keys.
