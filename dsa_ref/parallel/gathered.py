@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..contracts import check_finite, unchecked_values, values_readable
+from ..contracts import check_count, check_finite, unchecked_values, values_readable
 from ..nn.cache import LayerCache, all_or_nothing
 from ..nn.decode import append_latents, query_latent
 from ..nn.layer import DSALayer
@@ -78,10 +78,12 @@ class GatheredLayer(DSALayer):
         """Attend from this rank's rows and return them, [n, dim]; all ranks call it."""
         with self.ranks.failing_together():
             self._check(x, positions, None, attention, record)
+            for name in ("rows_at_once", "keys_at_once"):
+                check_count(name, getattr(self, name))
             if cache is not None:
-                self._check_cache(cache, x)
                 if not isinstance(cache, ShardedCache):
-                    raise ValueError(f"cache must be a ShardedCache, got {type(cache).__name__}")
+                    raise TypeError(f"cache must be a ShardedCache, got {type(cache).__name__}")
+                self._check_cache(cache, x)
                 if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.parameters())):
                     raise ValueError("x and weights must not require gradients, which a cache does not keep")
                 cache.check_own_room(len(x))
@@ -132,7 +134,7 @@ class GatheredLayer(DSALayer):
     def _check_positions(self, positions, cache) -> None:
         """They are checked together with the other ranks', in `_all_rows`."""
 
-    def _places(self, device: torch.device | str | None = None) -> Tensor:
+    def _places(self, device: torch.device | str = "cpu") -> Tensor:
         """Which of all rows this rank's are, those of its cache apart: int64 [n]."""
         return self.before + self.shares.rows(self.ranks.rank, device)
 

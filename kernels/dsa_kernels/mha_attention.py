@@ -118,10 +118,10 @@ def runs_of(T, S, start, end, readable):
     if not readable:
         return None
     start, end = row_ranges(T, S, "cpu", *(None if bound is None else bound.cpu() for bound in (start, end)))
-    begins = torch.ones(T, dtype=torch.bool)
+    begins = torch.ones(T, dtype=torch.bool, device="cpu")
     begins[1:] = (start[1:] != start[:-1]) | (end[1:] != end[:-1] + 1)
     firsts = begins.nonzero()[:, 0]
-    lasts = torch.cat((firsts[1:], torch.tensor([T])))
+    lasts = torch.cat((firsts[1:], firsts.new_tensor([T])))
     runs = torch.stack((firsts, lasts, start[firsts], end[lasts - 1]), dim=1)
     if (end[firsts] <= start[firsts]).any() or int((runs[:, 3] - runs[:, 2]).sum()) > COPIES * S:
         return None

@@ -201,7 +201,7 @@ def refused(call, changes):
 
 def gathered_call(
     group, fewer=0, dim=64, dtype=torch.float32, fields=None, poison=False, attention="sparse", shift=0, grad=False,
-    cache=None,
+    cache=None, at_once=5,
 ):  # fmt: skip
     rows = Zigzag(11, group.size).rows(group.rank)
     rows = rows[: len(rows) - fewer]
@@ -209,7 +209,9 @@ def gathered_call(
     if poison:
         x[0] = torch.nan
     layer = layer_of(0, **(fields or {})).to(dtype).requires_grad_(grad)
-    GatheredLayer(layer)(x, positions, LayerCache(TINY, 20) if cache else None, attention)
+    gathering = GatheredLayer(layer)
+    gathering.rows_at_once = at_once
+    gathering(x, positions, LayerCache(TINY, 20) if cache else None, attention)
 
 
 def behind_call(group, shift=0, start=None, before=9, of=None, lost=0, none=False, grad=False, room=20):
@@ -225,9 +227,11 @@ def behind_call(group, shift=0, start=None, before=9, of=None, lost=0, none=Fals
     GatheredLayer(layer)(tokens_of([11], 0)[rows], positions, None if none else cache)
 
 
-def sharded_call(group, T=3, seed=0, dtype=torch.float32, fields=None, before=0, capacity=9, attention="sparse"):
+def sharded_call(
+    group, T=3, seed=0, dtype=torch.float32, fields=None, before=0, capacity=9, attention="sparse", cached=None
+):
     config = config_of(**(fields or {}))
-    cache = ShardedCache(config, capacity, dtype)
+    cache = ShardedCache(config, capacity, cached or dtype)
     cache.length = before
     layer = layer_of(0, **(fields or {})).to(dtype).requires_grad_(False)
     ShardedLayer(layer)(tokens_of([T], seed, dtype), torch.arange(before, before + T), cache, attention)
@@ -444,8 +448,8 @@ def bytes_after(prompt, tokens, seed, other=None, fault=None, fields=None, draws
         return list(generate_over_group(model, prompt, tokens, seed=draws, **options))
 
 
-def unsendable():
-    """What both ranks hear where rank 1 fails with a text of many characters that are not ASCII."""
+def unsendable(text):
+    """What both ranks hear where rank 1 fails with many times this text, which is longer in a message."""
     ranks = Ranks()
     try:
         with ranks.failing_together():
@@ -453,7 +457,7 @@ def unsendable():
                 try:
                     ranks.agree({"share": torch.ones(1)})
                 except TypeError as error:
-                    raise ValueError("\u2192" * 900) from error
+                    raise ValueError(text * 900) from error
             ranks.agree({"share": 1.0})
     except ValueError as error:
-        return str(error) if ranks.rank == 0 else f"rank 1: {ascii(str(error))}"
+        return str(error) if ranks.rank == 0 else f"rank 1: {str(error)} {ascii(str(error))}"
