@@ -113,6 +113,18 @@ def layer_forward(
     return found
 
 
+def uses_of_modules(T, indexer):
+    """How often a prompt of T tokens calls each module of a layer on this rank."""
+    layer, group, uses = two_layers(0)[not indexer], Ranks(), {}
+    for name, module in layer.named_modules():
+        module.register_forward_hook(lambda *_, name=name: uses.update({name: uses.get(name, 0) + 1}))
+    rows, over = Zigzag(T, group.size).rows(group.rank), GatheredLayer(layer)
+    over.rows_at_once, over.keys_at_once = 2, 3
+    indices = None if indexer else rows[:, None].int()
+    over(tokens_of([T], 0)[rows], rows, ShardedCache(TINY, T, indexer=indexer), indices=indices)
+    return uses
+
+
 def shared_selection(lengths, seed):
     """Two layers, the second without an indexer: own rows, and its output by either plan (see `two_layers`)."""
     first, second = two_layers(seed)
