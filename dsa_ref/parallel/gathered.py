@@ -89,8 +89,9 @@ class GatheredLayer(DSALayer):
                 cache.check_own_room(len(x))
         self.before = 0 if cache is None else cache.length
         same = {
-            "call": "gathered keys", "attention": attention, "cache": cache is not None, "record": record is not None,
-            "dtype": str(x.dtype), "index_topk": self.config.index_topk, "gradients": torch.is_grad_enabled(),
+            "call": "gathered keys", "layer": self.number, "attention": attention, "cache": cache is not None,
+            "record": record is not None, "dtype": str(x.dtype),
+            "index_topk": self.config.index_topk, "gradients": torch.is_grad_enabled(),
             "config": zlib.crc32(repr(self.config).encode()), "checked": values_readable(positions),
             "length": self.before, "blocks": [self.rows_at_once, self.keys_at_once],
         }  # fmt: skip

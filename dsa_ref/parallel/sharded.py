@@ -161,8 +161,9 @@ class ShardedLayer(DSALayer):
             w = w if q_scale is None else w * q_scale
         check_finite(" in the rows of new tokens", kv=rows[0], k_idx=rows[1], k_scale=rows[2])
         same = {
-            "call": "sharded keys", "rows": T, "length": before, "dtype": str(x.dtype), "index_topk": c.index_topk,
-            "config": zlib.crc32(repr(c).encode()), "x": sum_of_bits(x) if values_readable(x) else None,
+            "call": "sharded keys", "layer": self.number, "rows": T, "length": before, "dtype": str(x.dtype),
+            "index_topk": c.index_topk, "config": zlib.crc32(repr(c).encode()),
+            "x": sum_of_bits(x) if values_readable(x) else None,
         }  # fmt: skip
         places = self._own(before, T)  # stored before all agree: what the cache refuses must reach the other ranks
         cache.append_own(places, before + T, *(x if x is None else x[(places - before).to(x.device)] for x in rows))

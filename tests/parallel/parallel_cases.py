@@ -266,6 +266,29 @@ def model_call(group, plan=GatheredLayer, token=None, count=None):
     over_group(model, plan)(text, rows, caches[:count])
 
 
+def tries_again(plan):
+    """Between two layers rank 1 fails, and calls the model again while the others are in its second layer: what is
+    raised then, the caches' lengths, and logits of a call of all."""
+    model, ranks, caught = model_of(0).requires_grad_(False), Ranks(), []
+    text, rows = windows_of(1, 7, 0)[0], Zigzag(7, ranks.size).rows(ranks.rank)
+    rows = rows if plan == "GatheredLayer" else torch.arange(3)
+    over, caches = over_group(model, getattr(sharded, plan, GatheredLayer)), new_sharded_caches(model, 7)
+
+    def fails(*_):
+        raise OSError("once")
+
+    hook = model.layers[0].gate_proj.register_forward_hook(fails) if ranks.rank == 1 else None
+    for _ in range(1 + (ranks.rank == 1)):
+        try:
+            over(text[rows], rows, caches)
+        except (OSError, ValueError) as error:
+            caught.append(str(error))
+        if hook:
+            hook.remove()
+    lengths = [cache.length for cache in caches]
+    return caught, lengths, rows, over(text[rows], rows, caches)
+
+
 def gradients_call(group, wrong=None):
     weights = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
     for weight in weights:

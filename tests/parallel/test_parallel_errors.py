@@ -80,6 +80,16 @@ def test_ranks_agree_or_say_what_differs(worlds):
         assert "must fit into" in message
 
 
+@pytest.mark.parametrize("plan", ["GatheredLayer", "ShardedLayer"])
+def test_a_rank_that_tries_again_alone_is_not_taken_for_another_layers(worlds, plan):
+    model, text = cases.model_of(0).requires_grad_(False), cases.windows_of(1, 7, 0)[0]
+    wanted = model(text[: 7 if plan == "GatheredLayer" else 3])
+    for rank, (caught, lengths, rows, logits) in enumerate(worlds(2).run("tries_again", plan=plan)):
+        assert caught == ["once"] * rank + ["layer must be the same on all ranks, got 1 on rank 0, 0 on 1"]
+        assert lengths == [0, 0]
+        torch.testing.assert_close(logits, wanted[rows], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("where", ["message", "rows", "backward"])
 def test_a_rank_that_is_killed_ends_in_an_error_on_all_others(where):
     world = World(3)
