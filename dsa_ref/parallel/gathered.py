@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..contracts import check_finite, unchecked_values, values_readable
+from ..contracts import check_count, check_finite, unchecked_values, values_readable
 from ..nn.cache import LayerCache, all_or_nothing
 from ..nn.decode import append_latents, query_latent
 from ..nn.layer import DSALayer
@@ -78,19 +78,22 @@ class GatheredLayer(DSALayer):
         """Attend from this rank's rows and return them, [n, dim]; all ranks call it."""
         with self.ranks.failing_together():
             self._check(x, positions, None, attention, record)
+            for name in ("rows_at_once", "keys_at_once"):
+                check_count(name, getattr(self, name))
             if cache is not None:
-                self._check_cache(cache, x)
                 if not isinstance(cache, ShardedCache):
-                    raise ValueError(f"cache must be a ShardedCache, got {type(cache).__name__}")
+                    raise TypeError(f"cache must be a ShardedCache, got {type(cache).__name__}")
+                self._check_cache(cache, x)
                 if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.parameters())):
                     raise ValueError("x and weights must not require gradients, which a cache does not keep")
                 cache.check_own_room(len(x))
         self.before = 0 if cache is None else cache.length
         same = {
-            "call": "gathered keys", "attention": attention, "cache": cache is not None, "record": record is not None,
-            "dtype": str(x.dtype), "index_topk": self.config.index_topk, "gradients": torch.is_grad_enabled(),
+            "call": "gathered keys", "layer": self.number, "attention": attention, "cache": cache is not None,
+            "record": record is not None, "dtype": str(x.dtype),
+            "index_topk": self.config.index_topk, "gradients": torch.is_grad_enabled(),
             "config": zlib.crc32(repr(self.config).encode()), "checked": values_readable(positions),
-            "length": self.before,
+            "length": self.before, "blocks": [self.rows_at_once, self.keys_at_once],
         }  # fmt: skip
         counts = [own["rows"] for own in self.ranks.agree(same, {"rows": len(x)})]
         self.shares = Zigzag(sum(counts), self.ranks.size)
@@ -108,7 +111,7 @@ class GatheredLayer(DSALayer):
         n, indexing, ranges = len(x), self.indexer is not None, self._ranges(positions, cache)
         rows = LayerCache(self.config, max(1, n), x.dtype, x.device, indexing)
         q_latent = x.new_empty(n, self.config.q_lora_rank)
-        for block in blocks(n, self.keys_at_once):
+        for block in blocks(n, self.keys_at_once, self.shares.longest):
             slots = torch.arange(block.start, block.stop, device=x.device)
             with unchecked_values():
                 append_latents(self, self.kv_a_proj_with_mqa(x[block]), rows, slots, positions[block])
@@ -119,12 +122,13 @@ class GatheredLayer(DSALayer):
         own = rows.rows()
         check_finite(" in the rows of new tokens", k_idx=own[1], k_scale=own[2], q_latent=q_latent)
         everyone, places, y = self._all_rows(cache, *own), self._places(), torch.empty_like(x)
-        for block in blocks(n, self.rows_at_once):
+        for block in blocks(n, self.rows_at_once, self.shares.longest):
             here, turns = (x[block], q_latent[block]), positions[block]
             with unchecked_values():
                 scored = index_rows(self, *here, None, None, turns, 0) if indexing else (None, None)
             seen = {name: bound[block] for name, bound in ranges.items()}
-            keys = [None if part is None else part[: int(places[block.stop - 1]) + 1] for part in everyone]
+            last = int(places[block.stop - 1]) if n else 0
+            keys = [None if part is None else part[: last + 1] for part in everyone]
             shared = None if indices is None else indices[block]
             y[block] = attend_step(self, (here[1], *scored), keys, turns, seen, shared)[0]
         return y
@@ -132,7 +136,7 @@ class GatheredLayer(DSALayer):
     def _check_positions(self, positions, cache) -> None:
         """They are checked together with the other ranks', in `_all_rows`."""
 
-    def _places(self, device: torch.device | str | None = None) -> Tensor:
+    def _places(self, device: torch.device | str = "cpu") -> Tensor:
         """Which of all rows this rank's are, those of its cache apart: int64 [n]."""
         return self.before + self.shares.rows(self.ranks.rank, device)
 
@@ -185,9 +189,10 @@ class GatheredLayer(DSALayer):
         return found
 
 
-def blocks(n: int, at_once: int) -> list[slice]:
-    """n rows, so many at a time."""
-    return [slice(first, min(first + at_once, n)) for first in range(0, n, at_once)]
+def blocks(n: int, at_once: int, longest: int) -> list[slice]:
+    """n rows, so many at a time. As many blocks as the rank with the longest share has, the last perhaps empty: weights
+    may be sharded over the ranks (FSDP), where every use of a module is a collective."""
+    return [slice(min(first, n), min(first + at_once, n)) for first in range(0, longest, at_once)]
 
 
 def check_runs(runs: list[list[list[int]]], size: int) -> None:

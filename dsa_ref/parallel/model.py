@@ -42,9 +42,8 @@ def over_group(
     sums = zlib.crc32(repr([sum_of_bits(weight) for weight in weights.values()]).encode())
     ranks.agree({"call": "over_group", "plan": plan.__name__, "names": names, "weights": sums})
     twin = _replaced(model, plan, group)
-    for module in twin.modules():
-        if isinstance(module, plan):
-            module.ranks = ranks  # one for all, which counts all their meetings
+    for number, layer in enumerate(module for module in twin.modules() if isinstance(module, plan)):
+        layer.ranks, layer.number = ranks, number  # ranks: one for all, which counts all their meetings
     if not isinstance(twin, plan):
         twin.__class__ = _failing_together(type(twin))
     return twin

@@ -111,8 +111,10 @@ class Ranks:
             if self.meetings == before:
                 kind = next((name for name, kind in ERRORS.items() if isinstance(error, kind)), None)
                 said = str(error) if kind else f"{type(error).__name__}: {error}"
-                words = said.encode("ascii", "backslashreplace")[: MESSAGE // 3]  # in JSON up to twice as long
-                self.agree({"error": [kind or "RuntimeError", words.decode()]})
+                words = said.encode("ascii", "backslashreplace")[: MESSAGE // 3].decode()
+                while len(json.dumps(words)) > MESSAGE - 128:  # of control characters, six letters each
+                    words = words[: len(words) // 2]
+                self.agree({"error": [kind or "RuntimeError", words]})
             raise
 
     def all_gather(self, own: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ class ShardedLayer(DSALayer):
 
     def _own(self, before: int, T: int) -> Tensor:
         """Which of the T new tokens' places are this rank's: int64 on the CPU."""
-        places = torch.arange(before, before + T)
+        places = torch.arange(before, before + T, device="cpu")
         return places[places % self.ranks.size == self.ranks.rank]
 
     def _step(self, x, positions, cache, indices) -> tuple[Tensor, dict]:
@@ -161,12 +161,13 @@ class ShardedLayer(DSALayer):
             w = w if q_scale is None else w * q_scale
         check_finite(" in the rows of new tokens", kv=rows[0], k_idx=rows[1], k_scale=rows[2])
         same = {
-            "call": "sharded keys", "rows": T, "length": before, "dtype": str(x.dtype), "index_topk": c.index_topk,
-            "config": zlib.crc32(repr(c).encode()), "x": sum_of_bits(x) if values_readable(x) else None,
+            "call": "sharded keys", "layer": self.number, "rows": T, "length": before, "dtype": str(x.dtype),
+            "index_topk": c.index_topk, "config": zlib.crc32(repr(c).encode()),
+            "x": sum_of_bits(x) if values_readable(x) else None,
         }  # fmt: skip
-        self.ranks.agree(same)
-        places = self._own(before, T)
+        places = self._own(before, T)  # stored before all agree: what the cache refuses must reach the other ranks
         cache.append_own(places, before + T, *(x if x is None else x[(places - before).to(x.device)] for x in rows))
+        self.ranks.agree(same)
         kv, k_idx, k_scale = cache.rows()
         held = cache.places[: len(kv)]
         step = {"indices": indices}

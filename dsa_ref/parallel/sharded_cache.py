@@ -31,8 +31,9 @@ class ShardedCache(LayerCache):
         self.kv, self.k_idx, self.k_scale = self.own.kv, self.own.k_idx, self.own.k_scale
         self.index_pages = self.own.index_pages
         self.capacity, self.length = capacity, 0
-        self.places = torch.zeros(capacity, dtype=torch.int32, device=self.kv.device)
-        self._known = torch.zeros(capacity, dtype=torch.int32)  # places too, where the host can read them
+        with torch.inference_mode(False):  # as in LayerCache
+            self.places = torch.zeros(capacity, dtype=torch.int32, device=self.kv.device)
+            self._known = torch.zeros(capacity, dtype=torch.int32, device="cpu")  # places too, for the host to read
         self._stored = 0  # how many of them are of rows that were stored
 
     @property
@@ -59,10 +60,11 @@ class ShardedCache(LayerCache):
         self.own.length = held
         if len(places):
             self.own.append(kv, k_idx, k_scale)
-        self._stored = held + len(places)
-        self._known[held : self._stored] = places
-        self.places[held : self._stored] = self._known[held : self._stored].to(self.places.device)
-        self.length = length
+        new = slice(held, held + len(places))
+        self._stored = held  # should what follows be interrupted, the places that count are ascending
+        self._known[new] = places
+        self.places[new] = self._known[new].to(self.places.device)
+        self._stored, self.length = new.stop, length
 
     def check_room(self, count: int) -> None:
         """Nothing: how many of `count` tokens come to this rank, its layer knows and asks of `check_own_room`."""

@@ -77,10 +77,10 @@ def attend(q, k, v, scale, indices, start, end, readable):
         return q.new_empty(0, q.shape[1], v.shape[2]), q.new_empty(0, q.shape[1], dtype=torch.float32)
     runs = None if indices is not None else runs_of(T, S, start, end, readable)
     if runs is not None:
-        batch = batch_of(runs)
+        batch = batch_of(runs, S)
         if batch and served_by_cudnn(*heads_first(batch, q, k, v), None, True):
             return by_cudnn(batch, q, k, v, scale, None)
-        if served_by_flash(q, v, runs):
+        if served_by_flash(q, v, runs, S):
             return by_flash(q, k, v, scale, runs)
     mask = visible(T, S, q.device, indices, start, end)
     bias = bias_of(mask, q.dtype)
@@ -99,10 +99,10 @@ def gradients(q, k, v, scale, indices, start, end, readable, out, lse, dout, dls
         return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     runs = None if indices is not None else runs_of(T, S, start, end, readable)
     if runs is not None:
-        batch, repeatable = batch_of(runs), torch.are_deterministic_algorithms_enabled()
+        batch, repeatable = batch_of(runs, S), torch.are_deterministic_algorithms_enabled()
         if batch and dlse is None and not repeatable and served_by_cudnn(*heads_first(batch, q, k, v), None, True):
             return gradients_by_cudnn(batch, q, k, v, scale, out, lse, dout)
-        if served_by_flash(q, v, runs):
+        if served_by_flash(q, v, runs, S):
             return gradients_by_flash(q, k, v, scale, runs, out, lse, dout, dlse)
     mask = visible(T, S, q.device, indices, start, end)
     return gradients_in_fp64(q, k, v, scale, mask, out, lse, dout, dlse)
@@ -118,25 +118,25 @@ def runs_of(T, S, start, end, readable):
     if not readable:
         return None
     start, end = row_ranges(T, S, "cpu", *(None if bound is None else bound.cpu() for bound in (start, end)))
-    begins = torch.ones(T, dtype=torch.bool)
+    begins = torch.ones(T, dtype=torch.bool, device="cpu")
     begins[1:] = (start[1:] != start[:-1]) | (end[1:] != end[:-1] + 1)
     firsts = begins.nonzero()[:, 0]
-    lasts = torch.cat((firsts[1:], torch.tensor([T])))
+    lasts = torch.cat((firsts[1:], firsts.new_tensor([T])))
     runs = torch.stack((firsts, lasts, start[firsts], end[lasts - 1]), dim=1)
     if (end[firsts] <= start[firsts]).any() or int((runs[:, 3] - runs[:, 2]).sum()) > COPIES * S:
         return None
     return [Run(*numbers) for numbers in runs.tolist()]
 
 
-def on_themselves(runs):
-    """Whether the runs' keys are their rows, one run behind the other."""
-    return all((run.first, run.last) == (run.start, run.end) for run in runs)
+def on_themselves(runs, S):
+    """Whether the runs' keys are their rows, one run behind the other, and all S keys that there are."""
+    return runs[-1].end == S and all((run.first, run.last) == (run.start, run.end) for run in runs)
 
 
-def batch_of(runs):
+def batch_of(runs, S):
     """How many runs these are if all are of one length, and attend to themselves, else 0."""
     lengths = {run.last - run.first for run in runs}
-    return len(runs) if len(lengths) == 1 and on_themselves(runs) else 0
+    return len(runs) if len(lengths) == 1 and on_themselves(runs, S) else 0
 
 
 def heads_first(batch, *tensors):
@@ -169,14 +169,15 @@ def flash_width(q, v, more=0):
     return -(-max(q.shape[2], v.shape[2] + more) // 8) * 8
 
 
-def served_by_flash(q, v, runs):
+def served_by_flash(q, v, runs, S):
     """Whether torch's flash attention takes them, by what torch knows of it; with a column to spare."""
-    if not q.is_cuda or not (on_themselves(runs) or aligned_to_the_last_key(q.device)):
+    if not q.is_cuda:
         return False
     like = torch.empty(1, q.shape[1], 1, flash_width(q, v, 1), dtype=q.dtype, device=q.device)
-    return torch.backends.cuda.can_use_flash_attention(
-        torch.backends.cuda.SDPAParams(like, like, like, None, 0.0, False, False)
-    )
+    parameters = torch.backends.cuda.SDPAParams(like, like, like, None, 0.0, False, False)
+    if not torch.backends.cuda.can_use_flash_attention(parameters):  # then it could not be asked, either
+        return False
+    return on_themselves(runs, S) or aligned_to_the_last_key(q.device)
 
 
 def widened(x, width):
@@ -199,19 +200,28 @@ def bounds_of(runs, device):
     return *bounds, *lengths.amax(dim=0).tolist()
 
 
+def stretches_of(runs):
+    """The keys of all runs behind each other, as few ranges (start, end): many short sequences are one copy."""
+    found = []
+    for run in runs:
+        start = found.pop()[0] if found and found[-1][1] == run.start else run.start
+        found.append((start, run.end))
+    return found
+
+
 def keys_of(x, runs):
     """Rows [S, ...] of all keys: those of each run behind each other."""
-    return x if on_themselves(runs) else torch.cat([x[run.start : run.end] for run in runs])
+    return x if on_themselves(runs, len(x)) else torch.cat([x[start:end] for start, end in stretches_of(runs)])
 
 
 def added(dx, runs, like):
     """What `keys_of` did to gradients, undone: the sum of a key's copies, in like's shape and dtype."""
-    if on_themselves(runs):
+    if on_themselves(runs, len(like)):
         return dx
     total, first = torch.zeros(like.shape, dtype=torch.float32, device=like.device), 0
-    for run in runs:
-        total[run.start : run.end] += dx[first : first + run.end - run.start]
-        first += run.end - run.start
+    for start, end in stretches_of(runs):
+        total[start:end] += dx[first : first + end - start]
+        first += end - start
     return total.to(like.dtype)
 
 

@@ -30,6 +30,7 @@ SHARES = {  # lengths of packed sequences, ranks
     "packed, chunks that end inside of one": ([9, 20, 8], 2),
     "packed, chunks that end with one": ([8, 8, 8, 8], 2),
     "a rank with a single row": ([5], 3),
+    "packed, many of a few tokens": ([2, 3] * 7, 2),
 }
 
 
@@ -106,7 +107,7 @@ def flash_attention(monkeypatch):
         monkeypatch.setattr(module, "bounds_of", lambda runs, device: called.append(runs) or bounds_of(runs, device))
         aligned = module.aligned_to_the_last_key.__wrapped__
         monkeypatch.setattr(
-            module, "served_by_flash", lambda q, v, runs: module.on_themselves(runs) or aligned(q.device)
+            module, "served_by_flash", lambda q, v, runs, S: module.on_themselves(runs, S) or aligned(q.device)
         )
         return called
 
@@ -165,6 +166,37 @@ def test_a_flash_attention_that_is_aligned_otherwise_is_not_taken(flash_attentio
     assert called and all(runs == [Run(0, 1, 0, 2)] for runs in called)
 
 
+@pytest.mark.parametrize("fault", [None, "keys that no row sees are forgotten"])
+def test_rows_on_themselves_leave_keys_that_no_row_sees(fault, flash_attention, monkeypatch):
+    """The first rows of a longer sequence, and two of one length, which would be a batch of half the keys each."""
+    called = flash_attention()
+    if fault:
+        monkeypatch.setattr(module, "on_themselves", lambda runs, S: all(run[:2] == run[2:] for run in runs))
+    for start, end in (([0, 0, 0], [1, 2, 3]), ([0, 0, 2, 2], [1, 2, 3, 4])):
+        seen = torch.tensor(start, dtype=torch.int32), torch.tensor(end, dtype=torch.int32)
+        inputs, runs = inputs_of(len(start), 8), runs_of(len(start), 8, *seen, True)
+        called.clear()
+        if fault:
+            assert module.batch_of(runs, 8) > 0
+            with pytest.raises(AssertionError):
+                results(dsa_kernels, inputs, *seen, SCALE)
+            continue
+        assert module.batch_of(runs, 8) == 0
+        for one, other in zip(
+            results(dsa_kernels, inputs, *seen, SCALE), results(dsa_ref, inputs, *seen, SCALE), strict=True
+        ):
+            assert_close(one, other, 1e-5)
+        assert runs in called
+
+
+def test_keys_of_many_runs_are_few_copies():
+    """One of each stretch of keys: a copy for each of thousands of short sequences would be as many launches."""
+    runs = [Run(i, i + 2, 100 + i, 102 + i) for i in range(0, 50, 2)] + [Run(50, 52, 0, 9), Run(52, 60, 0, 17)]
+    assert module.stretches_of(runs) == [(100, 150), (0, 9), (0, 17)]
+    x = normal(200, 3, seed=0)
+    assert torch.equal(module.keys_of(x, runs), torch.cat([x[run.start : run.end] for run in runs]))
+
+
 def test_runs_are_found_in_ranges():
     def of(start, end, S=9, T=None):
         start, end = (None if bound is None else torch.tensor(bound, dtype=torch.int32) for bound in (start, end))
@@ -193,7 +225,9 @@ def test_flash_attention_is_the_reference(device, name, deterministic):
             for rows, start, end in shares_of(lengths, size):
                 seen = start.to(device), end.to(device)
                 inputs = inputs_of(len(rows), sum(lengths), torch.bfloat16, device, 4, width, v_dim)
-                assert module.served_by_flash(inputs[0], inputs[2], runs_of(len(rows), sum(lengths), *seen, True))
+                assert module.served_by_flash(
+                    inputs[0], inputs[2], runs_of(len(rows), sum(lengths), *seen, True), sum(lengths)
+                )
                 got = results(dsa_kernels, inputs, *seen, width**-0.5)
                 wide = [x.detach().float().requires_grad_() for x in inputs]
                 wanted = results(dsa_ref, wide, *seen, width**-0.5)

@@ -113,6 +113,18 @@ def layer_forward(
     return found
 
 
+def uses_of_modules(T, indexer):
+    """How often a prompt of T tokens calls each module of a layer on this rank."""
+    layer, group, uses = two_layers(0)[not indexer], Ranks(), {}
+    for name, module in layer.named_modules():
+        module.register_forward_hook(lambda *_, name=name: uses.update({name: uses.get(name, 0) + 1}))
+    rows, over = Zigzag(T, group.size).rows(group.rank), GatheredLayer(layer)
+    over.rows_at_once, over.keys_at_once = 2, 3
+    indices = None if indexer else rows[:, None].int()
+    over(tokens_of([T], 0)[rows], rows, ShardedCache(TINY, T, indexer=indexer), indices=indices)
+    return uses
+
+
 def shared_selection(lengths, seed):
     """Two layers, the second without an indexer: own rows, and its output by either plan (see `two_layers`)."""
     first, second = two_layers(seed)
@@ -201,7 +213,7 @@ def refused(call, changes):
 
 def gathered_call(
     group, fewer=0, dim=64, dtype=torch.float32, fields=None, poison=False, attention="sparse", shift=0, grad=False,
-    cache=None,
+    cache=None, at_once=5,
 ):  # fmt: skip
     rows = Zigzag(11, group.size).rows(group.rank)
     rows = rows[: len(rows) - fewer]
@@ -209,7 +221,9 @@ def gathered_call(
     if poison:
         x[0] = torch.nan
     layer = layer_of(0, **(fields or {})).to(dtype).requires_grad_(grad)
-    GatheredLayer(layer)(x, positions, LayerCache(TINY, 20) if cache else None, attention)
+    gathering = GatheredLayer(layer)
+    gathering.rows_at_once = at_once
+    gathering(x, positions, LayerCache(TINY, 20) if cache else None, attention)
 
 
 def behind_call(group, shift=0, start=None, before=9, of=None, lost=0, none=False, grad=False, room=20):
@@ -225,9 +239,11 @@ def behind_call(group, shift=0, start=None, before=9, of=None, lost=0, none=Fals
     GatheredLayer(layer)(tokens_of([11], 0)[rows], positions, None if none else cache)
 
 
-def sharded_call(group, T=3, seed=0, dtype=torch.float32, fields=None, before=0, capacity=9, attention="sparse"):
+def sharded_call(
+    group, T=3, seed=0, dtype=torch.float32, fields=None, before=0, capacity=9, attention="sparse", cached=None
+):
     config = config_of(**(fields or {}))
-    cache = ShardedCache(config, capacity, dtype)
+    cache = ShardedCache(config, capacity, cached or dtype)
     cache.length = before
     layer = layer_of(0, **(fields or {})).to(dtype).requires_grad_(False)
     ShardedLayer(layer)(tokens_of([T], seed, dtype), torch.arange(before, before + T), cache, attention)
@@ -248,6 +264,29 @@ def model_call(group, plan=GatheredLayer, token=None, count=None):
         text[0] = token
     caches = new_sharded_caches(model, 7)
     over_group(model, plan)(text, rows, caches[:count])
+
+
+def tries_again(plan):
+    """Between two layers rank 1 fails, and calls the model again while the others are in its second layer: what is
+    raised then, the caches' lengths, and logits of a call of all."""
+    model, ranks, caught = model_of(0).requires_grad_(False), Ranks(), []
+    text, rows = windows_of(1, 7, 0)[0], Zigzag(7, ranks.size).rows(ranks.rank)
+    rows = rows if plan == "GatheredLayer" else torch.arange(3)
+    over, caches = over_group(model, getattr(sharded, plan, GatheredLayer)), new_sharded_caches(model, 7)
+
+    def fails(*_):
+        raise OSError("once")
+
+    hook = model.layers[0].gate_proj.register_forward_hook(fails) if ranks.rank == 1 else None
+    for _ in range(1 + (ranks.rank == 1)):
+        try:
+            over(text[rows], rows, caches)
+        except (OSError, ValueError) as error:
+            caught.append(str(error))
+        if hook:
+            hook.remove()
+    lengths = [cache.length for cache in caches]
+    return caught, lengths, rows, over(text[rows], rows, caches)
 
 
 def gradients_call(group, wrong=None):
@@ -350,8 +389,8 @@ def bytes_after(prompt, tokens, seed, other=None, fault=None, fields=None, draws
         return list(generate_over_group(model, prompt, tokens, seed=draws, **options))
 
 
-def unsendable():
-    """What both ranks hear where rank 1 fails with a text of many characters that are not ASCII."""
+def unsendable(text):
+    """What both ranks hear where rank 1 fails with many times this text, which is longer in a message."""
     ranks = Ranks()
     try:
         with ranks.failing_together():
@@ -359,7 +398,7 @@ def unsendable():
                 try:
                     ranks.agree({"share": torch.ones(1)})
                 except TypeError as error:
-                    raise ValueError("\u2192" * 900) from error
+                    raise ValueError(text * 900) from error
             ranks.agree({"share": 1.0})
     except ValueError as error:
-        return str(error) if ranks.rank == 0 else f"rank 1: {ascii(str(error))}"
+        return str(error) if ranks.rank == 0 else f"rank 1: {str(error)} {ascii(str(error))}"

@@ -29,7 +29,8 @@ REFUSED = {  # call, what rank 1 brings, the error on all ranks
     "another sequence's positions": ("gathered", {"shift": 1}, "ValueError", "rank 1: positions must count up from 0"),
     "a NaN": ("gathered", {"poison": True}, "ValueError", "rank 1: k_idx must be finite"),
     "gradients": ("gathered", {"grad": True}, "ValueError", "rows must be the same on all ranks"),
-    "a cache of one rank": ("gathered", {"cache": True}, "ValueError", "rank 1: cache must be a ShardedCache"),
+    "a cache of one rank": ("gathered", {"cache": True}, "TypeError", "rank 1: cache must be a ShardedCache"),
+    "blocks of no rows": ("gathered", {"at_once": -1}, "ValueError", "rank 1: rows_at_once must be at least 1"),
     "another place behind a cache": ("behind", {"shift": 1}, "ValueError", "rank 1: positions must continue the cache"),
     "two sequences behind a cache": ("behind", {"start": 2}, "ValueError", "positions must continue the cache, got 0"),
     "a cache of another length": ("behind", {"before": 8}, "ValueError", "length must be the same on all ranks"),
@@ -42,6 +43,7 @@ REFUSED = {  # call, what rank 1 brings, the error on all ranks
     "other queries": ("sharded", {"seed": 1}, "ValueError", "x must be the same on all ranks"),
     "a longer cache": ("sharded", {"before": 2}, "ValueError", "length must be the same on all ranks"),
     "a full cache": ("sharded", {"capacity": 1, "T": 6}, "ValueError", "rank 1: cache must hold"),
+    "a cache of another dtype": ("sharded", {"cached": torch.float64}, "TypeError", "rank 1: kv must have dtype"),
     "dense over sharded keys": ("sharded", {"attention": "dense"}, "ValueError", "rank 1: attention must be 'sparse'"),
     "another stage": ("training", {"stage": "dense"}, "ValueError", "stage must be the same on all ranks"),
     "other windows": ("training", {"seed": 1}, "ValueError", "values must be the same on all ranks"),
@@ -76,6 +78,16 @@ def test_ranks_agree_or_say_what_differs(worlds):
     for own, message in worlds(3).run("agrees"):
         assert own == [{"mine": 0}, {"mine": 1}, {"mine": 2}]
         assert "must fit into" in message
+
+
+@pytest.mark.parametrize("plan", ["GatheredLayer", "ShardedLayer"])
+def test_a_rank_that_tries_again_alone_is_not_taken_for_another_layers(worlds, plan):
+    model, text = cases.model_of(0).requires_grad_(False), cases.windows_of(1, 7, 0)[0]
+    wanted = model(text[: 7 if plan == "GatheredLayer" else 3])
+    for rank, (caught, lengths, rows, logits) in enumerate(worlds(2).run("tries_again", plan=plan)):
+        assert caught == ["once"] * rank + ["layer must be the same on all ranks, got 1 on rank 0, 0 on 1"]
+        assert lengths == [0, 0]
+        torch.testing.assert_close(logits, wanted[rows], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("where", ["message", "rows", "backward"])
@@ -166,6 +178,15 @@ def test_a_sharded_cache_forgets_what_lies_behind_its_length():
         cache.check_own_room(2)
 
 
+def test_a_sharded_cache_made_in_inference_mode_or_under_another_default_device():
+    for around in (torch.inference_mode, lambda: torch.device("meta")):
+        with around():
+            cache = ShardedCache(TINY, 5, device="cpu")
+        rows = torch.ones(1, TINY.latent_dim), torch.zeros(1, 16).to(torch.float8_e4m3fn), torch.ones(1)
+        cache.append_own(torch.tensor([3]), 4, *rows)
+        assert cache.held == 1 and cache.places[0] == 3
+
+
 @pytest.mark.parametrize("T, size, rank", [(-1, 2, 0), (4, 0, 0), (4, 2, 2), (4, 2, -1), (4.0, 2, 0), (4, "2", 0)])
 def test_shares_are_those_of_ranks(T, size, rank):
     with pytest.raises((ValueError, TypeError), match="T must|size must|rank must"):
@@ -193,8 +214,9 @@ def test_caches_are_a_small_models():
 
 def test_what_json_cannot_hold_is_announced(worlds):
     """An error before a message was sent reaches the others, whatever its text: they would wait for it."""
-    for message in worlds(2).run("unsendable"):
-        assert message.startswith("rank 1: ") and "\\u2192" in message
+    for text, received in (("\u2192", "\\u2192"), ("\0", "\0"), ('\n"', '\n"')):
+        for message in worlds(2).run("unsendable", text=text):
+            assert message.startswith("rank 1: ") and received in message
 
 
 @pytest.mark.parametrize("more", [{"LOCAL_RANK": "2"}, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}])

@@ -92,6 +92,15 @@ def test_a_layer_without_an_indexer_takes_the_selection_of_another(worlds):
         assert_close(sharded, wanted, TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("T", [1, 2, 9, 13])
+@pytest.mark.parametrize("indexer", [True, False])
+def test_all_ranks_use_each_module_equally_often(worlds, T, indexer):
+    """Whatever their shares: modules may be sharded over the ranks, which then meet at each use."""
+    first, *others = worlds(2).run("uses_of_modules", T=T, indexer=indexer)
+    assert first["o_proj"] == first["q_b_proj"] == -(-Zigzag(T, 2).longest // 2)
+    assert all(other == first for other in others)
+
+
 @pytest.mark.parametrize("fault, changes", [
     ("local positions for global", {}),
     ("padding seen", {}),
