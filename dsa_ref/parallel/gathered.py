@@ -56,7 +56,9 @@ class GatheredLayer(DSALayer):
     rank's up to rounding, and the same bits each time for one size of the group.
 
     Raises: as DSALayer, and for shares that are not Zigzag's, on all ranks alike; ValueError for what ranks brought
-    otherwise; RuntimeError where another rank has ended or does not come.
+    otherwise; RuntimeError where another rank has ended or does not come. Where one rank alone fails behind the
+    exchange, its memory being full, the others' caches have grown: the next call is refused on all, until all have been
+    truncated to one length.
     """
 
     rows_are_last = False
