@@ -61,7 +61,11 @@ def test_one_type_a_side(device):
 @pytest.mark.parametrize("sparse", (False, True))
 @pytest.mark.parametrize("most", (1, 64 * 3))
 def test_blocks_of_rows(monkeypatch, sparse, most, device, poisoned):
-    """One row at a time, a few, a few more: what a row gets is the same, what keys get adds up."""
+    """One row at a time, a few, a few more: what a row gets is the same, what keys get adds up.
+
+    To the bit over lists. Over ranges, a tile's rows share the key at which they begin, and on some processors a sum
+    of 30 numbers depends on where in the tile they stand.
+    """
     args, (start, end) = inputs(8, 30, (3, 8, 2, 12), device=device), ragged(8, 30, device=device)
     lists = random_indices(8, 30, 7, device=device) if sparse else None
     wanted = run(dsa_kernels, args, lists, start, end)
@@ -69,7 +73,8 @@ def test_blocks_of_rows(monkeypatch, sparse, most, device, poisoned):
     monkeypatch.setattr(runtime, "SHARES_AT_ONCE", most)
     got = run(dsa_kernels, args, lists, start, end)
     assert_near(got, wanted, 1e-6)
-    assert_same((got[1], got[3]), (wanted[1], wanted[3]))
+    if sparse:
+        assert_same((got[1], got[3]), (wanted[1], wanted[3]))
 
 
 @pytest.mark.parametrize("sparse", (False, True))
