@@ -102,10 +102,11 @@ class GatheredLayer(DSALayer):
         wanted = [self.shares.count(rank) for rank in range(self.ranks.size)]
         if counts != wanted or not sum(counts):  # on all ranks alike
             raise ValueError(f"x must hold {wanted} rows on the ranks, those of a Zigzag of at least 1, got {counts}")
-        with self.ranks.failing_together(), all_or_nothing([] if cache is None else [cache], None):
+        with self.ranks.failing_together():
             if record is None and serves(self, x, attention):
                 self._check_shared(indices, positions, None, attention)
-                return self._prefill(x, positions, cache, indices)
+                with all_or_nothing([] if cache is None else [cache], None):
+                    return self._prefill(x, positions, cache, indices)
             return super().forward(x, positions, cache, attention, record, indices)
 
     def _prefill(self, x, positions, cache, indices) -> Tensor:
