@@ -236,7 +236,11 @@ def behind_call(group, shift=0, start=None, before=9, of=None, lost=0, none=Fals
     positions = 9 + rows + shift
     if start is not None:
         positions[start:] -= positions[start].item()
-    GatheredLayer(layer)(tokens_of([11], 0)[rows], positions, None if none else cache)
+    try:
+        GatheredLayer(layer)(tokens_of([11], 0)[rows], positions, None if none else cache)
+    except (ValueError, TypeError):
+        assert cache.length == before and cache.held == len(own)  # also where rows were stored before it failed
+        raise
 
 
 def sharded_call(
